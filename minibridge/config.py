@@ -1,0 +1,285 @@
+"""Settings, run folders and JSON lines: what every script needs and no method depends on. Only stdlib.
+
+A script has one frozen dataclass. It is the list of defaults, the command line and the saved record:
+
+    @dataclass(frozen=True)
+    class Config:
+        data: str = option(REQUIRED, "JSONL file to train on")
+        ops: tuple[int, int] = option((15, 20), "operations of a problem")  # --ops 15-20, or --ops 20
+        learning_rate: float = option(1e-6, "AdamW learning rate")          # --learning-rate 1e-6
+        mask_prompt: bool = option(True, "train on completions only")       # --mask-prompt, --no-mask-prompt
+
+    def main(config): ...
+
+    if __name__ == "__main__":
+        sys.exit(run_main(main, Config))
+
+What it is not: there are no config files, no overrides from the environment, no logging framework. `Run.log`
+is the only place in the package that prints during training.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+REQUIRED = dataclasses.MISSING  # default of an option that the command line must give
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line that names the file, field or line."""
+
+
+def option(default: Any, help: str, choices: Sequence | None = None) -> Any:
+    """A dataclass field with its line of --help. `Literal[...]` as the field's type also gives choices."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:  # argparse would print the whole usage and exit
+        raise InputError(f"{message} (see --help)")
+
+
+def parse(cls: type, argv: Sequence[str] | None = None) -> Any:
+    """Defaults of the dataclass `cls` overridden by `argv` (default: the process's own arguments).
+
+    Field types: bool, int, float, str, Path, Literal[...], tuple[int, int] (a range), and all but bool also
+    with `| None`, which the word "none" gives. Bad arguments raise InputError; --help prints and exits.
+    """
+    parser = _Parser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        parser.add_argument("--" + field.name.replace("_", "-"), **_argument(field, hints[field.name]))
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """The keyword arguments of `add_argument` for one dataclass field."""
+    text = field.metadata.get("help", "").replace("%", "%%")  # argparse formats the help with %
+    if hint is bool:
+        # Before Python 3.13 argparse itself adds the default of a switch, unless the text has "%(default)".
+        return {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: %(default)s)",
+                "default": field.default}
+    reader, choices = _reader(hint, field.metadata.get("choices"))
+    metavar = "{" + ",".join(map(_shown, choices)) + "}" if choices else field.name.split("_")[-1].upper()
+    keywords = {"type": reader, "choices": choices, "metavar": metavar}
+    if field.default is REQUIRED:
+        return keywords | {"required": True, "help": f"{text} (required)"}
+    shown = _shown(field.default).replace("%", "%%")
+    return keywords | {"default": field.default, "help": f"{text} (default: {shown})"}
+
+
+def _reader(hint: Any, choices: Sequence | None) -> tuple[Callable[[str], Any], Sequence | None]:
+    """How to read one word as a value of type `hint`, and the values allowed."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        if len(inner) != 1:
+            raise TypeError(f"unsupported option type {hint}")
+        read, choices = _reader(inner[0], choices)
+
+        def read_optional(word: str) -> Any:
+            return None if word.lower() == "none" else read(word)
+
+        read_optional.__name__ = read.__name__  # argparse says "invalid <name> value"
+        return read_optional, choices and [*choices, None]
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        return type(choices[0]), choices
+    if hint == tuple[int, int]:
+        return parse_range, choices
+    if hint in (int, float, str, Path):
+        return hint, choices
+    raise TypeError(f"unsupported option type {hint}")
+
+
+def parse_range(word: str) -> tuple[int, int]:
+    """"15-20" -> (15, 20), both ends included; "20" -> (20, 20)."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number or a range such as 15-20")
+    low, high = int(match[1]), int(match[2] or match[1])
+    if low > high:
+        raise argparse.ArgumentTypeError(f"the range {word} is empty: {low} is larger than {high}")
+    return low, high
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None = None) -> int:
+    """Parse, call `main(config)`, return the exit status: 0 done, 2 wrong input or disk trouble, 130 interrupted.
+
+    The user's mistakes end in one line on stderr, ours in a traceback.
+    """
+    try:
+        main(parse(cls, argv))
+        return 0
+    except KeyboardInterrupt:
+        message, status = "interrupted: files are written whole, so the last checkpoint is intact", 130
+    except InputError as error:
+        message, status = f"error: {error}", 2
+    except OSError as error:  # no permission, disk full: an open knows its filename, a write does not
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        message, status = f"error: {reason}", 2
+    print(message, file=sys.stderr)
+    return status
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """One JSON object a line. Raises InputError("path:line: reason"), also for a blank line."""
+    rows = []
+    try:
+        with open(path, "rb") as file:  # bytes: text mode would also break lines at a lone carriage return
+            for number, line in enumerate(file, start=1):
+                rows.append(_read_object(line, f"{path}:{number}"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    return rows
+
+
+def _read_object(line: bytes, where: str) -> dict:
+    if not line.strip():
+        raise InputError(f"{where}: blank line")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object but {type(row).__name__}")
+    return row
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write all rows or, if anything fails, nothing: the old file stays until the new one is whole.
+
+    Makes the folders on the way. NaN and infinity, which JSON lacks, become null; UTF-8, not ASCII escapes.
+    """
+    _write_whole(path, "".join(_line(row) for row in rows))
+
+
+def _write_whole(path: str | Path, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(f"{path}.part")
+    with open(aside, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _line(row: dict) -> str:
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types: null for NaN and infinity, text for a path, numbers for 0-d tensors."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Run:
+    """A run folder: run.json (what ran), metrics.jsonl (an object a step), and what the script puts beside.
+
+    A new run starts metrics.jsonl afresh. With `resume_step=k`, k being the first step that will run (again),
+    the lines of steps before k stay and the later ones go, so that no step is logged twice. `run.path` is the
+    folder: `run.path / "checkpoints"`. `run.steps`, which may be set later, is the total shown on the console.
+    """
+
+    def __init__(self, folder: str | Path, config: Any, argv: Sequence[str] | None = None,
+                 device: str = "cpu", steps: int | None = None, resume_step: int | None = None):
+        self.path, self.steps = Path(folder), steps
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.metrics = self.path / "metrics.jsonl"
+        _write_whole(self.metrics, "" if resume_step is None else _lines_before(self.metrics, resume_step))
+        self.started = time.monotonic()
+        self.record = {
+            "config": dataclasses.asdict(config),
+            "argv": list(sys.argv if argv is None else argv),
+            "device": str(device),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "resume_step": resume_step,
+            "versions": _versions(),
+        } | _commit()
+        self._save()
+
+    def _save(self) -> None:
+        text = json.dumps(_plain(self.record), ensure_ascii=False, allow_nan=False, indent=2)
+        _write_whole(self.path / "run.json", text + "\n")
+
+    def log(self, step: int, console: Sequence[str] | None = None, **numbers: Any) -> None:
+        """Append to metrics.jsonl; print the numbers named in `console` (default: all; empty: no line)."""
+        with open(self.metrics, "a", encoding="utf-8", newline="\n") as file:
+            file.write(_line({"step": step} | numbers))
+        names = [name for name in (numbers if console is None else console) if name in numbers]
+        if names:
+            width, total = (5, "") if self.steps is None else (len(str(self.steps)), f"/{self.steps}")
+            cells = [f"step {step:{width}d}{total}"]
+            cells += [f"{name} {_short(numbers[name]):<9}" for name in names]  # 9: a %.4g such as 1.234e-06
+            print(" | ".join(cells).rstrip(), flush=True)
+
+    def finish(self, **results: Any) -> None:
+        """Add the wall-clock seconds since this start, and the results given, to run.json."""
+        self.record |= {"seconds": round(time.monotonic() - self.started, 1)} | results
+        self._save()
+
+
+def _short(value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _lines_before(path: Path, step: int) -> str:
+    if not path.exists():
+        return ""
+    # A process killed while appending leaves a last line without its newline: drop it.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return "".join(line + "\n" for line in lines if json.loads(line)["step"] < step)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass  # data generation runs without torch
+    return versions
+
+
+def _commit() -> dict[str, str]:
+    """The commit of this source tree, "-dirty" if changed; nothing outside a work tree or without git."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, check=True, text=True,
+                              capture_output=True).stdout.strip()
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

@@ -1,0 +1,130 @@
+"""Accuracy of a model on a file of prompts, with its uncertainty; or of answers that were saved before.
+
+    python -m minibridge.evaluate --model runs/rl_bridge/model --data data/test_id.jsonl --out runs/eval.jsonl
+    python -m minibridge.evaluate --model ... --data ... --samples 16 --temperature 1       # pass@k as well
+    python -m minibridge.evaluate --rescore runs/eval.jsonl                                # score saved answers again
+
+Greedy by default. Intervals are 95% over problems. The row "answer not 0" leaves out the problems that a lazy constant
+would get right, and "best constant" is what always giving the commonest right answer would earn.
+"""
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minibridge import answer, checkpoint
+from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
+from minibridge.data import load_prompts
+from minibridge.optim import pick_device, pick_dtype
+from minibridge.rollout import lines, rollout
+from minibridge.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str | None = option(None, "Hugging Face folder")
+    data: str | None = option(None, "JSONL file of prompts")
+    out: str | None = option(None, "JSONL file for the answers")
+    rescore: str | None = option(None, "JSONL file of saved answers, instead of a model")
+    samples: int = option(1, "answers for each prompt")
+    temperature: float = option(0.0, "0: greedy")
+    max_prompt: int = option(512, "longest prompt, in tokens")
+    max_new_tokens: int = option(2560, "longest answer, in tokens")
+    rows: int = option(256, "answers decoded at the same time")
+    seed: int = option(0, "seed of sampling")
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One problem and which of the answers to it were right."""
+    answer: str
+    num_ops: int | None
+    correct: list[bool]
+
+
+def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a share of `count` independent problems (Wilson 1927); for means of several answers a problem it
+    errs on the wide side."""
+    centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k answers is right) from `samples` answers of which `right` are:
+    1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1)."""
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def accuracy(problems: list[Scored]) -> float:
+    return sum(sum(p.correct) / len(p.correct) for p in problems) / len(problems)
+
+
+def best_constant(problems: list[Scored]) -> tuple[str, float]:
+    """The commonest right answer and its share of the problems."""
+    text, count = Counter(p.answer for p in problems).most_common(1)[0]
+    return text, count / len(problems)
+
+
+def table(problems: list[Scored]) -> str:
+    """Accuracy of all problems, of those whose answer is not 0, by op count, and pass@k where there are k answers."""
+    samples = min(len(p.correct) for p in problems)
+    ks = [2**i for i in range(1, samples.bit_length()) if 2**i <= samples]
+    rows = [("all", problems), ("answer not 0", [p for p in problems if p.answer != "0"])]
+    for ops in sorted({p.num_ops for p in problems if p.num_ops is not None}):
+        rows.append((f"{ops} ops", [p for p in problems if p.num_ops == ops]))
+    text = ["| problems | count | accuracy | 95% interval |" + "".join(f" pass@{k} |" for k in ks)]
+    text.append("|---|---|---|---|" + "---|" * len(ks))
+    for name, chosen in rows:
+        if chosen:
+            low, high = wilson(accuracy(chosen), len(chosen))
+            passes = (sum(pass_at_k(len(p.correct), sum(p.correct), k) for p in chosen) / len(chosen) for k in ks)
+            text.append(f"| {name} | {len(chosen)} | {accuracy(chosen):.1%} | {low:.1%} to {high:.1%} |"
+                        + "".join(f" {value:.1%} |" for value in passes))
+    constant, share = best_constant(problems)
+    return "\n".join([*text, "", f"best constant answer: {constant}, {share:.1%}"])
+
+
+def rescore(path: str) -> list[Scored]:
+    """Score saved answers (of this module, or a step of rollouts) by today's rule."""
+    groups: dict[int, list[dict]] = {}
+    for number, line in enumerate(read_jsonl(path), 1):
+        for field, kind in (("group", int), ("answer", str), ("text", str)):
+            if not isinstance(line.get(field), kind):
+                raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
+        groups.setdefault(line["group"], []).append(line)
+    if not groups:
+        raise InputError(f"{path}: no lines in it")
+    return [Scored(group[0]["answer"], group[0].get("num_ops"), [answer.reward(line["text"], line["answer"]) == 1.0
+                                                                 for line in group]) for group in groups.values()]
+
+
+def sample(config: Config) -> list[dict]:
+    """The answers of a model, as JSONL lines."""
+    if config.temperature == 0 and config.samples > 1:
+        raise InputError("samples: greedy answers are all the same; set --temperature")
+    device = pick_device(config.device)
+    tokenizer = Tokenizer.load(config.model)
+    model = checkpoint.load(config.model, torch.float32, device)
+    model.compute_dtype = pick_dtype(config.dtype, device)
+    prompts = load_prompts(config.data, tokenizer, config.max_prompt)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    return lines(rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
+                         temperature=config.temperature, rows=config.rows, generator=generator))
+
+
+def main(config: Config):
+    if config.rescore is None:
+        if config.model is None or config.data is None or config.out is None:
+            raise InputError("give --model, --data and --out, or --rescore")
+        write_jsonl(config.out, sample(config))
+    print(table(rescore(config.rescore or config.out)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, Config))

@@ -1,0 +1,348 @@
+"""The decoder: Qwen2 / Qwen2.5, Qwen3 and Llama 3.x in one class, and the key/value cache for sampling.
+
+One `forward` serves training, prefill and decoding; positions are an argument. Parameter names are those of Hugging
+Face's classes, so a checkpoint maps one to one. Not here: text, sampling, losses, files. Departures from the library
+models: no dropout, no attention mask (rows are padded on the right, where causality already hides the padding), no
+sliding window.
+
+Axes: B rows, T tokens, S cache slots, C hidden, H heads, K key/value heads, G = H / K, D head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibridge.config import InputError
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder, in Hugging Face's words. Raises InputError for a shape that cannot be built."""
+
+    model_type: str                    # "qwen2" (also Qwen2.5), "qwen3" or "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None   # None, or the four numbers of Llama 3.1's scaling
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False       # llama and qwen3: bias on q, k, v and o; qwen2 always has it on q, k, v only
+    mlp_bias: bool = False             # llama only
+
+    def __post_init__(self):
+        if self.model_type not in ARCHITECTURES:
+            raise InputError(f"model_type {self.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+        for name in SIZES:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise InputError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not _positive(getattr(self, name)):
+                raise InputError(f"{name} must be a positive number, not {getattr(self, name)!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        for name in LLAMA3_SCALING if self.rope_scaling is not None else ():
+            if not _positive(self.rope_scaling.get(name)):
+                raise InputError(f"rope_scaling needs a positive {name}, not {self.rope_scaling.get(name)!r}")
+
+    @classmethod
+    def from_hf(cls, data: dict, source: str = "config.json") -> "ModelConfig":
+        """Read the contents of a Hugging Face config.json; `source` begins the line of an InputError."""
+        try:
+            return cls(**_from_hf(data))
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+    def to_hf(self, dtype: str = "float32") -> dict:
+        """The contents of a config.json that transformers and vLLM open. dtype: that of the saved weights."""
+        data = {"architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type, "torch_dtype": dtype}
+        data |= {name: getattr(self, name) for name in SIZES}
+        data |= {"hidden_act": "silu", "rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta,
+                 "tie_word_embeddings": self.tie_word_embeddings, "use_cache": True}
+        data["rope_scaling"] = None if self.rope_scaling is None else {"rope_type": "llama3", **self.rope_scaling}
+        if self.model_type != "qwen2":
+            data["attention_bias"] = self.attention_bias
+        if self.model_type == "llama":
+            data["mlp_bias"] = self.mlp_bias
+        return data
+
+
+def _positive(value) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+def _from_hf(data: dict) -> dict:
+    """ModelConfig's fields from a config.json; the values themselves are checked by ModelConfig."""
+    model_type = data.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise InputError(f"model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+    if data.get("hidden_act", "silu") != "silu":
+        raise InputError(f"hidden_act {data['hidden_act']!r} is not supported, only silu")
+    if data.get("use_sliding_window") or set(data.get("layer_types") or ()) - {"full_attention"}:
+        raise InputError("sliding window attention is not supported")
+    fields = {"model_type": model_type, "tie_word_embeddings": bool(data.get("tie_word_embeddings", False))}
+    if model_type != "qwen3" and not data.get("head_dim"):  # only Qwen3's head size is free of its hidden size
+        data = data | {"head_dim": _default_head_dim(data)}
+    for name in (*SIZES, "rms_norm_eps"):
+        if name not in data:
+            raise InputError(f"{name} is missing")
+        fields[name] = data[name]
+    fields["attention_bias"] = model_type != "qwen2" and bool(data.get("attention_bias", False))
+    fields["mlp_bias"] = model_type == "llama" and bool(data.get("mlp_bias", False))
+    return fields | _rope_from_hf(data)
+
+
+def _default_head_dim(data: dict) -> int:
+    hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
+    if type(hidden) is not int or type(heads) is not int or heads < 1 or hidden % heads:
+        raise InputError(f"hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r}")
+    return hidden // heads
+
+
+def _rope_from_hf(data: dict) -> dict:
+    """transformers 5 writes rope_parameters; before it, rope_theta stood alone beside rope_scaling."""
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"rope_scaling must be an object, not {rope!r}")
+    theta = rope.get("rope_theta", data.get("rope_theta"))
+    if theta is None:
+        raise InputError("rope_theta is missing")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"rope scaling {kind!r} is not supported, only llama3 on whole heads")
+    scaling = {name: rope.get(name) for name in LLAMA3_SCALING} if kind == "llama3" else None
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each pair of a head's coordinates, (D/2,) fp32 (arXiv 2104.09864, section 3.2.2).
+
+    With rope_scaling: wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter than
+    original / high_freq_factor are kept, and between the two the frequency is interpolated (Llama 3.1,
+    https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents  # (D/2,)
+    if config.rope_scaling is None:
+        return frequencies
+    factor, low, high, original = (config.rope_scaling[name] for name in LLAMA3_SCALING)
+    turns = original * frequencies / (2 * math.pi)  # whole turns over the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, T, heads, D), pairing coordinate i with i + D/2; sin carries the sign of each half."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Attention of q (B, T, H, D) over cached keys, values (B, K, S, D), which are read in place and never repeated.
+
+    The G query heads that share a key head are laid along the query-time axis. Equal to repeating keys and values
+    G times. bias (B, 1, G*T, S): 0 where a query sees a slot, -inf elsewhere. Returns (B, T, H, D).
+    """
+    B, T, H, D = q.shape
+    K = keys.shape[1]
+    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+    return out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+class KVCache:
+    """Keys and values of every layer, (L, B, K, S, D) each; a token's slot is its position in its row.
+
+    Attention reads slots 0 .. limit - 1: the caller, who knows the positions without asking the device, keeps `limit`
+    one past the largest position in use. Only the first `rows` rows take part; the caller may lower that too.
+    Slots start at zero because what the mask hides is still multiplied by zero, and zero times NaN is NaN.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, slots: int, dtype=torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows, self.limit = rows, slots
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v (B, T, K, D) at slots positions (B, T), in place; returns the layer's (B, K, limit, D) views."""
+        keys, values = self.keys[layer, : self.rows], self.values[layer, : self.rows]
+        row = torch.arange(self.rows, device=positions.device)[:, None]  # (B, 1)
+        keys[row, :, positions], values[row, :, positions] = k, v
+        return keys[:, :, : self.limit], values[:, :, : self.limit]
+
+    def copy_rows(self, source: "KVCache", source_rows: Tensor, rows: Tensor):
+        """Overwrite `rows` with source's `source_rows`, slots below source.limit; source may be this cache."""
+        self.keys[:, rows, :, : source.limit] = source.keys[:, source_rows, :, : source.limit]
+        self.values[:, rows, :, : source.limit] = source.values[:, source_rows, :, : source.limit]
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b in x's dtype: this cast is the only place where fp32 parameters meet bf16 activations.
+
+    Weights are unset until `Decoder.init_weights` or a checkpoint fills them.
+    """
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis, in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary embeddings and K <= H key/value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = Linear(config.hidden_size, width, bias=qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=qkv_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
+        normed = config.model_type == "qwen3"  # per head, before the rotation
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
+
+    def forward(self, x: Tensor, rope, cache, positions, bias) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # (B, T, H, D), (B, T, K, D)
+        if cache is not None:
+            keys, values = cache.write(self.layer, positions, k, v)  # (B, K, S, D)
+        if bias is None:
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        else:
+            out = grouped_attention(q, keys, values, bias)
+        return self.o_proj(out.flatten(2))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(C, F_, bias=config.mlp_bias)
+        self.up_proj = Linear(C, F_, bias=config.mlp_bias)
+        self.down_proj = Linear(F_, C, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The language model. Activations and matrix products are in `compute_dtype` (default: that of the parameters)."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.model = nn.Module()
+        self.model.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)  # (V, C), as a head has it
+        self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequencies = rope_frequencies(config)  # a plain tensor: Module.to(bfloat16) would round a buffer
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """(V, C): the embedding itself when the head is tied."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head_weight.device
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.lm_head_weight.dtype
+
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        return KVCache(self.config, rows, slots, self.activation_dtype, self.device)
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, T, C) after the final norm, of ids (B, T) at positions (B, T), by default 0 .. T - 1.
+
+        With a cache, row b's token t is written at slot positions[b, t]. Without positions the rows are whole
+        sequences padded on the right, and attention is causal among their tokens (training, prefill); with both, a
+        query at position p sees slots 0 .. p of its row (decoding, and prefill in pieces).
+        """
+        x = F.embedding(ids, self.model.embed_tokens.weight).to(self.activation_dtype)  # (B, T, C)
+        bias = None if cache is None or positions is None else self._cache_bias(positions, cache.limit, x.dtype)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        rope = self._rope_tables(positions)
+        for block in self.model.layers:
+            x = block(x, rope, cache, positions, bias)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, V) in fp32, of hidden (B, T, C)."""
+        return F.linear(hidden, self.lm_head_weight.to(hidden.dtype)).float()
+
+    def _rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[:, :, None, None] * self.frequencies  # (B, T, 1, D/2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, 1, D) each
+
+    def _cache_bias(self, positions: Tensor, limit: int, dtype: torch.dtype) -> Tensor:
+        hidden = torch.arange(limit, device=positions.device) > positions[:, :, None]  # (B, T, S)
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        return bias.repeat(1, groups, 1)[:, None]  # (B, 1, G*T, S)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator, std: float = 0.02):
+        """Normal(0, std) matrices, those that write to the residual stream over √(2L) (GPT-2); biases 0, norms 1."""
+        shrink = 1 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, std * shrink if residual else std, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -1,0 +1,413 @@
+"""Checkpoints: bit-exact round trips, every corruption named, no half-written folder, exact resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minibridge import checkpoint
+from minibridge.config import InputError
+from minibridge.model import Decoder, ModelConfig
+from minibridge.tokenizer import Tokenizer, train_toy
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EMBEDDING, HEAD = checkpoint.EMBEDDING, checkpoint.HEAD
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def make(model_type="qwen2", tied=False, seed=0, **changes) -> Decoder:
+    config = ModelConfig(
+        model_type=model_type,
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        **changes,
+    )
+    model = Decoder(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # biases and norms too, so that a swapped or skipped tensor shows
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5, generator=generator)
+    return model
+
+
+def same(one: Decoder, other: Decoder) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def edit_weights(folder: Path, edit) -> None:
+    weights = load_file(folder / checkpoint.WEIGHTS)
+    edit(weights)
+    save_file(weights, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    checkpoint.save(make(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+def test_round_trip_is_bit_exact(tmp_path, model_type, tied, dtype):
+    model = make(model_type, tied).to(dtype)
+    checkpoint.save(model, tmp_path / "model")
+    loaded = checkpoint.load(tmp_path / "model", dtype=dtype)
+    assert loaded.config == model.config and same(loaded, model)
+    assert all(parameter.dtype == dtype and parameter.requires_grad for parameter in loaded.parameters())
+    ids = torch.arange(8)[None]
+    assert torch.equal(loaded.logits(loaded(ids)), model.logits(model(ids)))
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_are_cast_on_both_sides(tmp_path, stored, dtype):
+    model = make()
+    checkpoint.save(model, tmp_path / "model", dtype=stored)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"] in str(stored)
+    assert same(checkpoint.load(tmp_path / "model", dtype=dtype), model.to(stored).to(dtype))
+
+
+def test_loaded_weights_do_not_follow_the_file(folder):
+    model = checkpoint.load(folder)
+    path = folder / checkpoint.WEIGHTS
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert same(model, make())
+
+
+def shard(folder: Path, **changes) -> None:
+    """Rewrite a folder as two shards and an index; `changes` are put over the index's map."""
+    weights = load_file(folder / checkpoint.WEIGHTS)
+    (folder / checkpoint.WEIGHTS).unlink()
+    parts = {name: f"model-0000{1 + turn % 2}-of-00002.safetensors" for turn, name in enumerate(weights)}
+    for part in set(parts.values()):
+        save_file({name: weights[name] for name in weights if parts[name] == part}, folder / part)
+    index = {"metadata": {}, "weight_map": parts | changes}
+    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+
+
+def test_shards_and_index(folder):
+    shard(folder)
+    assert same(checkpoint.load(folder), make())
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_shard_outside_the_folder(folder, name):
+    shard(folder, **{EMBEDDING: name})
+    with pytest.raises(InputError, match=f"{checkpoint.INDEX}: .*{name}"):
+        checkpoint.load(folder)
+
+
+def test_shard_missing_or_cut(folder):
+    shard(folder)
+    part = folder / "model-00002-of-00002.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(InputError, match=part.name):
+        checkpoint.load(folder)
+    part.unlink()
+    with pytest.raises(InputError, match=f"{part.name}: no such file"):
+        checkpoint.load(folder)
+
+
+def test_tensor_in_two_shards(folder):
+    shard(folder, extra="again.safetensors")
+    save_file({EMBEDDING: make().model.embed_tokens.weight.detach()}, folder / "again.safetensors")
+    with pytest.raises(InputError, match=f"unexpected tensor {EMBEDDING}"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_broken_index(folder, content):
+    shard(folder)
+    (folder / checkpoint.INDEX).write_text(content)
+    with pytest.raises(InputError, match=checkpoint.INDEX):
+        checkpoint.load(folder)
+
+
+def test_missing_folder_and_files(folder):
+    with pytest.raises(InputError, match="absent: no such folder"):
+        checkpoint.load(folder / "absent")
+    (folder / checkpoint.WEIGHTS).unlink()
+    with pytest.raises(InputError, match=f"{folder.name}: neither {checkpoint.WEIGHTS}"):
+        checkpoint.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="config.json: no such file"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"model_type": "gpt2"}'])
+def test_broken_config(folder, content):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match="config.json: "):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_weights(folder, kept):
+    path = folder / checkpoint.WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=f"{checkpoint.WEIGHTS}: not a whole"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD, "model.layers.1.self_attn.k_proj.bias"])
+def test_missing_tensor(folder, name):
+    edit_weights(folder, lambda weights: weights.pop(name))
+    with pytest.raises(InputError, match=f"{folder.name}: tensor {name} is missing"):
+        checkpoint.load(folder)
+
+
+def test_unexpected_tensor(folder):
+    edit_weights(folder, lambda weights: weights.update({"model.layers.2.mlp.bias": torch.ones(2)}))
+    with pytest.raises(InputError, match=f"{checkpoint.WEIGHTS}: unexpected tensor model.layers.2.mlp.bias"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(17), torch.ones(16, 1), torch.ones(16, dtype=torch.int8)])
+def test_wrong_shape_or_kind(folder, tensor):
+    edit_weights(folder, lambda weights: weights.update({"model.norm.weight": tensor}))
+    with pytest.raises(InputError, match=f"{checkpoint.WEIGHTS}: tensor model.norm.weight is .*16"):
+        checkpoint.load(folder)
+
+
+def test_old_rotary_constants_are_skipped(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(folder, lambda weights: weights.update({name: torch.ones(2)}))
+    assert same(checkpoint.load(folder), make())
+
+
+def test_tied_head_may_be_repeated_but_not_differ(tmp_path):
+    checkpoint.save(make(tied=True), tmp_path)
+    assert HEAD not in load_file(tmp_path / checkpoint.WEIGHTS)
+    edit_weights(tmp_path, lambda weights: weights.update({HEAD: weights[EMBEDDING].clone()}))
+    assert same(checkpoint.load(tmp_path), make(tied=True))
+    edit_weights(tmp_path, lambda weights: weights[HEAD].add_(1))
+    with pytest.raises(InputError, match=f"{HEAD}.*differ"):
+        checkpoint.load(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.pop(EMBEDDING))
+    with pytest.raises(InputError, match=f"{EMBEDDING} is missing"):
+        checkpoint.load(tmp_path)
+
+
+def test_untied_model_needs_its_head(folder):
+    edit_config(folder, tie_word_embeddings=True)
+    with pytest.raises(InputError, match=f"{HEAD}.*differ"):
+        checkpoint.load(folder)
+
+
+def test_tokenizer_files(tmp_path):
+    tokenizer = train_toy(["a b"], 300)
+    checkpoint.save(make(), tmp_path, tokenizer)
+    assert Tokenizer.load(tmp_path).encode("a b") == tokenizer.encode("a b")
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+
+
+def test_replacing_leaves_nothing_of_the_old_checkpoint(folder):
+    checkpoint.save(make(), folder, train_toy(["a b"], 300))
+    checkpoint.save(make("llama"), folder)
+    assert same(checkpoint.load(folder), make("llama"))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", checkpoint.WEIGHTS]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_other_folders_are_not_replaced(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        checkpoint.save(make(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def failing(*arguments, **keywords):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["save_file", "_write_json", "_flush"])
+def test_failure_before_the_end_leaves_the_old_folder(folder, monkeypatch, name):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(checkpoint, name, failing)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(make(seed=1), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_failure_between_the_renames_puts_the_old_folder_back(folder, monkeypatch):
+    rename = Path.rename
+
+    def once(path, target):
+        return failing() if path.name.endswith(".part") else rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(make(seed=1), folder)
+    assert same(checkpoint.load(folder), make())
+
+
+def test_files_are_on_disk_before_the_rename(folder, monkeypatch):
+    events = []
+    flush, rename = checkpoint._flush, Path.rename
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: (events.append(path.name), flush(path)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (events.append("rename"), rename(path, target)))
+    checkpoint.save(make(), folder)
+    assert sorted(events[:3]) == [".model.part", "config.json", checkpoint.WEIGHTS]
+    assert events[3:] == ["rename", "rename", folder.parent.name]
+
+
+def adam(model: Decoder) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def train(model: Decoder, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator) -> None:
+    for _ in range(steps):
+        ids = torch.randint(0, 48, (2, 6), generator=generator)
+        model.logits(model(ids)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def state_of(generator: torch.Generator, step: int) -> dict:
+    return {"step": step, "generator": generator.get_state(), "note": {"data": [1, 2]}}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resumed_training_is_bit_exact(tmp_path, tied):
+    model, generator = make(tied=tied), torch.Generator().manual_seed(5)
+    optimizer = adam(model)
+    train(model, optimizer, 3, generator)
+    checkpoint.save_training(tmp_path / "3", model, optimizer, state_of(generator, 3))
+    train(model, optimizer, 3, generator)
+
+    resumed, generator = make(tied=tied, seed=9), torch.Generator()
+    optimizer = adam(resumed)
+    state = checkpoint.load_training(tmp_path / "3", resumed, optimizer)
+    assert (state["step"], state["note"]) == (3, {"data": [1, 2]})
+    generator.set_state(state["generator"])
+    train(resumed, optimizer, 3, generator)
+    assert same(resumed, model)
+
+
+def test_training_can_resume_before_its_first_step(tmp_path):
+    model, generator = make(), torch.Generator()
+    checkpoint.save_training(tmp_path / "0", model, adam(model), state_of(generator, 0))
+    optimizer = adam(model)
+    assert checkpoint.load_training(tmp_path / "0", model, optimizer)["step"] == 0
+    assert not optimizer.state
+
+
+def test_moments_belong_to_names_not_positions(tmp_path):
+    model = make()
+    optimizer = adam(model)
+    train(model, optimizer, 1, torch.Generator())
+    checkpoint.save_training(tmp_path / "1", model, optimizer, {"step": 1})
+    other = torch.optim.AdamW(list(model.parameters())[::-1])
+    checkpoint.load_training(tmp_path / "1", model, other)
+    for parameter, moments in optimizer.state.items():
+        assert torch.equal(other.state[parameter]["exp_avg"], moments["exp_avg"])
+        assert other.state[parameter]["step"] == 1
+    assert other.param_groups[0]["lr"] == 1e-3  # settings are the new optimizer's
+
+
+@pytest.fixture
+def training_folder(tmp_path) -> Path:
+    model = make()
+    optimizer = adam(model)
+    train(model, optimizer, 1, torch.Generator())
+    checkpoint.save_training(tmp_path / "1", model, optimizer, {"step": 1})
+    return tmp_path / "1"
+
+
+@pytest.mark.parametrize("name", [checkpoint.TRAINING, checkpoint.TRAINING_TENSORS, checkpoint.WEIGHTS])
+def test_broken_training_files(training_folder, name):
+    model = make()
+    path = training_folder / name
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match=name):
+        checkpoint.load_training(training_folder, model, adam(model))
+    path.unlink()
+    with pytest.raises(InputError, match=name):
+        checkpoint.load_training(training_folder, model, adam(model))
+
+
+def test_training_state_of_another_model(training_folder):
+    other = make("llama")
+    with pytest.raises(InputError, match="unexpected tensor .*bias"):
+        checkpoint.load_training(training_folder, other, adam(other))
+    model = make()
+    part = torch.optim.AdamW([model.model.norm.weight])
+    with pytest.raises(InputError, match=f"{checkpoint.TRAINING_TENSORS}: "):
+        checkpoint.load_training(training_folder, model, part)
+
+
+def test_a_training_checkpoint_is_a_model_folder(training_folder):
+    assert checkpoint.load(training_folder).config == make().config
+
+
+def test_latest_goes_by_step_and_sees_only_whole_checkpoints(tmp_path):
+    model = make()
+    assert checkpoint.latest(tmp_path / "absent") is None
+    assert checkpoint.latest(tmp_path) is None
+    for step in (9, 100, 20):
+        checkpoint.save_training(tmp_path / f"step_{step}", model, adam(model), {"step": step})
+    checkpoint.save(model, tmp_path / "step_999")  # weights only
+    checkpoint.save_training(tmp_path / ".step_500.part", model, adam(model), {"step": 500})
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_100"
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [("qwen2", {}), ("qwen3", {"attention_bias": True}), ("llama", {"rope_scaling": SCALING})],
+)
+def test_transformers_opens_the_folder(tmp_path, model_type, tied, changes):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = make(model_type, tied, **changes), train_toy(["a b"], 300)
+    checkpoint.save(model, tmp_path, tokenizer)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info  # no missing, unexpected or mismatched tensor
+    assert theirs.generation_config.eos_token_id == list(tokenizer.stop_ids)
+    ids = torch.randint(0, 48, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("model_type", ["Qwen2", "Qwen3", "Llama"])
+@pytest.mark.parametrize("shard_size", ["5GB", "8KB"])
+def test_folders_of_transformers_open_here(tmp_path, model_type, shard_size):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{model_type}Config")(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=64,
+    )  # fmt: skip
+    theirs = getattr(transformers, f"{model_type}ForCausalLM")(config)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / checkpoint.INDEX).exists() == (shard_size == "8KB")
+    ours = checkpoint.load(tmp_path)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-5)

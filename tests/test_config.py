@@ -1,0 +1,293 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import minibridge.config
+from minibridge.config import REQUIRED, InputError, Run, option, parse, read_jsonl, run_main, write_jsonl
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = option(REQUIRED, "100% of the file")
+    ops: tuple[int, int] = option((15, 20), "operations of a problem")
+    learning_rate: float = option(1e-6, "AdamW learning rate")
+    mask_prompt: bool = option(True, "train on completions only")
+    bf16: bool = option(False, "half precision")
+    mode: Literal["fast", "slow"] = option("fast", "how")
+    level: Literal[1, 2] | None = option(None, "how much")
+    limit: int | None = option(3, "at most")
+    device: str = option("cpu", "where", choices=("cpu", "cuda"))
+    out: Path = option(Path("runs/x"), "run folder")
+    kl_threshold: float | None = None
+
+
+def one_line_error(capsys, *argv, main=lambda config: None):
+    assert run_main(main, Config, argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    return captured.err
+
+
+# ---- command line
+
+
+def test_defaults_are_the_dataclass_defaults():
+    assert parse(Config, ["--data", "x"]) == Config(data="x")
+
+
+def test_every_type_is_read():
+    words = "--data a --ops 7-9 --learning-rate 3e-4 --no-mask-prompt --bf16 --mode slow --level 2 --limit none"
+    config = parse(Config, [*words.split(), "--device", "cuda", "--out", "y", "--kl-threshold", "0.15"])
+    assert config == Config("a", (7, 9), 3e-4, False, True, "slow", 2, None, "cuda", Path("y"), 0.15)
+    assert isinstance(config.level, int) and isinstance(config.out, Path)
+    with pytest.raises(FrozenInstanceError):
+        config.data = "b"
+
+
+def test_a_single_number_is_a_range():
+    assert parse(Config, ["--data", "x", "--ops", "20"]).ops == (20, 20)
+
+
+@pytest.mark.parametrize("word", ["20-15", "a-b", "1-", "1-2-3", "-5", "1.5"])
+def test_bad_range_names_the_flag(capsys, word):
+    assert "--ops" in one_line_error(capsys, "--data", "x", f"--ops={word}")
+
+
+def test_empty_range_says_why(capsys):
+    error = one_line_error(capsys, "--data", "x", "--ops", "20-15")
+    assert "--ops: the range 20-15 is empty: 20 is larger than 15" in error
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--data", "x", "--nonsense", "1"], "--nonsense"),
+    ([], "--data"),
+    (["--data", "x", "--learning-rate", "fast"], "--learning-rate: invalid float value: 'fast'"),
+    (["--data", "x", "--limit", "1.5"], "--limit: invalid int value: '1.5'"),
+    (["--data", "x", "--mode", "quick"], "--mode"),
+    (["--data", "x", "--device", "tpu"], "--device"),
+    (["--data", "x", "--learn", "1"], "--learn"),  # no abbreviations: a new flag must not change an old command
+])
+def test_bad_argument_is_one_line_and_status_2(capsys, argv, named):
+    assert named in one_line_error(capsys, *argv)
+
+
+def test_help_shows_text_default_and_module_docstring(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "__doc__", "What this script is for.")
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda config: None, Config, ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for text in ["What this script is for.", "100% of the file (required)", "--ops OPS", "(default: 15-20)",
+                 "AdamW learning rate (default: 1e-06)", "--no-mask-prompt", "(default: True)", "{fast,slow}",
+                 "{1,2,none}", "(default: none)"]:
+        assert text in shown, text
+    assert shown.count("(default: True)") == 1
+
+
+def test_unsupported_type_is_the_programmers_error():
+    @dataclass(frozen=True)
+    class Odd:
+        sizes: list[int] = option((), "not supported")
+
+    with pytest.raises(TypeError):
+        parse(Odd, [])
+
+
+# ---- run_main
+
+
+def test_main_gets_the_config_and_success_is_0():
+    seen = []
+    assert run_main(seen.append, Config, ["--data", "x"]) == 0
+    assert seen == [Config(data="x")]
+
+
+def test_input_error_is_one_line(capsys):
+    def main(config):
+        raise InputError("problems.jsonl:3: no answer")
+
+    assert one_line_error(capsys, "--data", "x", main=main) == "error: problems.jsonl:3: no answer\n"
+
+
+def test_interruption_is_130_and_says_that_the_checkpoint_is_whole(capsys):
+    def main(config):
+        raise KeyboardInterrupt
+
+    assert run_main(main, Config, ["--data", "x"]) == 130
+    error = capsys.readouterr().err
+    assert "checkpoint is intact" in error and error.count("\n") == 1
+
+
+def test_os_errors_name_the_file(capsys, tmp_path):
+    missing = tmp_path / "absent" / "file"
+    error = one_line_error(capsys, "--data", "x", main=lambda config: open(missing))
+    assert str(missing) in error and "No such file" in error
+    def disk_full(config):
+        raise OSError(28, "No space left on device")  # what write() raises: no filename
+
+    assert one_line_error(capsys, "--data", "x", main=disk_full) == "error: No space left on device\n"
+
+
+def test_our_own_bugs_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda config: 1 / 0, Config, ["--data", "x"])
+
+
+# ---- JSON lines
+
+
+def test_jsonl_round_trip_keeps_text_as_it_is(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    rows = [{"text": "x²\u2028 ≤ 3\r\n\x85"}, {"n": 1, "deep": {"list": [1.5, None, True]}}]
+    write_jsonl(path, rows)
+    assert read_jsonl(path) == rows  # U+2028, U+0085 and \r must not end a line
+    assert path.read_bytes().count(b"\n") == 2 and "x²".encode() in path.read_bytes()
+
+
+def test_non_finite_numbers_become_null(tmp_path):
+    write_jsonl(tmp_path / "rows", [{"a": [float("nan"), float("-inf"), 1.0]}])
+    assert read_jsonl(tmp_path / "rows") == [{"a": [None, None, 1.0]}]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"a": 1}])
+
+    def rows():
+        yield {"a": 2}
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_jsonl(path, rows())
+    assert read_jsonl(path) == [{"a": 1}]
+    with pytest.raises(TypeError):
+        write_jsonl(path, [{"a": 2}, {"a": object()}])
+    assert read_jsonl(path) == [{"a": 1}]
+
+
+def test_a_kill_during_the_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"a": 1}])
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl(path, [{"a": 2}])
+    assert read_jsonl(path) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("content, line, reason", [
+    (b'{"a": 1}\n{"a": \n', 2, "not valid JSON"),
+    (b'{"a": 1}\n\n{"a": 2}\n', 2, "blank line"),
+    (b'{"a": 1}\n\n', 2, "blank line"),
+    (b'{"a": 1}\n{"a": 2}\n[3]\n', 3, "not a JSON object but list"),
+    (b'{"a": 1}\n{"a": "\xff"}\n', 2, "not UTF-8"),
+])
+def test_bad_line_is_named(tmp_path, content, line, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_jsonl(path)
+    assert str(error.value).startswith(f"{path}:{line}: {reason}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}\n{"a": 2}\n', b'{"a": 1}\n{"a": 2}', b'{"a": 1}\r\n{"a": 2}\r\n'])
+def test_last_newline_and_windows_newlines_do_not_matter(tmp_path, content):
+    (tmp_path / "rows").write_bytes(content)
+    assert read_jsonl(tmp_path / "rows") == [{"a": 1}, {"a": 2}]
+
+
+def test_missing_file_and_folder_are_input_errors(tmp_path):
+    with pytest.raises(InputError, match="absent.jsonl: No such file"):
+        read_jsonl(tmp_path / "absent.jsonl")
+    with pytest.raises(InputError, match="directory"):
+        read_jsonl(tmp_path)
+
+
+# ---- run folder
+
+
+def test_run_json_is_the_record_of_the_run(tmp_path):
+    config = Config(data="x")
+    run = Run(tmp_path / "a" / "b", config, argv=["train.py", "--data", "x"], device="cuda:0")
+    record = json.loads((run.path / "run.json").read_text())
+    assert record["config"] == asdict(config) | {"ops": [15, 20], "out": "runs/x"}
+    assert record["argv"] == ["train.py", "--data", "x"] and record["device"] == "cuda:0"
+    assert set(record["versions"]) >= {"python", "torch", "numpy"} and record["started"].startswith("20")
+    assert "seconds" not in record
+    run.finish(accuracy=0.5)
+    after = json.loads((run.path / "run.json").read_text())
+    assert after.pop("seconds") >= 0 and after.pop("accuracy") == 0.5 and after == record
+    assert {path.name for path in run.path.iterdir()} == {"run.json", "metrics.jsonl"}
+
+
+def test_commit_is_recorded_in_a_work_tree_only(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "config.py").write_text("a = 1\n")
+    monkeypatch.setattr(minibridge.config, "__file__", str(package / "config.py"))
+    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record
+
+    def git(*arguments):
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *settings, *arguments], cwd=package, check=True, capture_output=True, text=True)
+
+    git("init", "-q")
+    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record  # inside a repository, but not part of it
+    git("add", "config.py")
+    git("commit", "-q", "-m", "first")
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    assert Run(tmp_path / "run", Config(data="x")).record["commit"] == commit
+    (package / "config.py").write_text("a = 2\n")
+    assert Run(tmp_path / "run", Config(data="x")).record["commit"] == commit + "-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
+    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record
+
+
+def test_log_writes_valid_json_and_prints_one_aligned_line(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    run = Run(tmp_path, Config(data="x"), steps=200)
+    run.log(9, loss=torch.tensor(0.123456), accuracy=1, kl=float("nan"))
+    run.log(12, loss=1.23456e-06, accuracy=12345678, kl=float("inf"))
+    assert capsys.readouterr().out.splitlines() == [
+        "step   9/200 | loss 0.1235    | accuracy 1         | kl nan",
+        "step  12/200 | loss 1.235e-06 | accuracy 12345678  | kl inf"]
+    first, second = read_jsonl(run.metrics)
+    assert first == {"step": 9, "loss": pytest.approx(0.123456), "accuracy": 1, "kl": None}
+    assert second["kl"] is None and second["accuracy"] == 12345678
+
+
+def test_console_shows_the_numbers_asked_for(tmp_path, capsys):
+    run = Run(tmp_path, Config(data="x"))
+    run.log(1, console=("accuracy", "absent"), loss=1.0, accuracy=0.25)
+    run.log(2, console=(), loss=1.0)
+    assert capsys.readouterr().out == "step     1 | accuracy 0.25\n"
+    assert [row["loss"] for row in read_jsonl(run.metrics)] == [1.0, 1.0]
+
+
+def test_resume_repeats_no_step_and_loses_none(tmp_path):
+    run = Run(tmp_path, Config(data="x"))
+    for step in [1, 2, 2, 3, 4]:
+        run.log(step, console=(), old=step)
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 5, "ol')  # killed while appending
+    resumed = Run(tmp_path, Config(data="x"), resume_step=3)
+    resumed.log(3, console=(), new=3)
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 2, 3]
+    assert read_jsonl(run.metrics)[-1] == {"step": 3, "new": 3}
+    assert resumed.record["resume_step"] == 3
+
+
+def test_a_new_run_starts_its_metrics_afresh(tmp_path):
+    Run(tmp_path, Config(data="x")).log(1, console=(), loss=1.0)
+    assert read_jsonl(Run(tmp_path, Config(data="x")).metrics) == []
+    assert read_jsonl(Run(tmp_path / "never", Config(data="x"), resume_step=5).metrics) == []

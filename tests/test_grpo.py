@@ -1,0 +1,321 @@
+import doctest
+import math
+
+import pytest
+import torch
+
+from minibridge import grpo
+from minibridge.config import InputError
+from minibridge.grpo import group_advantages, grpo_loss
+
+F64 = torch.float64
+LN = math.log
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=F64)
+
+
+def batch(rows=6, tokens=5, seed=0, requires_grad=True):
+    """Random log-probabilities around each other, ragged lengths 1..tokens, advantages of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(rows, tokens, generator=generator, dtype=F64) * 2 - 0.1
+    logps = old + torch.randn(rows, tokens, generator=generator, dtype=F64) * 0.3
+    ref = old + torch.randn(rows, tokens, generator=generator, dtype=F64) * 0.3
+    entropy = torch.rand(rows, tokens, generator=generator, dtype=F64)
+    advantages = torch.randn(rows, generator=generator, dtype=F64)
+    lengths = torch.arange(rows) % tokens + 1
+    mask = (torch.arange(tokens) < lengths[:, None]).to(F64)
+    return {"logps": logps.requires_grad_(requires_grad), "old_logps": old, "ref_logps": ref,
+            "advantages": advantages, "mask": mask, "entropy": entropy.requires_grad_(requires_grad)}
+
+
+FULL = {"clip": (0.2, 0.3), "kl_coef": 0.1, "kl_threshold": 0.05, "entropy_coef": 0.02}
+
+
+def single(ratio, advantage, **options):
+    """Loss and its gradient for the log-probability, for one rollout of one token with this ratio."""
+    logps = tensor([LN(ratio)]).requires_grad_()
+    loss, metrics = grpo_loss(logps, tensor([0.0]), None, tensor(advantage), tensor([1.0]), normalizer=1, **options)
+    loss.backward()
+    return loss.item(), logps.grad.item(), metrics["clip_fraction"].item()
+
+
+def test_the_worked_examples_in_the_docstrings():
+    results = doctest.testmod(grpo)
+    assert results.attempted >= 6 and results.failed == 0
+
+
+# ---- advantages
+
+
+@pytest.mark.parametrize("ddof, std", [(1, 1.0), (0, math.sqrt(2 / 3))])
+def test_advantages_by_hand(ddof, std):
+    # rewards 1, 2, 3: mean 2, variance 2 / (3 - ddof)
+    advantages = group_advantages(tensor([1.0, 2.0, 3.0]), ddof=ddof, eps=0.5)
+    torch.testing.assert_close(advantages, tensor([-1.0, 0.0, 1.0]) / (std + 0.5))
+
+
+def test_the_defaults_are_the_papers():
+    expected = tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-6)
+    torch.testing.assert_close(group_advantages(tensor([1.0, 0.0, 0.0, 0.0])), expected, rtol=0, atol=1e-12)
+
+
+def test_advantages_without_scale():
+    assert group_advantages(tensor([1.0, 0.0, 0.0, 0.0]), scale=False).tolist() == [[0.75, -0.25, -0.25, -0.25]]
+
+
+def test_groups_do_not_see_each_other():
+    rewards = tensor([1.0, 0.0, 0.0], [0.0, 5.0, 1.0])
+    both = group_advantages(rewards)
+    assert torch.equal(both, torch.cat([group_advantages(rewards[:1]), group_advantages(rewards[1:])]))
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_dead_groups_get_exactly_zero(dtype, scale):
+    values = torch.tensor([0.0, 1.0, 0.1, 1.05, 1 / 3], dtype=dtype)
+    rewards = values[:, None].expand(5, 31)  # 31 times 0.1 do not have the mean 0.1
+    assert not rewards.mean(1).eq(values).all()
+    assert group_advantages(rewards, eps=0.0, scale=scale).eq(0).all()
+
+
+def test_a_nearly_dead_group_is_not_dead():
+    assert group_advantages(tensor([1.0, 1.0, 1.0, 1.0 + 1e-9])).ne(0).all()
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_a_group_of_one_is_refused(ddof):
+    with pytest.raises(InputError, match="at least 2 samples"):
+        group_advantages(torch.ones(4, 1), ddof=ddof)
+
+
+# ---- the surrogate
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+def test_at_ratio_one_the_gradient_is_reinforce(aggregate):
+    data = batch(rows=8)
+    advantages = group_advantages((torch.arange(8, dtype=F64) % 3 == 0).to(F64).view(2, 4)).flatten()
+    logps, mask = data["logps"], data["mask"]
+    normalizer = 8 if aggregate == "sequence" else mask.sum()
+    loss, metrics = grpo_loss(logps, logps.detach(), None, advantages, mask, normalizer=normalizer, aggregate=aggregate)
+    weights = mask / mask.sum(1, keepdim=True) / 8 if aggregate == "sequence" else mask / mask.sum()
+    reinforce, = torch.autograd.grad(-(advantages[:, None] * weights * logps).sum(), logps)
+    gradient, = torch.autograd.grad(loss, logps)
+    torch.testing.assert_close(gradient, reinforce, rtol=0, atol=1e-15)
+    assert metrics["clip_fraction"] == 0 and metrics["log_ratio"] == 0
+    assert metrics["kept"].item() == pytest.approx(1, abs=1e-15)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
+    (1.5, 2.0, -2 * 1.3, 0.0),         # A > 0, already too likely: clipped at 1 + high
+    (1.25, 2.0, -2 * 1.25, -2 * 1.25),  # inside
+    (0.5, 2.0, -2 * 0.5, -2 * 0.5),    # A > 0, too unlikely: still pulled up
+    (0.5, -2.0, 2 * 0.8, 0.0),         # A < 0, already too unlikely: clipped at 1 - low
+    (0.85, -2.0, 2 * 0.85, 2 * 0.85),  # inside
+    (1.5, -2.0, 2 * 1.5, 2 * 1.5),     # A < 0, too likely: still pushed down
+])
+def test_the_clip_acts_on_the_right_sides(ratio, advantage, loss, gradient):
+    value, slope, clipped = single(ratio, advantage, clip=(0.2, 0.3))
+    assert (value, slope) == (pytest.approx(loss), pytest.approx(gradient, abs=1e-15))
+    assert clipped == (gradient == 0)
+
+
+def test_the_default_clip_is_the_papers():
+    assert single(1.5, 1.0)[0] == pytest.approx(-1.2) and single(0.5, -1.0)[0] == pytest.approx(0.8)
+
+
+def test_a_step_down_the_gradient_moves_probability_to_the_better_samples():
+    logits = torch.zeros(3, dtype=F64, requires_grad=True)  # a policy over three one-token rollouts
+    advantages = group_advantages(tensor([1.0, 0.0, 0.0]))[0]
+    logps = logits.log_softmax(0)
+    loss, _ = grpo_loss(logps[:, None], logps[:, None].detach(), None, advantages, torch.ones(3, 1), normalizer=3)
+    loss.backward()
+    after = (logits - 0.1 * logits.grad).detach().softmax(0)
+    assert after[0] > 1 / 3 > after[1] and after[1].item() == pytest.approx(after[2].item())
+
+
+# ---- KL and entropy
+
+
+@pytest.mark.parametrize("gap", [LN(2), -LN(4), 0.0])
+def test_k3_by_hand(gap):
+    logps = tensor([-1.0]).requires_grad_()
+    loss, metrics = grpo_loss(logps, logps.detach(), logps.detach() + gap, tensor(0.0), tensor([1.0]),
+                              kl_coef=0.5, normalizer=1)
+    loss.backward()
+    k3 = {LN(2): 2 - LN(2) - 1, -LN(4): 0.25 + LN(4) - 1, 0.0: 0.0}[gap]
+    assert metrics["kl"].item() == pytest.approx(k3) and loss.item() == pytest.approx(0.5 * k3)
+    assert logps.grad.item() == pytest.approx(0.5 * (1 - math.exp(gap)), abs=1e-15)  # spec: (1 - e^d) grad log pi
+
+
+def test_k3_of_a_tiny_gap_keeps_its_digits_in_fp32():
+    gap = torch.tensor([1e-3, -1e-4])
+    torch.testing.assert_close(grpo.kl_k3(gap), gap**2 / 2 + gap**3 / 6, rtol=1e-3, atol=0)
+
+
+def test_k3_is_capped_at_10_with_no_gradient_beyond():
+    gap = tensor(2.5, 2.7, 50.0, 1e30, -9.0, -50.0).requires_grad_()
+    k3 = grpo.kl_k3(gap)
+    k3.sum().backward()
+    assert k3.tolist() == pytest.approx([math.exp(2.5) - 3.5, 10, 10, 10, math.exp(-9) + 8, math.exp(-10) + 9])
+    assert gap.grad.tolist() == pytest.approx([math.exp(2.5) - 1, 0, 0, 0, math.exp(-9) - 1, 0])
+
+
+@pytest.mark.parametrize("aggregate, expected", [("sequence", (2.0 + 4.0) / 2), ("token", (1.0 + 3.0 + 4.0) / 3)])
+def test_entropy_is_rewarded(aggregate, expected):
+    entropy = tensor([1.0, 3.0], [4.0, 99.0]).requires_grad_()
+    mask, zeros = tensor([1.0, 1.0], [1.0, 0.0]), torch.zeros(2, 2, dtype=F64)
+    loss, metrics = grpo_loss(zeros, zeros, None, torch.zeros(2, dtype=F64), mask, entropy=entropy,
+                              entropy_coef=0.1, aggregate=aggregate, normalizer=2 if aggregate == "sequence" else 3)
+    loss.backward()
+    assert metrics["entropy"].item() == pytest.approx(expected) and loss.item() == pytest.approx(-0.1 * expected)
+    assert (entropy.grad < 0).tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+def test_the_threshold_drops_the_whole_rollout_and_keeps_the_denominator(aggregate):
+    data = batch(rows=3) | {"mask": torch.ones(3, 5, dtype=F64)}
+    data["ref_logps"] = data["logps"].detach() + tensor([0.0], [0.8], [-0.1])  # k3 0, 0.426, 0.0048
+    options = {"kl_coef": 0.1, "entropy_coef": 0.2, "aggregate": aggregate,
+               "normalizer": 3 if aggregate == "sequence" else 15}
+    loss, metrics = grpo_loss(**data, kl_threshold=0.15, **options)
+    gradient, entropy_gradient = torch.autograd.grad(loss, (data["logps"], data["entropy"]))
+    two = {name: value[[0, 2]] for name, value in data.items()}
+    expected, kept = grpo_loss(**two, **options)  # the other two, over the same normalizer
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-15)
+    assert gradient[1].eq(0).all() and entropy_gradient[1].eq(0).all() and gradient[[0, 2]].ne(0).any(1).all()
+    assert metrics["kept"].item() == pytest.approx(2 / 3)
+    assert metrics["policy_loss"].item() == pytest.approx(kept["policy_loss"].item(), abs=1e-15)
+    assert metrics["kl"].item() == pytest.approx(kept["kl"].item() + (math.exp(0.8) - 1.8) / 3)
+
+
+def test_the_threshold_is_on_the_mean_over_the_rollouts_own_tokens_and_dropped_from_equality_on():
+    gap = grpo.kl_k3(tensor(0.8)).item()
+    logps, mask = torch.zeros(1, 4, dtype=F64), tensor([1.0, 1.0, 0.0, 0.0])
+    ref = tensor([0.8, 0.0, 5.0, 5.0])  # mean over the mask gap / 2
+    def kept(threshold):
+        arguments = logps, logps, ref, tensor(1.0), mask
+        return grpo_loss(*arguments, kl_threshold=threshold, normalizer=1)[1]["kept"].item()
+    assert kept(gap / 2) == 0 and kept(gap / 2 * 0.999) == 0 and kept(gap / 2 * 1.001) == 1
+
+
+# ---- aggregation
+
+
+def test_sequence_and_token_means_in_closed_form():
+    # A = 1 and -1 at ratio 1: rollouts of 1 and 3 tokens have token losses -1 and +1.
+    zeros, mask = torch.zeros(2, 3, dtype=F64), tensor([1.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+    arguments = zeros, zeros, None, tensor(1.0, -1.0), mask
+    assert grpo_loss(*arguments, normalizer=2)[0].item() == pytest.approx(0, abs=1e-15)
+    assert grpo_loss(*arguments, normalizer=4, aggregate="token")[0].item() == pytest.approx((-1 + 3) / 4)
+    assert grpo_loss(*arguments, normalizer=8, aggregate="token")[0].item() == pytest.approx((-1 + 3) / 8)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 2, 0, 4, 1, 3]])
+@pytest.mark.parametrize("sizes", [[6], [1] * 6, [2, 4], [3, 1, 2]])
+def test_micro_batches_padding_and_order_change_nothing(sizes, order, aggregate):
+    data = batch()
+    options = FULL | {"aggregate": aggregate, "normalizer": 6 if aggregate == "sequence" else data["mask"].sum().item()}
+    loss, metrics = grpo_loss(**data, **options)
+    assert 0 < metrics["kept"] < 1 and metrics["clip_fraction"] > 0  # every branch takes part
+    expected = torch.autograd.grad(loss, (data["logps"], data["entropy"]))
+    total, sums, gradients = 0.0, dict.fromkeys(metrics, 0.0), [torch.zeros(6, 5, dtype=F64) for _ in range(2)]
+    for rows in torch.tensor(order).split(sizes):
+        longest = int(data["mask"][rows].sum(1).max())
+        padding = (0, 3) if len(rows) % 2 else (0, 0)  # also wider than the longest row
+        part = {name: value[rows] if name == "advantages" else
+                torch.nn.functional.pad(value[rows, :longest], padding, value=0.0 if name == "mask" else 7.0)
+                for name, value in data.items()}
+        share, share_metrics = grpo_loss(**part, **options)
+        for gradient, piece in zip(gradients, torch.autograd.grad(share, (data["logps"], data["entropy"]))):
+            gradient += piece
+        total += share.item()
+        sums = {name: sums[name] + value.item() for name, value in share_metrics.items()}
+    assert total == pytest.approx(loss.item(), abs=1e-12)
+    assert sums == pytest.approx({name: value.item() for name, value in metrics.items()}, abs=1e-12)
+    for gradient, value in zip(gradients, expected):
+        torch.testing.assert_close(gradient, value, rtol=0, atol=1e-12)
+
+
+def test_unknown_aggregate_and_missing_inputs_are_refused():
+    data = batch()
+    plain = {name: data[name] for name in ("logps", "old_logps", "advantages", "mask")} | {"normalizer": 6}
+    grpo_loss(ref_logps=None, **plain)
+    for wrong in ({"aggregate": "mean"}, {"kl_coef": 0.1}, {"kl_threshold": 0.1}, {"entropy_coef": 0.1}):
+        with pytest.raises(ValueError):
+            grpo_loss(ref_logps=None, **plain, **wrong)
+
+
+# ---- garbage and gradients
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+@pytest.mark.parametrize("name", ["logps", "old_logps", "ref_logps", "entropy"])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+def test_masked_garbage_changes_nothing(garbage, name, aggregate):
+    clean, dirty = batch(), batch()
+    with torch.no_grad():
+        dirty[name].masked_fill_(dirty["mask"] == 0, garbage)
+    results = []
+    for data in (clean, dirty):
+        loss, metrics = grpo_loss(**data, **FULL, aggregate=aggregate, normalizer=6)
+        loss.backward()
+        results.append([loss.detach(), data["logps"].grad, data["entropy"].grad, *metrics.values()])
+    assert all(torch.equal(one, two) for one, two in zip(*results)) and results[1][0].isfinite()
+
+
+@pytest.mark.parametrize("gap", [-1e30, -1e3, 1e3, 1e30])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_trained_extremes_stay_finite(dtype, advantage, gap):
+    logps = torch.tensor([[gap, -1.0]], dtype=dtype, requires_grad=True)
+    others = torch.tensor([[0.0, -1.0]], dtype=dtype)
+    loss, metrics = grpo_loss(logps, others, others, torch.tensor([advantage], dtype=dtype), torch.ones(1, 2),
+                              kl_coef=0.1, kl_threshold=0.15, normalizer=1)
+    loss.backward()
+    assert logps.grad.isfinite().all() and all(value.isfinite() for value in metrics.values())
+
+
+def test_rows_without_tokens_add_nothing():
+    data = batch()
+    data["mask"][1:3] = 0
+    options = FULL | {"normalizer": 6}
+    loss, metrics = grpo_loss(**data, **options)
+    gradient, = torch.autograd.grad(loss, data["logps"])
+    expected, expected_metrics = grpo_loss(**{name: value[[0, 3, 4, 5]] for name, value in data.items()}, **options)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-15) and gradient[1:3].eq(0).all()
+    assert {k: v.item() for k, v in metrics.items()} == pytest.approx({k: v.item() for k, v in expected_metrics.items()})
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+def test_gradcheck(aggregate):
+    data = batch()
+    constants = {name: data[name] for name in ("old_logps", "ref_logps", "advantages", "mask")}
+
+    def loss(logps, entropy):
+        return grpo_loss(logps=logps, entropy=entropy, **constants, **FULL, aggregate=aggregate, normalizer=6)[0]
+
+    assert torch.autograd.gradcheck(loss, (data["logps"], data["entropy"]))
+
+
+def test_inputs_stay_as_they_are_and_metrics_carry_no_graph():
+    data = batch()
+    before = {name: value.detach().clone() for name, value in data.items()}
+    loss, metrics = grpo_loss(**data, **FULL, normalizer=6)
+    loss.backward()
+    assert all(torch.equal(data[name], before[name]) for name in data)
+    assert not any(value.requires_grad for value in metrics.values())
+    rewards = tensor([1.0, 0.0], [1.0, 1.0])
+    copy = rewards.clone()
+    group_advantages(rewards)
+    assert torch.equal(rewards, copy)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.long, torch.float32])
+def test_the_mask_may_have_any_type(kind):
+    data = batch()
+    expected = grpo_loss(**data, **FULL, normalizer=6)[0]
+    assert torch.equal(grpo_loss(**data | {"mask": data["mask"].to(kind)}, **FULL, normalizer=6)[0], expected)

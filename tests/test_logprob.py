@@ -1,0 +1,209 @@
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minibridge import logprob
+from minibridge.logprob import token_logprobs, token_logprobs_naive
+
+N, V, C = 23, 17, 6
+
+
+def inputs(dtype=torch.float64, weight_dtype=None, scale=1.5):
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(N, C, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(V, C, generator=generator, dtype=torch.float64).to(weight_dtype or dtype).requires_grad_()
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+def gradients(function, hidden, weight, targets, **options):
+    """Results and gradients of a loss in which every log-probability and entropy has its own weight."""
+    logprobs, entropy = function(hidden, weight, targets, **options)
+    loss = (logprobs * torch.linspace(-1, 2, N, dtype=logprobs.dtype)).sum()
+    if entropy is not None:
+        loss = loss + (entropy * torch.linspace(0.5, -1, N, dtype=logprobs.dtype)).sum()
+    return [logprobs, entropy, *torch.autograd.grad(loss, (hidden, weight))]
+
+
+def assert_all_close(results, expected, rtol, atol):
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=rtol, atol=atol)
+
+
+def test_by_hand():
+    # One-hot hidden states pick the columns of the weight, so the logits are log(1/2, 1/4, 1/4) and a uniform row.
+    weight = torch.tensor([[0.5, 1.0], [0.25, 1.0], [0.25, 1.0]]).log()
+    logprobs, entropy = token_logprobs(torch.eye(2), weight, torch.tensor([1, 2]))
+    torch.testing.assert_close(logprobs, torch.tensor([0.25, 1 / 3]).log())
+    torch.testing.assert_close(entropy, torch.tensor([1.5 * math.log(2), math.log(3)]))
+
+
+def test_temperature_by_hand():
+    # Probabilities 1/2, 1/4, 1/4 at temperature 1/2 are their squares over the sum: 4/6, 1/6, 1/6.
+    weight = torch.tensor([[0.5], [0.25], [0.25]]).log()
+    logprobs, _ = token_logprobs(torch.ones(2, 1), weight, torch.tensor([0, 1]), temperature=0.5)
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([4 / 6, 1 / 6]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+@pytest.mark.parametrize("chunk", [None, *range(1, N + 2)])
+def test_equals_the_naive_twin_for_every_chunk_size(chunk, temperature):
+    expected = gradients(token_logprobs_naive, *inputs(), temperature=temperature)
+    results = gradients(token_logprobs, *inputs(), temperature=temperature, chunk=chunk)
+    assert_all_close(results, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_equals_the_naive_twin_in_fp32():
+    results = gradients(token_logprobs, *inputs(torch.float32), chunk=4)
+    assert all(result.dtype == torch.float32 for result in results)
+    assert_all_close(results, gradients(token_logprobs_naive, *inputs(torch.float32)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_equals_the_naive_twin_in_bf16(weight_dtype):
+    results = gradients(token_logprobs, *inputs(torch.bfloat16, weight_dtype), chunk=4)
+    expected = gradients(token_logprobs_naive, *inputs(torch.bfloat16, weight_dtype))
+    assert [result.dtype for result in results] == [torch.float32] * 2 + [torch.bfloat16, weight_dtype]
+    assert_all_close(results[:2], expected[:2], rtol=1e-5, atol=1e-5)  # same bf16 logits, fp32 from there on
+    assert_all_close(results[2:], expected[2:], rtol=2e-2, atol=5e-2)
+
+
+def test_weight_gradient_of_bf16_chunks_adds_up_in_fp32():
+    hidden = torch.tensor([[512.0]] + [[1.0]] * 16, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, requires_grad=True)  # both tokens have probability 1/2
+    token_logprobs(hidden, weight, torch.zeros(17, dtype=torch.long), chunk=1)[0].sum().backward()
+    assert weight.grad.flatten().tolist() == [264, -264]  # 256 + 16 / 2; in bf16 it would stay at 256
+
+
+def test_gradcheck():
+    hidden, weight, targets = inputs(scale=0.5)
+    hidden, targets = hidden[:5].detach().requires_grad_(), targets[:5]
+    for entropy in (True, False):
+        def run(hidden, weight):
+            return tuple(x for x in token_logprobs(hidden, weight, targets, 0.7, 2, entropy) if x is not None)
+        assert torch.autograd.gradcheck(run, (hidden, weight))
+    assert torch.autograd.gradcheck(lambda *x: token_logprobs(*x, targets, 0.7, 2)[1], (hidden, weight))
+
+
+def test_without_entropy():
+    logprobs, entropy = token_logprobs(*inputs(), with_entropy=False)
+    assert entropy is None
+    torch.testing.assert_close(logprobs, token_logprobs_naive(*inputs())[0])
+    results = gradients(token_logprobs, *inputs(), with_entropy=False, chunk=5)
+    expected = gradients(lambda *x: (token_logprobs_naive(*x)[0], None), *inputs())
+    assert_all_close(results[2:], expected[2:], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_a_frozen_input_gets_no_gradient(trained):
+    arguments = [tensor.detach() for tensor in inputs()]
+    arguments[trained].requires_grad_()
+    token_logprobs(*arguments, chunk=5)[0].sum().backward()
+    hidden, weight, targets = inputs()
+    token_logprobs_naive(hidden, weight, targets)[0].sum().backward()
+    torch.testing.assert_close(arguments[trained].grad, (hidden, weight)[trained].grad)
+    assert arguments[1 - trained].grad is None
+
+
+def test_inputs_stay_as_they_are():
+    hidden, weight, targets = inputs()
+    before = [tensor.detach().clone() for tensor in (hidden, weight, targets)]
+    gradients(token_logprobs, hidden, weight, targets, temperature=0.5, chunk=4)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip((hidden, weight, targets), before))
+
+
+def test_far_logits_stay_finite_and_exact():
+    # Logits near 1000 with gaps of order 1: softmax by plain exp() would overflow, and H = lse - sum p z would
+    # cancel to a few digits.
+    weight = torch.tensor([[1000.0], [1001.0], [999.0]], requires_grad=True)
+    logprobs, entropy = token_logprobs(torch.ones(1, 1), weight, torch.tensor([0]))
+    expected = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64).log_softmax(0)
+    torch.testing.assert_close(logprobs.double(), expected[:1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(0, keepdim=True), rtol=0, atol=1e-4)
+    (logprobs + entropy).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    hidden, weight, targets = inputs()
+    loss = token_logprobs(hidden, weight, targets)[0].square().sum()
+    gradient, = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+class Created(TorchDispatchMode):
+    """Names of all operations, and shapes of all tensors that they create, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.names = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.names.append(function.overloadpacket.__name__)
+        owned = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        self.shapes += [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor)
+                        and x.untyped_storage().data_ptr() not in owned]
+        return result
+
+    def largest(self):
+        return max(math.prod(shape) for shape in self.shapes)
+
+
+def created(function, rows, vocabulary, width, train=True, **options):
+    hidden = torch.randn(rows, width, requires_grad=train)
+    weight = torch.randn(vocabulary, width, requires_grad=train)
+    with Created() as mode:
+        logprobs, entropy = function(hidden, weight, torch.arange(rows) % vocabulary, **options)
+        if train:
+            (logprobs.sum() + entropy.sum()).backward()
+    return mode
+
+
+def test_the_measure_sees_the_matrix_of_the_naive_twin():
+    assert created(token_logprobs_naive, 64, 50, 4).largest() == 64 * 50
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(chunk, train):
+    mode = created(token_logprobs, 64, 50, 4, train, chunk=chunk)
+    assert mode.largest() <= max(chunk * 50, 50 * 4, 64 * 4)
+    assert (64, 50) not in mode.shapes and (chunk, 50) in mode.shapes
+
+
+def test_the_default_chunk_is_an_eighth_of_the_rows_and_bounded(monkeypatch):
+    assert created(token_logprobs, 64, 50, 4).largest() == 64 // 8 * 50
+    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 3 * 50)
+    assert created(token_logprobs, 64, 50, 2).largest() == 3 * 50
+    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 1)  # never zero rows
+    assert (1, 50) in created(token_logprobs, 64, 50, 2).shapes
+
+
+def test_each_chunk_is_multiplied_once_without_gradients_and_four_times_with():
+    assert created(token_logprobs, 64, 50, 4, train=False).names.count("mm") == 8
+    assert created(token_logprobs, 64, 50, 4, train=True).names.count("mm") == 4 * 8
+    with torch.no_grad():
+        assert token_logprobs(*inputs())[0].grad_fn is None
+
+
+def test_an_entropy_that_is_only_logged_costs_nothing_backward():
+    def backward(with_entropy):
+        hidden, weight, targets = inputs()
+        loss = token_logprobs(hidden, weight, targets, with_entropy=with_entropy)[0].sum()
+        with Created() as mode:
+            loss.backward()
+        return [name for name in mode.names if name != "detach"]  # of the saved entropy: no work
+
+    assert backward(with_entropy=True) == backward(with_entropy=False)
+
+
+def test_no_rows():
+    hidden, weight, targets = inputs()
+    logprobs, entropy = token_logprobs(hidden[:0], weight, targets[:0])
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert weight.grad.eq(0).all()

@@ -1,0 +1,213 @@
+"""GRPO from a Hugging Face folder and a JSONL file of prompts with known answers.
+
+    python train_rl.py --model runs/sft_bridge/model --data data/rl.jsonl --val data/val.jsonl --out runs/rl_bridge
+
+A step: sample a group of answers for each prompt, score them, turn rewards into advantages within each group, take one
+or more optimizer steps on the clipped surrogate with a KL penalty towards the model it started from. The defaults are
+those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B. Where it departs from the authors' code: gradients are those of
+the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step is no no-op, and exactly
+the sampled tokens are trained, the stop token included.
+
+The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
+"""
+import itertools
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minibridge import checkpoint
+from minibridge.answer import extract
+from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
+from minibridge.data import Prompt, index_stream, load_prompts, micro_batches, pad_batch
+from minibridge.grpo import group_advantages, grpo_loss
+from minibridge.logprob import token_logprobs
+from minibridge.model import Decoder
+from minibridge.optim import adamw, learning_rate, pick_device, pick_dtype, update
+from minibridge.rollout import Episode, lines, rollout
+from minibridge.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = option(REQUIRED, "Hugging Face folder to start from; also the frozen reference of the KL term")
+    data: str = option(REQUIRED, "JSONL file of prompts")
+    out: str = option(REQUIRED, "run folder")
+    val: str | None = option(None, "JSONL file of prompts for the greedy validation accuracy")
+    steps: int = option(200, "rollout batches")
+    prompts: int = option(32, "prompts of one rollout batch")
+    samples: int = option(32, "sampled answers for each prompt")
+    updates: int = option(1, "optimizer steps on each rollout batch; from the second on the clip range matters")
+    learning_rate: float = option(1e-6, "peak learning rate")
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
+    warmup: int = option(0, "rollout batches of linear warm-up")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    clip: float = option(1.0, "largest gradient norm")
+    clip_low: float = option(0.2, "ratios below 1 - clip_low are clipped")
+    clip_high: float = option(0.2, "ratios above 1 + clip_high are clipped")
+    kl_coef: float = option(0.001, "weight of the k3 estimate of KL(policy | reference)")
+    kl_threshold: float | None = option(None, "drop rollouts whose mean k3 reaches this (the paper's Llama runs: 0.15)")
+    entropy_coef: float = option(0.001, "weight of the entropy bonus")
+    format_scale: float = option(0.0, "extra reward of a well-formed answer (the paper's Llama runs: 0.05)")
+    temperature: float = option(1.0, "of sampling and of the loss alike")
+    max_prompt: int = option(512, "longest prompt, in tokens; a longer one is an error")
+    max_new_tokens: int = option(2560, "longest answer, in tokens")
+    rows: int = option(256, "answers decoded at the same time")
+    micro_tokens: int = option(16384, "padded tokens in memory at once in training; changes speed, never results")
+    eval_every: int = option(5, "steps between validations; also before the first step and after the last")
+    save_every: int = option(100, "steps between checkpoints; 0: only at the end")
+    show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never")
+    resume: bool = option(False, "go on from the newest checkpoint of --out")
+    seed: int = option(0, "seed of the order of prompts and of sampling")
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...")
+
+
+@dataclass
+class MicroBatch:
+    """Rollouts trained together. (B, T-1) each but for ids (B, T) and advantages (B,): token t + 1 stands in column t."""
+    ids: Tensor
+    trained: Tensor
+    sampled_logps: Tensor
+    advantages: Tensor
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+
+def pack(groups: list[list[Episode]], advantages: Tensor, config: Config, device: torch.device, pad_id: int) -> list[MicroBatch]:
+    """Length-sorted micro-batches of all episodes; advantages (N, G)."""
+    episodes = [episode for group in groups for episode in group]
+    examples = [episode.example() for episode in episodes]
+    packed = []
+    for rows in micro_batches(examples, config.micro_tokens):
+        ids, mask = pad_batch([examples[row] for row in rows], pad_id)
+        trained = mask[:, 1:].bool()
+        sampled = torch.zeros(trained.shape)
+        sampled[trained] = torch.tensor([logprob for row in rows for logprob in episodes[row].completion.logprobs])
+        tensors = ids, trained, sampled, advantages.flatten()[rows]
+        packed.append(MicroBatch(*(tensor.to(device) for tensor in tensors)))
+    return packed
+
+
+def score(model: Decoder, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the sampled tokens under `model`: (B, T-1) each, 0 elsewhere."""
+    hidden = model(batch.ids[:, :-1])[batch.trained]  # (N, C)
+    values = token_logprobs(hidden, model.lm_head_weight, batch.ids[:, 1:][batch.trained], temperature)  # (N,), (N,)
+    return tuple(torch.zeros(batch.trained.shape, device=value.device).masked_scatter(batch.trained, value) for value in values)
+
+
+def improve(model: Decoder, reference: Decoder, optimizer: torch.optim.Optimizer, batches: list[MicroBatch], rate: float,
+            config: Config) -> dict[str, float]:
+    """The optimizer steps on one rollout batch; returns the metrics of the first, where the ratio is still 1."""
+    rollouts = sum(len(batch.ids) for batch in batches)
+    with torch.no_grad():
+        for batch in batches:
+            if config.kl_coef or config.kl_threshold is not None:
+                batch.ref_logps = score(reference, batch, config.temperature)[0]
+            if config.updates > 1:
+                batch.old_logps = score(model, batch, config.temperature)[0]
+    first: dict[str, float] = {}
+    for number in range(config.updates):
+        totals: Counter = Counter()
+        mismatch = 0.0
+        for batch in batches:
+            logps, entropy = score(model, batch, config.temperature)
+            old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
+            loss, metrics = grpo_loss(
+                logps, old_logps, batch.ref_logps, batch.advantages, batch.trained, clip=(config.clip_low, config.clip_high),
+                kl_coef=config.kl_coef, kl_threshold=config.kl_threshold, entropy=entropy,
+                entropy_coef=config.entropy_coef, aggregate="sequence", normalizer=rollouts)
+            loss.backward()
+            totals.update({name: value.item() for name, value in metrics.items()})
+            mismatch = max(mismatch, (logps.detach() - batch.sampled_logps).abs().max().item())
+        totals["grad_norm"] = update(model, optimizer, rate, config.clip)
+        first = first or {**totals, "mismatch": mismatch}
+    return first
+
+
+def describe(groups: list[list[Episode]]) -> dict[str, float]:
+    """What the rollouts look like, before any training on them; every figure is explained in the README."""
+    episodes = [episode for group in groups for episode in group]
+    share = lambda values: sum(values) / len(episodes)  # noqa: E731
+    answers = Counter(text for episode in episodes if (text := extract(episode.text)) is not None)
+    return {
+        "accuracy": share(episode.correct for episode in episodes),
+        "reward": share(episode.reward for episode in episodes),
+        "well_formed": share(episode.well_formed for episode in episodes),
+        "length": share(len(episode.completion.ids) for episode in episodes),
+        "truncated": share(episode.completion.finish_reason == "length" for episode in episodes),
+        "common_answer": max(answers.values(), default=0) / len(episodes),
+        "dead_groups": sum(len({episode.reward for episode in group}) == 1 for group in groups) / len(groups),
+    }
+
+
+def validate(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], config: Config) -> float:
+    groups = rollout(model, tokenizer, prompts, 1, max_new_tokens=config.max_new_tokens, temperature=0.0, rows=config.rows)
+    return sum(group[0].correct for group in groups) / len(groups)
+
+
+def show(groups: list[list[Episode]]):
+    """Two rollouts in full, a right and a wrong one if there are both."""
+    episodes = sorted((episode for group in groups for episode in group), key=lambda episode: -episode.correct)
+    for episode in (episodes[0], episodes[-1]):
+        question = episode.prompt.record["prompt"][-1]["content"]
+        print(f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}", flush=True)
+
+
+def main(config: Config):
+    if config.temperature <= 0 or config.updates < 1:
+        raise InputError("temperature: must be above 0" if config.updates >= 1 else "updates: must be at least 1")
+    device = pick_device(config.device)
+    tokenizer = Tokenizer.load(config.model)
+    model, reference = (checkpoint.load(config.model, torch.float32, device) for _ in range(2))
+    model.compute_dtype = reference.compute_dtype = pick_dtype(config.dtype, device)
+    optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
+    prompts = load_prompts(config.data, tokenizer, config.max_prompt)
+    held_out = load_prompts(config.val, tokenizer, config.max_prompt) if config.val else []
+    generator = torch.Generator(device).manual_seed(config.seed)
+    checkpoints = Path(config.out) / "checkpoints"
+    saved = checkpoint.latest(checkpoints) if config.resume else None
+    state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "generator": generator.get_state()}
+    generator.set_state(state["generator"])
+    run = Run(config.out, config, device=str(device), steps=config.steps, resume_step=state["step"] + 1 if saved else None)
+    (run.path / "rollouts").mkdir(exist_ok=True)
+    if held_out and not saved:
+        run.log(0, val_accuracy=validate(model, tokenizer, held_out, config))
+
+    stream = index_stream(len(prompts), config.prompts, config.seed, state["step"])
+    for step, indices in enumerate(itertools.islice(stream, max(0, config.steps - state["step"])), state["step"] + 1):
+        began = time.monotonic()
+        groups = rollout(model, tokenizer, [prompts[index] for index in indices], config.samples,
+                         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                         format_scale=config.format_scale, rows=config.rows, generator=generator)
+        decoded = time.monotonic()
+        write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
+        advantages = group_advantages(torch.tensor([[episode.reward for episode in group] for group in groups]))  # (N, G)
+        rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
+        batches = pack(groups, advantages, config, device, tokenizer.pad_id)
+        numbers = describe(groups) | improve(model, reference, optimizer, batches, rate, config)
+        trained = time.monotonic()
+
+        numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
+                    "tokens_per_second": numbers["length"] * config.prompts * config.samples / (decoded - began)}
+        if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
+            numbers["val_accuracy"] = validate(model, tokenizer, held_out, config)
+        run.log(step, console=CONSOLE, **numbers)
+        if config.show_every and (step - 1) % config.show_every == 0:
+            show(groups)
+        if config.save_every and step % config.save_every == 0 and step < config.steps:
+            state = {"step": step, "generator": generator.get_state()}
+            checkpoint.save_training(checkpoints / f"step_{step}", model, optimizer, state, tokenizer)
+    checkpoint.save(model, run.path / "model", tokenizer)
+    run.finish()
+
+
+CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "val_accuracy")
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, Config))

@@ -1,0 +1,121 @@
+"""Supervised fine-tuning on worked answers: a JSONL file and a Hugging Face folder in, a Hugging Face folder out.
+
+    python train_sft.py --model checkpoints/qwen2.5-1.5b --data data/sft_bridge.jsonl --out runs/sft_bridge
+
+The defaults are the paper's (arXiv 2505.18917): AdamW, constant 5e-6, batches of 128, 5 epochs. Where it departs from
+the authors' code: the loss is on the answer alone (--whole-chat for theirs), it is the mean over the answer tokens of
+the whole batch whatever the micro-batches, and padding is never trained.
+
+The run folder holds run.json, metrics.jsonl, checkpoints/ and, at the end, model/.
+"""
+import itertools
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from minibridge import checkpoint
+from minibridge.config import REQUIRED, InputError, Run, option, run_main
+from minibridge.data import Example, batches, index_stream, load_sft, micro_batches, pad_batch
+from minibridge.logprob import token_logprobs
+from minibridge.model import Decoder
+from minibridge.optim import adamw, learning_rate, pick_device, pick_dtype, update
+from minibridge.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = option(REQUIRED, "Hugging Face folder to start from")
+    data: str = option(REQUIRED, "JSONL file of SFT examples")
+    out: str = option(REQUIRED, "run folder")
+    val: str | None = option(None, "JSONL file of SFT examples held out for the validation loss")
+    epochs: float = option(5.0, "passes over the data")
+    batch_size: int = option(128, "examples of one optimizer step")
+    micro_tokens: int = option(16384, "padded tokens in memory at once; changes speed, never results")
+    learning_rate: float = option(5e-6, "peak learning rate")
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
+    warmup: int = option(0, "steps of linear warm-up")
+    beta2: float = option(0.95, "AdamW's second beta; the first is 0.9")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    clip: float = option(1.0, "largest gradient norm")
+    max_length: int = option(2048, "longest example, in tokens")
+    truncate: bool = option(False, "cut longer examples on the right, as the authors do; otherwise they are an error")
+    whole_chat: bool = option(False, "train on system and user turns too, as the authors do")
+    eval_every: int = option(0, "steps between validation losses; 0: only at the end")
+    save_every: int = option(0, "steps between checkpoints; 0: only at the end")
+    log_every: int = option(1, "steps between console lines; metrics.jsonl has every step")
+    resume: bool = option(False, "go on from the newest checkpoint of --out")
+    seed: int = option(0, "seed of the order of examples")
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...")
+
+
+def answer_loss(model: Decoder, batch: list[Example], device: torch.device, pad_id: int) -> tuple[torch.Tensor, int]:
+    """Summed negative log-likelihood of the trained tokens of one micro-batch, in nats, and their number."""
+    ids, mask = (tensor.to(device) for tensor in pad_batch(batch, pad_id))  # (B, T), (B, T)
+    trained = mask[:, 1:].bool()  # (B, T-1): hidden state t predicts token t + 1
+    hidden = model(ids[:, :-1])[trained]  # (N, C)
+    logprobs, _ = token_logprobs(hidden, model.lm_head_weight, ids[:, 1:][trained], with_entropy=False)
+    return -logprobs.sum(), len(hidden)
+
+
+def accumulate(model: Decoder, batch: list[Example], config: Config, device: torch.device, pad_id: int) -> float:
+    """Leaves in .grad the gradient of the mean loss over the batch's trained tokens; returns that loss."""
+    normalizer = sum(sum(example.mask[1:]) for example in batch)  # of the whole step, before any micro-batch
+    total = 0.0
+    for rows in micro_batches(batch, config.micro_tokens):
+        loss = answer_loss(model, [batch[row] for row in rows], device, pad_id)[0] / normalizer
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def validation_loss(model: Decoder, examples: list[Example], config: Config, device: torch.device, pad_id: int) -> float:
+    """Mean negative log-likelihood of the trained tokens, in nats."""
+    parts = [answer_loss(model, [examples[row] for row in rows], device, pad_id)
+             for rows in micro_batches(examples, config.micro_tokens)]
+    return sum(loss.item() for loss, _ in parts) / sum(count for _, count in parts)
+
+
+def main(config: Config):
+    device = pick_device(config.device)
+    tokenizer = Tokenizer.load(config.model)
+    model = checkpoint.load(config.model, torch.float32, device)
+    model.compute_dtype = pick_dtype(config.dtype, device)
+    optimizer = adamw(model, (0.9, config.beta2), config.weight_decay)
+    examples = load_sft(config.data, tokenizer, config.max_length, config.whole_chat, config.truncate)
+    held_out = load_sft(config.val, tokenizer, config.max_length, config.whole_chat, config.truncate) if config.val else []
+    steps = round(config.epochs * len(batches(len(examples), config.batch_size, config.seed, 0)))
+    if steps < 1:
+        raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
+    checkpoints = Path(config.out) / "checkpoints"
+    saved = checkpoint.latest(checkpoints) if config.resume else None
+    start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
+    run = Run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None)
+
+    stream = index_stream(len(examples), config.batch_size, config.seed, start)
+    for step, indices in enumerate(itertools.islice(stream, max(0, steps - start)), start + 1):
+        began = time.monotonic()
+        batch = [examples[index] for index in indices]
+        rate = learning_rate(step - 1, steps, config.learning_rate, config.warmup, config.schedule)
+        loss = accumulate(model, batch, config, device, tokenizer.pad_id)
+        norm = update(model, optimizer, rate, config.clip)
+        seconds = time.monotonic() - began
+        numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "seconds": seconds,
+                   "tokens_per_second": sum(len(example.ids) for example in batch) / seconds}
+        if held_out and (step == steps or config.eval_every and step % config.eval_every == 0):
+            numbers["val_loss"] = validation_loss(model, held_out, config, device, tokenizer.pad_id)
+        shown = step == steps or step % config.log_every == 0 or "val_loss" in numbers
+        run.log(step, console=None if shown else (), **numbers)
+        if config.save_every and step % config.save_every == 0 and step < steps:
+            checkpoint.save_training(checkpoints / f"step_{step}", model, optimizer, {"step": step}, tokenizer)
+    checkpoint.save(model, run.path / "model", tokenizer)
+    run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, Config))
