@@ -9,6 +9,7 @@ The problems of a split depend on the seed, the split, the op range and the scal
 the same problems in the same order, with the same `id`, in other words. No problem structure stands in two splits.
 SFT lines hold "messages", all others "prompt"; both load in TRL as they are.
 """
+import itertools
 import random
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ SCALES = {"paper": igsm.PAPER, "toy": igsm.TOY}
 # Rows and op range of the paper's splits, and the share of all structures (in tenths) that a split may draw from.
 SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
           "val": (500, (21, 25), range(8, 9)), "test": (500, (20, 20), range(9, 10))}
+PATIENCE = 20_000  # candidates without a new problem before giving up
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,26 @@ def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, se
     seen: set[str] = set()
     answers: Counter[int] = Counter()
     quota = max(1, int(balance * count))
-    for problem in _candidates(split, ops, scale, seed, limit=1000 + 500 * count):
-        if len(kept) == count:
-            return kept
+    newest = 0
+    for number, problem in _candidates(split, ops, scale, seed):
         if problem.id not in seen and answers[problem.answer] < quota:
             seen.add(problem.id)
             answers[problem.answer] += 1
             kept.append(problem)
-    if len(kept) == count:
-        return kept
-    raise InputError(f"count: only {len(kept)} of {count} problems found for {split}, ops {ops[0]}-{ops[1]}, balance {balance}")
+            newest = number
+        if len(kept) == count:
+            return kept
+        if number - newest > PATIENCE:
+            raise InputError(f"count: no more than {len(kept)} of {count} problems found for split {split}, "
+                             f"ops {ops[0]}-{ops[1]}, balance {balance:g}")
 
 
-def _candidates(split: str, ops: tuple[int, int], scale: igsm.Scale, seed: int, limit: int) -> Iterator[Problem]:
-    tenths = SPLITS[split][2]
-    for i in range(limit):
+def _candidates(split: str, ops: tuple[int, int], scale: igsm.Scale, seed: int) -> Iterator[tuple[int, Problem]]:
+    """(i, problem of stream i) for those whose structure belongs to the split."""
+    for i in itertools.count():
         problem = igsm.draw(random.Random(f"{seed}/{split}/{ops[0]}-{ops[1]}/{i}"), ops, scale)
-        if int(problem.structure, 16) % 10 in tenths:
-            yield problem
+        if int(problem.structure, 16) % 10 in SPLITS[split][2]:
+            yield i, problem
 
 
 def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = None) -> dict:

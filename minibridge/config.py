@@ -70,18 +70,15 @@ def parse(cls: type, argv: Sequence[str] | None = None) -> Any:
 
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """The keyword arguments of `add_argument` for one dataclass field."""
-    text = field.metadata.get("help", "").replace("%", "%%")  # argparse formats the help with %
+    required = field.default is REQUIRED
+    note = "required" if required else f"default: {_shown(field.default)}"
+    text = f"{field.metadata.get('help', '')} ({note})".replace("%", "%%")  # argparse formats the help with %
+    keywords = {"help": text, "required": required, "default": None if required else field.default}
     if hint is bool:
-        # Before Python 3.13 argparse itself adds the default of a switch, unless the text has "%(default)".
-        return {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: %(default)s)",
-                "default": field.default}
+        return keywords | {"action": argparse.BooleanOptionalAction}
     reader, choices = _reader(hint, field.metadata.get("choices"))
     metavar = "{" + ",".join(map(_shown, choices)) + "}" if choices else field.name.split("_")[-1].upper()
-    keywords = {"type": reader, "choices": choices, "metavar": metavar}
-    if field.default is REQUIRED:
-        return keywords | {"required": True, "help": f"{text} (required)"}
-    shown = _shown(field.default).replace("%", "%%")
-    return keywords | {"default": field.default, "help": f"{text} (default: {shown})"}
+    return keywords | {"type": reader, "choices": choices, "metavar": metavar}
 
 
 def _reader(hint: Any, choices: Sequence | None) -> tuple[Callable[[str], Any], Sequence | None]:

@@ -18,7 +18,7 @@ from minibridge.worlds import TOY_WORLDS, WORLDS
 
 CONSTANT = "constant"  # stands among a node's parents for "a constant of its own", drawn from 0..9
 STRUCTURE_TRIES = 50
-MAX_DRAWS = 20_000
+MAX_DRAWS = 2_000
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The decoder: Qwen2 / Qwen2.5, Qwen3 and Llama 3.x in one class, and the key/value cache for sampling.
 
-One `forward` serves training, prefill and decoding; positions are an argument. Parameter names are those of Hugging
-Face's classes, so a checkpoint maps one to one. Not here: text, sampling, losses, files. Departures from the library
-models: no dropout, no attention mask (rows are padded on the right, where causality already hides the padding), no
-sliding window.
+One `forward` serves training, prefill and decoding; positions are an argument. Parameter names are those
+of Hugging Face's classes, so a checkpoint maps one to one. Not here: text, sampling, losses, files.
+Departures from the library models: no dropout, no sliding window, and no attention mask (rows are padded on
+the right, where causality already keeps the padding from every real token).
 
-Axes: B rows, T tokens, S cache slots, C hidden, H heads, K key/value heads, G = H / K, D head size, V vocabulary.
+Axes: B rows, T tokens, S cache slots, C hidden, H heads, K key/value heads, G = H / K, D head size,
+V vocabulary.
 """
 
 import math
@@ -27,7 +28,7 @@ LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max
 class ModelConfig:
     """The shape of a decoder, in Hugging Face's words. Raises InputError for a shape that cannot be built."""
 
-    model_type: str                    # "qwen2" (also Qwen2.5), "qwen3" or "llama"
+    model_type: str                    # "qwen2" (Qwen2.5 too), "qwen3" or "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -38,44 +39,42 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None   # None, or the four numbers of Llama 3.1's scaling
+    rope_scaling: dict | None = None   # the four numbers of LLAMA3_SCALING, or None: rotary embeddings as is
     tie_word_embeddings: bool = False
-    attention_bias: bool = False       # llama and qwen3: bias on q, k, v and o; qwen2 always has it on q, k, v only
-    mlp_bias: bool = False             # llama only
+    attention_bias: bool = False       # qwen3, llama: on q, k, v and o. qwen2 always has it on q, k and v
+    mlp_bias: bool = False             # llama
 
     def __post_init__(self):
         if self.model_type not in ARCHITECTURES:
             raise InputError(f"model_type {self.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
-        for name in SIZES:
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise InputError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            if not _positive(getattr(self, name)):
-                raise InputError(f"{name} must be a positive number, not {getattr(self, name)!r}")
+        numbers = {name: getattr(self, name) for name in (*SIZES, "rms_norm_eps", "rope_theta")}
+        numbers |= {name: self.rope_scaling.get(name) for name in LLAMA3_SCALING} if self.rope_scaling else {}
+        for name, value in numbers.items():
+            kinds = (int,) if name in SIZES else (int, float)
+            if type(value) not in kinds or value <= 0:
+                kind = "integer" if name in SIZES else "number"
+                raise InputError(f"{name} must be a positive {kind}, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
-        for name in LLAMA3_SCALING if self.rope_scaling is not None else ():
-            if not _positive(self.rope_scaling.get(name)):
-                raise InputError(f"rope_scaling needs a positive {name}, not {self.rope_scaling.get(name)!r}")
 
     @classmethod
     def from_hf(cls, data: dict, source: str = "config.json") -> "ModelConfig":
         """Read the contents of a Hugging Face config.json; `source` begins the line of an InputError."""
         try:
-            return cls(**_from_hf(data))
+            return cls(**_fields_from_hf(data), **_rope_from_hf(data))
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
 
     def to_hf(self, dtype: str = "float32") -> dict:
         """The contents of a config.json that transformers and vLLM open. dtype: that of the saved weights."""
-        data = {"architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type, "torch_dtype": dtype}
+        data = {"architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type}
+        data |= {"torch_dtype": dtype, "hidden_act": "silu", "use_cache": True}
         data |= {name: getattr(self, name) for name in SIZES}
-        data |= {"hidden_act": "silu", "rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta,
-                 "tie_word_embeddings": self.tie_word_embeddings, "use_cache": True}
-        data["rope_scaling"] = None if self.rope_scaling is None else {"rope_type": "llama3", **self.rope_scaling}
+        data |= {name: getattr(self, name) for name in ("rms_norm_eps", "rope_theta", "tie_word_embeddings")}
+        data["rope_scaling"] = {"rope_type": "llama3", **self.rope_scaling} if self.rope_scaling else None
         if self.model_type != "qwen2":
             data["attention_bias"] = self.attention_bias
         if self.model_type == "llama":
@@ -83,36 +82,26 @@ class ModelConfig:
         return data
 
 
-def _positive(value) -> bool:
-    return type(value) in (int, float) and value > 0
-
-
-def _from_hf(data: dict) -> dict:
-    """ModelConfig's fields from a config.json; the values themselves are checked by ModelConfig."""
-    model_type = data.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise InputError(f"model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
-    if data.get("hidden_act", "silu") != "silu":
-        raise InputError(f"hidden_act {data['hidden_act']!r} is not supported, only silu")
+def _fields_from_hf(data: dict) -> dict:
+    """ModelConfig's fields but for the rotary ones; ModelConfig checks the values."""
+    kind = data.get("model_type")
+    if kind in ARCHITECTURES and data.get("hidden_act", "silu") != "silu":
+        raise InputError(f"hidden_act {data['hidden_act']!r} is not supported, only 'silu'")
     if data.get("use_sliding_window") or set(data.get("layer_types") or ()) - {"full_attention"}:
         raise InputError("sliding window attention is not supported")
-    fields = {"model_type": model_type, "tie_word_embeddings": bool(data.get("tie_word_embeddings", False))}
-    if model_type != "qwen3" and not data.get("head_dim"):  # only Qwen3's head size is free of its hidden size
-        data = data | {"head_dim": _default_head_dim(data)}
-    for name in (*SIZES, "rms_norm_eps"):
-        if name not in data:
-            raise InputError(f"{name} is missing")
-        fields[name] = data[name]
-    fields["attention_bias"] = model_type != "qwen2" and bool(data.get("attention_bias", False))
-    fields["mlp_bias"] = model_type == "llama" and bool(data.get("mlp_bias", False))
-    return fields | _rope_from_hf(data)
-
-
-def _default_head_dim(data: dict) -> int:
-    hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
-    if type(hidden) is not int or type(heads) is not int or heads < 1 or hidden % heads:
-        raise InputError(f"hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r}")
-    return hidden // heads
+    sizes = {name: data.get(name) for name in SIZES}
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if sizes["head_dim"] is None and kind != "qwen3" and type(width) is type(heads) is int and heads > 0:
+        sizes["head_dim"] = width // heads  # Qwen3 alone always names it
+        if width % heads:
+            raise InputError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return sizes | {
+        "model_type": kind,
+        "rms_norm_eps": data.get("rms_norm_eps"),
+        "tie_word_embeddings": bool(data.get("tie_word_embeddings")),
+        "attention_bias": kind != "qwen2" and bool(data.get("attention_bias")),
+        "mlp_bias": kind == "llama" and bool(data.get("mlp_bias")),
+    }
 
 
 def _rope_from_hf(data: dict) -> dict:
@@ -120,57 +109,54 @@ def _rope_from_hf(data: dict) -> dict:
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise InputError(f"rope_scaling must be an object, not {rope!r}")
-    theta = rope.get("rope_theta", data.get("rope_theta"))
-    if theta is None:
-        raise InputError("rope_theta is missing")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"rope scaling {kind!r} is not supported, only llama3 on whole heads")
+        raise InputError(f"rope scaling {rope!r} is not supported, only 'llama3'")
     scaling = {name: rope.get(name) for name in LLAMA3_SCALING} if kind == "llama3" else None
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return {"rope_theta": rope.get("rope_theta", data.get("rope_theta")), "rope_scaling": scaling}
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair of a head's coordinates, (D/2,) fp32 (arXiv 2104.09864, section 3.2.2).
+    """Radians per position of each pair of a head's coordinates, (D/2,) fp32 (arXiv 2104.09864, 3.2.2).
 
-    With rope_scaling: wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter than
-    original / high_freq_factor are kept, and between the two the frequency is interpolated (Llama 3.1,
-    https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py).
+    With rope_scaling, as Llama 3.1 has it: pairs that turn more than high_freq_factor times over the
+    original context are kept, those that turn less than low_freq_factor times are slowed by `factor`, and
+    those between interpolated (https://github.com/meta-llama/llama-models, models/llama3/model.py).
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (D/2,)
     if config.rope_scaling is None:
         return frequencies
     factor, low, high, original = (config.rope_scaling[name] for name in LLAMA3_SCALING)
-    turns = original * frequencies / (2 * math.pi)  # whole turns over the original context
+    turns = original * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, heads, D), pairing coordinate i with i + D/2; sin carries the sign of each half."""
+    """Rotary embedding of x (B, T, heads, D); coordinates i and i + D/2 are a pair, sin has their signs."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Attention of q (B, T, H, D) over cached keys, values (B, K, S, D), which are read in place and never repeated.
+    """Attention (B, T, H, D) of q (B, T, H, D) over cached keys and values (B, K, S, D), without copies.
 
-    The G query heads that share a key head are laid along the query-time axis. Equal to repeating keys and values
-    G times. bias (B, 1, G*T, S): 0 where a query sees a slot, -inf elsewhere. Returns (B, T, H, D).
+    The G query heads of a key head are laid along the query-time axis: the same numbers as repeating keys and
+    values G times. bias (B, 1, G*T, S) is 0 where a query sees a slot and -inf elsewhere.
     """
     B, T, H, D = q.shape
     K = keys.shape[1]
-    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
+    q = q.view(B, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-    return out.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    return out.view(B, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 class KVCache:
-    """Keys and values of every layer, (L, B, K, S, D) each; a token's slot is its position in its row.
+    """Keys and values of all layers, (L, B, K, S, D) each; a token's slot is its position in its row.
 
-    Attention reads slots 0 .. limit - 1: the caller, who knows the positions without asking the device, keeps `limit`
-    one past the largest position in use. Only the first `rows` rows take part; the caller may lower that too.
-    Slots start at zero because what the mask hides is still multiplied by zero, and zero times NaN is NaN.
+    Only the first `rows` rows take part, and attention reads slots 0 .. limit - 1 of them: the caller, who
+    knows the positions without asking the device, keeps `limit` one past the largest in use. Slots start at
+    zero, because what is masked is still multiplied by 0, and uninitialised memory may hold a NaN.
     """
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype=torch.float32, device="cpu"):
@@ -180,42 +166,40 @@ class KVCache:
         self.rows, self.limit = rows, slots
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, T, K, D) at slots positions (B, T), in place; returns the layer's (B, K, limit, D) views."""
+        """Put k, v (B, T, K, D) at slots positions (B, T); returns the layer's (B, K, limit, D) views."""
         keys, values = self.keys[layer, : self.rows], self.values[layer, : self.rows]
         row = torch.arange(self.rows, device=positions.device)[:, None]  # (B, 1)
         keys[row, :, positions], values[row, :, positions] = k, v
         return keys[:, :, : self.limit], values[:, :, : self.limit]
 
-    def copy_rows(self, source: "KVCache", source_rows: Tensor, rows: Tensor):
-        """Overwrite `rows` with source's `source_rows`, slots below source.limit; source may be this cache."""
+    def copy_rows(self, source: "KVCache", source_rows: list[int], rows: list[int]):
+        """Overwrite `rows` with `source_rows` of source, up to its limit; source may be this cache."""
         self.keys[:, rows, :, : source.limit] = source.keys[:, source_rows, :, : source.limit]
         self.values[:, rows, :, : source.limit] = source.values[:, source_rows, :, : source.limit]
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + b in x's dtype: this cast is the only place where fp32 parameters meet bf16 activations.
+    """x Wᵀ + b in the dtype of x: the one place where fp32 parameters meet bf16 activations.
 
-    Weights are unset until `Decoder.init_weights` or a checkpoint fills them.
+    The weights are not set: `Decoder.init_weights` or a checkpoint fills them.
     """
 
     def reset_parameters(self):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis, in fp32 (arXiv 1910.07467)."""
+    """x / √(mean of x² + eps) · weight over the last axis (arXiv 1910.07467); the kernel computes in fp32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -224,18 +208,21 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
         qkv_bias = config.attention_bias or config.model_type == "qwen2"
         self.q_proj = Linear(config.hidden_size, width, bias=qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_width, bias=qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_width, bias=qkv_bias)
         self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
-        normed = config.model_type == "qwen3"  # per head, before the rotation
+        normed = config.model_type == "qwen3"  # each head on its own, before the rotation
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, rope, cache, positions, bias) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+    def forward(self, x: Tensor, rope, positions: Tensor, cache: KVCache | None, bias: Tensor | None):
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # (B, T, H, D), (B, T, K, D)
         if cache is not None:
             keys, values = cache.write(self.layer, positions, k, v)  # (B, K, S, D)
@@ -252,10 +239,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        C, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(C, F_, bias=config.mlp_bias)
-        self.up_proj = Linear(C, F_, bias=config.mlp_bias)
-        self.down_proj = Linear(F_, C, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -275,18 +261,18 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model. Activations and matrix products are in `compute_dtype` (default: that of the parameters)."""
+    """The language model. Its activations are in compute_dtype, by default the dtype of the parameters."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.model = nn.Module()
-        self.model.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)  # (V, C), as a head has it
-        self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.model.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)  # (V, C)
+        self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.frequencies = rope_frequencies(config)  # a plain tensor: Module.to(bfloat16) would round a buffer
+        self.frequencies = rope_frequencies(config)  # not a buffer: Module.to(bfloat16) would round it
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -305,40 +291,40 @@ class Decoder(nn.Module):
         return KVCache(self.config, rows, slots, self.activation_dtype, self.device)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, C) after the final norm, of ids (B, T) at positions (B, T), by default 0 .. T - 1.
+        """Final hidden states (B, T, C) of ids (B, T) at positions (B, T), by default 0 .. T - 1.
 
-        With a cache, row b's token t is written at slot positions[b, t]. Without positions the rows are whole
-        sequences padded on the right, and attention is causal among their tokens (training, prefill); with both, a
-        query at position p sees slots 0 .. p of its row (decoding, and prefill in pieces).
+        With a cache, token t of row b is written at slot positions[b, t]. Attention is causal among the
+        tokens given (training, prefill), unless both positions and a cache are: then a query at position p
+        sees slots 0 .. p of its row (decoding, and prefill in pieces).
         """
         x = F.embedding(ids, self.model.embed_tokens.weight).to(self.activation_dtype)  # (B, T, C)
-        bias = None if cache is None or positions is None else self._cache_bias(positions, cache.limit, x.dtype)
+        bias = None if cache is None or positions is None else self._cache_bias(positions, cache.limit)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         rope = self._rope_tables(positions)
         for block in self.model.layers:
-            x = block(x, rope, cache, positions, bias)
+            x = block(x, rope, positions, cache, bias)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, V) in fp32, of hidden (B, T, C)."""
+        """fp32 logits (..., V) of hidden (..., C)."""
         return F.linear(hidden, self.lm_head_weight.to(hidden.dtype)).float()
 
     def _rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         self.frequencies = self.frequencies.to(positions.device)
-        angles = positions[:, :, None, None] * self.frequencies  # (B, T, 1, D/2)
+        angles = positions[:, :, None, None] * self.frequencies  # (B, T, 1, D/2) fp32
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, 1, D) each
 
-    def _cache_bias(self, positions: Tensor, limit: int, dtype: torch.dtype) -> Tensor:
-        hidden = torch.arange(limit, device=positions.device) > positions[:, :, None]  # (B, T, S)
-        bias = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
+    def _cache_bias(self, positions: Tensor, limit: int) -> Tensor:
+        later = torch.arange(limit, device=positions.device) > positions[:, :, None]  # (B, T, S)
+        bias = torch.zeros(later.shape, dtype=self.activation_dtype, device=positions.device)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        return bias.repeat(1, groups, 1)[:, None]  # (B, 1, G*T, S)
+        return bias.masked_fill_(later, -torch.inf).repeat(1, groups, 1)[:, None]  # (B, 1, G*T, S)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, std: float = 0.02):
-        """Normal(0, std) matrices, those that write to the residual stream over √(2L) (GPT-2); biases 0, norms 1."""
+        """Normal(0, std) matrices, over √(2L) those that add to the residual (GPT-2); biases 0, norms 1."""
         shrink = 1 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:

@@ -1,17 +1,176 @@
-"""The paper's comparison at toy scale, from problems to the table; and the toy base model it starts from."""
+"""The paper's comparison from an empty folder to its table, at toy scale.
+
+    python -m minibridge.reproduce toy      problems -> SFT (vanilla, BRIDGE) -> GRPO -> accuracy before and after
+    python -m minibridge.reproduce base     makes the toy base model anew, into --out (hours of CPU); it comes with the
+                                            package, in minibridge/toy_base
+
+What is shrunk: six to eight operations where the paper has fifteen to twenty, four small categories of one-word names,
+values below 50, a Qwen2-shaped model of a million parameters. The part of the pretrained model is played by one trained
+from scratch on easier problems (one to five operations, vanilla answers); it has seen no injected behavior and no
+problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage is the real one.
+
+A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
+interrupted run is continued by the same command.
+"""
+import csv
+import json
+import math
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import gen_data
+import train_rl
 import train_sft
-from minibridge import checkpoint, igsm, traces
-from minibridge.config import option, run_main, write_jsonl
+from minibridge import checkpoint, evaluate, igsm, traces
+from minibridge.config import InputError, Run, option, read_jsonl, run_main, write_jsonl
 from minibridge.model import Decoder, ModelConfig
 from minibridge.tokenizer import train_toy
+
+TOY_BASE = Path(__file__).parent / "toy_base"
+ARMS = ("vanilla", "bridge")
+TESTS = {"id": (8, 8), "ood": (10, 10)}  # op counts of the two test sets
+
+
+@dataclass(frozen=True)
+class Toy:
+    """One line a stage; see train_sft.py and train_rl.py for what the numbers mean."""
+    out: str = option("runs/toy", "run folder")
+    base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
+    seed: int = option(0, "seed of problems, training and sampling")
+    ops: tuple[int, int] = option((6, 8), "operations of the SFT and RL problems")
+    sft_rows: int = option(2000, "SFT examples of each arm")
+    sft_epochs: float = option(2.0, "passes over them")
+    sft_learning_rate: float = option(5e-4, "peak, then a cosine")
+    rl_steps: int = option(30, "rollout batches")
+    rl_prompts: int = option(8, "prompts of a rollout batch")
+    rl_samples: int = option(16, "answers sampled for each prompt")
+    rl_learning_rate: float = option(2e-4, "after five steps of warm-up")
+    test_problems: int = option(400, "problems of each test set")
+    max_new_tokens: int = option(400, "longest answer, in tokens")
+
+
+# --- toy: the comparison -------------------------------------------------------------------------------------
+
+
+def main_toy(config: Toy):
+    out = Path(config.out)
+    _same_settings(out, config)
+    run = Run(out, config)
+    make_data(config, out)
+    for arm in ARMS:
+        if _missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
+            train_sft.main(sft_config(config, out, arm))
+        if _missing(out / f"rl_{arm}" / "model", f"GRPO, {arm}"):
+            train_rl.main(rl_config(config, out, arm))
+        for stage in ("sft", "rl"):
+            test(config, out, f"{stage}_{arm}")
+    text = results_table(out)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_curves(out)
+    run.finish()
+    print(f"\n{text}\n\nwritten: {out / 'table.md'}, {out / 'curves.csv'}; {run.record['seconds']:.0f} s")
+
+
+def _same_settings(out: Path, config: Toy):
+    """Refuse to mix two settings in one run folder."""
+    record = out / "run.json"
+    if not record.exists():
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))["config"]
+    now = json.loads(json.dumps(asdict(config)))
+    if differing := [name for name in now if name != "out" and before.get(name) != now[name]]:
+        raise InputError(f"{record}: made with another {', '.join(differing)}; choose another --out or delete the folder")
+
+
+def _missing(path: Path, title: str) -> bool:
+    if not path.exists():
+        print(f"\n=== {title}", flush=True)
+    return not path.exists()
+
+
+def make_data(config: Toy, out: Path):
+    """Both arms get the same SFT problems. No answer is more frequent than 5%, so that none is a shortcut."""
+    files = {f"sft_{arm}": ("sft", config.ops, config.sft_rows, gen_data.ARMS[arm]) for arm in ARMS}
+    files["rl"] = ("rl", config.ops, config.rl_steps * config.rl_prompts, None)
+    files |= {f"test_{name}": ("test", ops, config.test_problems, None) for name, ops in TESTS.items()}
+    for name, (split, ops, rows, behaviors) in files.items():
+        path = out / f"{name}.jsonl"
+        if not path.exists():
+            drawn = gen_data.problems(split, rows, ops, igsm.TOY, config.seed, balance=0.05)
+            write_jsonl(path, [gen_data.record(problem, config.seed, behaviors) for problem in drawn])
+    print(gen_data.summary(read_jsonl(out / "sft_bridge.jsonl")), flush=True)
+
+
+def sft_config(config: Toy, out: Path, arm: str) -> train_sft.Config:
+    return train_sft.Config(
+        model=config.base, data=str(out / f"sft_{arm}.jsonl"), out=str(out / f"sft_{arm}"), epochs=config.sft_epochs,
+        batch_size=32, micro_tokens=4096, learning_rate=config.sft_learning_rate, schedule="cosine", warmup=10,
+        max_length=1024, save_every=25, log_every=25, resume=True, seed=config.seed, device="cpu")
+
+
+def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
+    return train_rl.Config(
+        model=str(out / f"sft_{arm}" / "model"), data=str(out / "rl.jsonl"), out=str(out / f"rl_{arm}"),
+        steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=5,
+        learning_rate=config.rl_learning_rate, max_prompt=400, max_new_tokens=config.max_new_tokens, rows=128, micro_tokens=8192,
+        save_every=10, resume=True, seed=config.seed, device="cpu")
+
+
+def test(config: Toy, out: Path, name: str):
+    """Greedy answers of one model to both test sets."""
+    for which in TESTS:
+        answers = out / f"{name}_{which}.jsonl"
+        if _missing(answers, f"test of {name}, {which}"):
+            write_jsonl(answers, evaluate.sample(evaluate.Config(
+                model=str(out / name / "model"), data=str(out / f"test_{which}.jsonl"), max_new_tokens=config.max_new_tokens,
+                rows=200, device="cpu")))
+
+
+def results_table(out: Path) -> str:
+    """The table of the paper: greedy accuracy in % before and after RL, and the gain with its 95% interval, from paired
+    differences over problems (one seed: the spread over seeds is not in it)."""
+    lines = ["| arm | test | after SFT | after RL | RL gain | 95% interval | answer not 0, gain | tokens per answer |",
+             "|---|---|---|---|---|---|---|---|"]
+    for which, (ops, _) in TESTS.items():
+        for arm in ARMS:
+            before, after = (evaluate.rescore(str(out / f"{stage}_{arm}_{which}.jsonl")) for stage in ("sft", "rl"))
+            gain, reach = paired_gain(before, after)
+            nonzero = paired_gain(*([p for p in tested if p.answer != "0"] for tested in (before, after)))[0]
+            lengths = [sum(len(line["ids"]) for line in rows) / len(rows) for rows in
+                       (read_jsonl(out / f"{stage}_{arm}_{which}.jsonl") for stage in ("sft", "rl"))]
+            lines.append(f"| {arm} | {which}, {ops} ops | {evaluate.accuracy(before):.1%} | {evaluate.accuracy(after):.1%} "
+                         f"| {gain:+.1%} | {gain - reach:+.1%} to {gain + reach:+.1%} | {nonzero:+.1%} "
+                         f"| {lengths[0]:.0f} -> {lengths[1]:.0f} |")
+        constant, share = evaluate.best_constant(before)
+        lines.append(f"| always {constant} | {which}, {ops} ops | {share:.1%} | | | | | |")
+    return "\n".join(lines)
+
+
+def paired_gain(before: list[evaluate.Scored], after: list[evaluate.Scored]) -> tuple[float, float]:
+    """Mean change in correctness over the same problems, and the half width of its 95% interval."""
+    changes = [b.correct[0] - a.correct[0] for a, b in zip(before, after, strict=True)]
+    mean = sum(changes) / len(changes)
+    variance = sum((change - mean) ** 2 for change in changes) / (len(changes) - 1)
+    return mean, 1.96 * math.sqrt(variance / len(changes))
+
+
+def write_curves(out: Path):
+    """The training curves of both arms, one row a step, for a spreadsheet or a plot."""
+    names = ("accuracy", "length", "common_answer", "dead_groups", "entropy", "kl", "grad_norm")
+    with open(out / "curves.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("arm", "step", *names))
+        for arm in ARMS:
+            for line in read_jsonl(out / f"rl_{arm}" / "metrics.jsonl"):
+                writer.writerow((arm, line["step"], *(line[name] for name in names)))
+
+
+# --- base: the model the comparison starts from --------------------------------------------------------------
 
 BASE_ROWS = {1: 8_000, 2: 20_000, 3: 30_000, 4: 35_000, 5: 35_000}  # problems by op count
 BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
@@ -20,8 +179,31 @@ BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 38
 
 
 @dataclass(frozen=True)
-class Config:
-    out: str = option("runs/base", "run folder")
+class Base:
+    out: str = option("runs/base", "run folder; the model is in its folder toy_base")
+    epochs: float = option(1.25, "passes over the 128,000 examples")
+
+
+def main_base(config: Base):
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "train.jsonl").exists():
+        with ProcessPoolExecutor(2) as pool:
+            parts = list(pool.map(base_rows, *zip(*sorted(BASE_ROWS.items(), reverse=True))))
+        write_jsonl(out / "val.jsonl", [row for part in parts for row in part[-100:]])
+        write_jsonl(out / "train.jsonl", [row for part in parts for row in part[:-100]])
+    if not (out / "init").exists():
+        tokenizer = base_tokenizer()
+        rows = -(-tokenizer.vocab_size // 64) * 64
+        model = Decoder(ModelConfig.from_hf({**BASE_MODEL, "vocab_size": rows}))
+        model.init_weights(torch.Generator().manual_seed(0))
+        checkpoint.save(model, out / "init", tokenizer)
+    train_sft.main(train_sft.Config(
+        model=str(out / "init"), data=str(out / "train.jsonl"), val=str(out / "val.jsonl"), out=str(out / "sft"),
+        epochs=config.epochs, batch_size=32, micro_tokens=4096, learning_rate=1.5e-3, schedule="cosine", warmup=200,
+        max_length=1024, eval_every=500, save_every=500, log_every=50, resume=True, dtype="bf16"))
+    trained = out / "sft" / "model"
+    checkpoint.save(checkpoint.load(trained), out / "toy_base", checkpoint.Tokenizer.load(trained), dtype=torch.float16)
 
 
 def base_rows(ops: int, rows: int) -> list[dict]:
@@ -29,28 +211,19 @@ def base_rows(ops: int, rows: int) -> list[dict]:
     return [gen_data.record(problem, 0, traces.VANILLA) for problem in problems]
 
 
-def main(config: Config):
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(2) as pool:
-        parts = list(pool.map(base_rows, *zip(*sorted(BASE_ROWS.items(), reverse=True))))
-    rows = [row for part in parts for row in part]
-    held_out = [row for part in parts for row in part[-100:]]
-    rows = [row for part in parts for row in part[:-100]]
-    write_jsonl(out / "train.jsonl", rows)
-    write_jsonl(out / "val.jsonl", held_out)
-    words = [gen_data.record(problem, 0, traces.Behaviors(True, 4, 0.5))["messages"]
-             for problem in gen_data.problems("base", 2000, (4, 5), igsm.TOY, seed=0, balance=0.1)]
-    texts = [f"{m['role']}\n{m['content']}" for messages in words for m in messages]
-    tokenizer = train_toy(texts, vocab_size=1024)
-    model = Decoder(ModelConfig.from_hf({**BASE_MODEL, "vocab_size": -(-tokenizer.vocab_size // 64) * 64}))
-    model.init_weights(torch.Generator().manual_seed(0))
-    checkpoint.save(model, out / "init", tokenizer)
-    train_sft.main(train_sft.Config(
-        model=str(out / "init"), data=str(out / "train.jsonl"), val=str(out / "val.jsonl"), out=str(out / "sft"), epochs=2,
-        batch_size=32, micro_tokens=8192, learning_rate=1.5e-3, schedule="cosine", warmup=200, max_length=1024,
-        eval_every=250, save_every=500, log_every=50, dtype="bf16"))
+def base_tokenizer():
+    """Trained on every wording there is, those of the injected behaviors too: a tokenizer is no knowledge of them, and
+    without it their sentences would fall into letters."""
+    rows = [gen_data.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5))
+            for problem in gen_data.problems("base", 2000, (4, 5), igsm.TOY, seed=0, balance=0.1)]
+    return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], vocab_size=1024)
 
+
+COMMANDS = {"toy": (main_toy, Toy), "base": (main_base, Base)}
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Config))
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        print(f"{__doc__}\nerror: the first argument must be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run_main(*COMMANDS[name], sys.argv[2:]))

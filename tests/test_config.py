@@ -88,7 +88,6 @@ def test_help_shows_text_default_and_module_docstring(capsys, monkeypatch):
                  "AdamW learning rate (default: 1e-06)", "--no-mask-prompt", "(default: True)", "{fast,slow}",
                  "{1,2,none}", "(default: none)"]:
         assert text in shown, text
-    assert shown.count("(default: True)") == 1
 
 
 def test_unsupported_type_is_the_programmers_error():
@@ -242,7 +241,8 @@ def test_commit_is_recorded_in_a_work_tree_only(tmp_path, monkeypatch):
         return subprocess.run(["git", *settings, *arguments], cwd=package, check=True, capture_output=True, text=True)
 
     git("init", "-q")
-    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record  # inside a repository, but not part of it
+    git("commit", "-q", "-m", "of someone else", "--allow-empty")
+    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record  # inside a repository, not part of it
     git("add", "config.py")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD").stdout.strip()

@@ -136,6 +136,14 @@ def test_a_step_down_the_gradient_moves_probability_to_the_better_samples():
     assert after[0] > 1 / 3 > after[1] and after[1].item() == pytest.approx(after[2].item())
 
 
+def test_log_ratio_is_a_mean_of_distances():
+    logps, mask = tensor([0.3, -0.1, 5.0], [-0.2, 5.0, 5.0]), tensor([1.0, 1.0, 0.0], [1.0, 0.0, 0.0])
+    arguments = logps, torch.zeros_like(logps), None, tensor(1.0, 1.0), mask
+    assert grpo_loss(*arguments, normalizer=2)[1]["log_ratio"].item() == pytest.approx((0.2 + 0.2) / 2)
+    metrics = grpo_loss(*arguments, normalizer=3, aggregate="token")[1]
+    assert metrics["log_ratio"].item() == pytest.approx((0.3 + 0.1 + 0.2) / 3)
+
+
 # ---- KL and entropy
 
 

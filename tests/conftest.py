@@ -1,0 +1,97 @@
+"""Shared fixtures: a folder with a tiny random model, its toy tokenizer, and small SFT and RL files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import gen_data
+from minibridge import checkpoint, igsm, traces
+from minibridge.config import write_jsonl
+from minibridge.model import Decoder, ModelConfig
+from minibridge.tokenizer import Tokenizer, train_toy
+
+torch.set_num_threads(1)  # on matrices this small threads only wait for one another
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Paths as the command line takes them. `model` is Qwen2-shaped and random, its logits far from uniform."""
+
+    folder: Path
+    model: str
+    sft: str  # 12 lines of 1 to 3 operations
+    rl: str  # 8 lines
+    tokenizer: Tokenizer
+
+    def load(self) -> Decoder:
+        return checkpoint.load(self.model)
+
+
+def make_model(vocab_size: int, seed: int = 0) -> Decoder:
+    """Tied embeddings, two layers, and no parameter left at a value such as 0 or 1 that could hide a mistake."""
+    config = ModelConfig("qwen2", vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+                         tie_word_embeddings=True)
+    model, generator = Decoder(config), torch.Generator().manual_seed(seed)
+    model.init_weights(generator, std=0.2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def scripted_model(vocab_size: int, follow: Mapping[int, Mapping[int, float]] = {},
+                   otherwise: Mapping[int, float] = {}) -> Decoder:
+    """A model of known distribution: after token a, token b has the logit `follow[a][b]`, or 0 if not given.
+
+    Tokens that are no key of `follow` are followed by `otherwise`; with neither, all logits are 0. The layers add
+    nothing at first, but they have gradients.
+    """
+    config = ModelConfig("qwen2", vocab_size, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=4, max_position_embeddings=1024,
+                         rms_norm_eps=1e-12)
+    model = Decoder(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    rows = [otherwise, *follow.values()]  # row r of the table is told by coordinate r of the hidden state
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding, head = model.model.embed_tokens.weight.zero_(), model.lm_head.weight.zero_()
+        embedding[:, 0] = 1
+        for row, token in enumerate(follow, start=1):
+            embedding[token] = torch.eye(16)[row]
+        for row, logits in enumerate(rows):
+            for token, logit in logits.items():
+                head[token, row] = logit / 16**0.5  # RMSNorm makes the one coordinate √C
+    return model
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Toy:
+    folder = tmp_path_factory.mktemp("toy")
+    sft = [gen_data.record(problem, 0, traces.BRIDGE)
+           for problem in gen_data.problems("sft", 12, (1, 3), igsm.TOY, seed=0)]
+    rl = [gen_data.record(problem, 0) for problem in gen_data.problems("rl", 8, (1, 3), igsm.TOY, seed=0)]
+    write_jsonl(folder / "sft.jsonl", sft)
+    write_jsonl(folder / "rl.jsonl", rl)
+    tokenizer = train_toy([message["content"] for line in sft for message in line["messages"]], 400)
+    checkpoint.save(make_model(tokenizer.vocab_size), folder / "model", tokenizer)
+    return Toy(folder, *(str(folder / name) for name in ("model", "sft.jsonl", "rl.jsonl")), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def guesser(toy) -> str:
+    """Folder of a model that answers \\boxed{d} and ends its turn, each digit d being as likely."""
+    encode = toy.tokenizer.encode
+    before, after = encode("<think>\n")[-1:] + encode("\\boxed{"), encode("}") + [toy.tokenizer.end_of_turn_id]
+    digits = [encode(str(digit))[0] for digit in range(10)]
+    follow = {token: {following: 20.0} for token, following in zip(before, before[1:])}
+    follow |= {before[-1]: dict.fromkeys(digits, 20.0), after[0]: {after[1]: 20.0}}
+    model = scripted_model(toy.tokenizer.vocab_size, follow, otherwise={after[0]: 20.0})
+    checkpoint.save(model, toy.folder / "guesser", toy.tokenizer)
+    return str(toy.folder / "guesser")

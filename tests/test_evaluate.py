@@ -1,0 +1,170 @@
+"""Evaluation: pass@k by enumeration, intervals by hand, the table's rows, saved answers scored again."""
+
+import itertools
+import math
+
+import pytest
+
+from minibridge import evaluate
+from minibridge.config import read_jsonl, run_main, write_jsonl
+from minibridge.evaluate import Config, Scored, best_constant, pass_at_k, rescore, table, wilson
+
+HEAD = "| problems | count | accuracy | 95% interval |"
+
+
+def run(*argv) -> int:
+    return run_main(evaluate.main, Config, [str(word) for word in argv])
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """The rows of a table by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples):
+    for right in range(samples + 1):
+        answers = [True] * right + [False] * (samples - right)
+        for k in range(1, samples + 1):
+            subsets = list(itertools.combinations(answers, k))
+            assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_does_not_overflow():
+    assert pass_at_k(2000, 1, 1000) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("mean, count, low, high", [  # published tables of Wilson's interval, without continuity
+    (0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (1.0, 10, 0.7225, 1.0), (0.9, 50, 0.7864, 0.9565),
+    (0.0, 1, 0.0, 0.7935)])
+def test_wilson(mean, count, low, high):
+    assert wilson(mean, count) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1 / 3, 0.5, 1.0])
+def test_wilson_solves_its_equation(mean):
+    """Its ends are the shares p at which the mean lies 1.96 standard errors of p away."""
+    for end in wilson(mean, 30):
+        assert end in (0.0, 1.0) or abs(mean - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 30))
+
+
+PROBLEMS = [Scored("0", 20, [True]), Scored("0", 20, [True]), Scored("7", 21, [True]), Scored("8", 21, [False]),
+            Scored("9", 9, [False])]
+
+
+def test_table():
+    assert table(PROBLEMS).splitlines() == [
+        HEAD,
+        "|---|---|---|---|",
+        "| all | 5 | 60.0% | 23.1% to 88.2% |",
+        "| answer not 0 | 3 | 33.3% | 6.1% to 79.2% |",
+        "| 9 ops | 1 | 0.0% | 0.0% to 79.3% |",  # by number, not by spelling
+        "| 20 ops | 2 | 100.0% | 34.2% to 100.0% |",
+        "| 21 ops | 2 | 50.0% | 9.5% to 90.5% |",
+        "",
+        "best constant answer: 0, 40.0%",
+    ]
+
+
+def test_pass_at_k_columns_are_means_over_problems():
+    text = table([Scored("7", None, [True, False, False, False]), Scored("8", None, [False] * 4),
+                  Scored("9", None, [True] * 3 + [False])])
+    assert text.startswith(HEAD + " pass@2 | pass@4 |\n|---|---|---|---|---|---|\n")
+    rows = cells(text)
+    assert list(rows) == ["problems", "all", "answer not 0"]
+    assert rows["all"] == ["3", "33.3%", "6.1% to 79.2%", f"{(1 / 2 + 0 + 1) / 3:.1%}", "66.7%"]
+
+
+def test_pass_at_k_stops_at_the_fewest_answers_of_a_problem():
+    text = table([Scored("7", None, [True, False, False]), Scored("8", None, [False] * 8)])
+    assert text.startswith(HEAD + " pass@2 |\n")
+
+
+def test_answers_that_are_all_0_or_never():
+    assert "answer not 0" not in table(PROBLEMS[:2])
+    assert cells(table(PROBLEMS[2:]))["answer not 0"] == cells(table(PROBLEMS[2:]))["all"]
+
+
+def test_best_constant():
+    assert best_constant(PROBLEMS[1:] + [Scored("9", 20, [True])]) == ("9", 0.4)
+
+
+def test_greedy_run_and_its_rescore(toy, guesser, tmp_path, capsys):
+    """The guesser's most likely digit is one constant, so its accuracy is the share of that answer."""
+    out = tmp_path / "new" / "eval.jsonl"
+    arguments = ["--model", guesser, "--data", toy.rl, "--max-new-tokens", 8, "--device", "cpu"]
+    assert run(*arguments, "--out", out) == 0
+    printed = capsys.readouterr().out
+    saved, asked = read_jsonl(out), read_jsonl(toy.rl)
+    (digit,) = {line["text"] for line in saved}
+    right = sum(digit == f"\\boxed{{{line['answer']}}}" for line in asked)
+    assert cells(printed)["all"][:2] == [str(len(asked)), f"{right / len(asked):.1%}"]
+    assert [line["group"] for line in saved] == list(range(len(asked)))
+    for mine, line in zip(saved, asked, strict=True):
+        assert all(mine[field] == line[field] for field in ("answer", "id", "num_ops"))
+    assert {f"{line['num_ops']} ops" for line in asked} < set(cells(printed))
+    assert run("--rescore", out) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_sampled_run_and_its_rescore(toy, guesser, tmp_path, capsys):
+    arguments = ["--model", guesser, "--data", toy.rl, "--max-new-tokens", 8, "--samples", 4, "--temperature", 1]
+    outs = [tmp_path / name for name in ("a", "b", "c")]
+    printed = []
+    for out, seed in zip(outs, (0, 0, 1)):
+        assert run(*arguments, "--out", out, "--seed", seed, "--device", "cpu") == 0
+        printed.append(capsys.readouterr().out)
+    assert outs[0].read_bytes() == outs[1].read_bytes() != outs[2].read_bytes()
+    assert printed[0] == printed[1] and " pass@2 | pass@4 |\n" in printed[0]
+    assert run("--rescore", outs[0]) == 0 and capsys.readouterr().out == printed[0]
+    lines = read_jsonl(outs[0])
+    assert cells(printed[0])["all"][1] == f"{sum(line['correct'] for line in lines) / len(lines):.1%}"
+    right = {line["group"] for line in lines if line["correct"]}
+    assert 0 < len(right) and cells(printed[0])["all"][4] == f"{len(right) / 8:.1%}"  # pass@4 of 4: any right
+
+
+def test_rescore_looks_at_the_text(tmp_path):
+    line = {"group": 3, "answer": "6", "text": "\\boxed{6}", "correct": False, "reward": 0.0, "num_ops": 2}
+    other = {"group": 1, "answer": "7", "text": "\\boxed{6}", "correct": True}
+    write_jsonl(tmp_path / "x", [line, other, line | {"text": ""}])
+    assert rescore(tmp_path / "x") == [Scored("6", 2, [True, False]), Scored("7", None, [False])]
+
+
+LINE = {"group": 0, "answer": "6", "text": ""}
+
+
+@pytest.mark.parametrize("bad, message", [
+    ("{", "not valid JSON"), ("[]", "not a JSON object"), ('{"answer": "6", "text": ""}', "'group' must be a int"),
+    ('{"group": 0, "answer": 6, "text": ""}', "'answer' must be a str"), ('{"group": 0, "answer": "6"}', "'text'")])
+def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
+    path = tmp_path / "eval.jsonl"
+    write_jsonl(path, [LINE])
+    path.write_text(path.read_text() + bad + "\n")
+    assert run("--rescore", path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}:2: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("", "--model, --data and --out, or --rescore"),
+    ("--model {model} --data {rl}", "--model, --data and --out, or --rescore"),
+    ("--rescore {out}", "{out}: No such file"),
+    ("--rescore {empty}", "{empty}: no lines"),
+    ("--model {model} --data {rl} --out {out} --samples 2", "--temperature"),
+    ("--model {model} --data {rl} --out {out} --samples 0", "samples must be at least 1"),
+    ("--model {model} --data {rl} --out {out} --max-prompt 20", "{rl}:1: a prompt of"),
+    ("--model {model} --data {rl} --out {out} --max-new-tokens 1000", "max_position_embeddings 1024"),
+    ("--model {model}/no --data {rl} --out {out}", "{model}/no/tokenizer.json: no such file"),
+    ("--model {model} --data {model}/no --out {out}", "{model}/no: No such file"),
+    ("--model {model} --data {sft} --out {out}", "{sft}:1: field 'prompt'"),
+    ("--model {model} --data {rl} --out {out} --device nosuch", "device 'nosuch'"),
+    ("--modle {model}", "--modle"),
+])
+def test_wrong_input_is_one_line(toy, tmp_path, capsys, argv, message):
+    names = {"model": toy.model, "rl": toy.rl, "sft": toy.sft, "out": tmp_path / "out", "empty": tmp_path / "empty"}
+    names["empty"].write_text("")
+    assert run(*argv.format(**names).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message.format(**names) in error and error.count("\n") == 1
+    assert not names["out"].exists()

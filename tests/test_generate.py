@@ -1,0 +1,218 @@
+"""Sampling: every number is checked against the full forward, every cut against a naive one."""
+
+import copy
+
+import pytest
+import torch
+
+from minibridge.config import InputError
+from minibridge.generate import generate, nucleus, sample
+from minibridge.model import Decoder, ModelConfig
+
+VOCAB = 23
+CONFIG = ModelConfig("qwen2", vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=40)
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [4], [12, 13, 14, 15], [16, 17]]  # ragged, and two alike
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module", name="model")
+def decoder() -> Decoder:
+    model = Decoder(CONFIG)
+    model.init_weights(seeded(), std=0.25)  # far from uniform, far from certain
+    return model
+
+
+def flat(results) -> list:
+    return [completion for group in results for completion in group]
+
+
+def naive_greedy(model: Decoder, prompt: list[int], tokens: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(model.logits(model(torch.tensor([ids])))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+# What is sampled
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 64])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logprobs_are_those_of_the_full_forward(model, rows, temperature):
+    results = generate(model, PROMPTS, 3, 9, temperature, stop_ids=(0, 1, 2), generator=seeded(), rows=rows)
+    assert [len(group) for group in results] == [3] * len(PROMPTS)
+    assert len({len(completion.ids) for completion in flat(results)}) > 1  # rows end and are refilled
+    for prompt, group in zip(PROMPTS, results):
+        for completion in group:
+            ids = torch.tensor([prompt + completion.ids])
+            with torch.no_grad():
+                logits = model.logits(model(ids))[0, len(prompt) - 1 : -1] / (temperature or 1.0)  # (T, V)
+            expected = logits.log_softmax(-1)[range(len(completion.ids)), completion.ids]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+def test_greedy_does_not_depend_on_rows(model, rows):
+    results = generate(model, PROMPTS, 2, 12, temperature=0, rows=rows)
+    for prompt, group in zip(PROMPTS, results):
+        expected = naive_greedy(model, prompt, 12)
+        assert [completion.ids for completion in group] == [expected, expected]
+
+
+def test_same_seed_same_completions_and_no_other_randomness(model):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second, other = (generate(model, PROMPTS, 4, 8, generator=seeded(s), rows=5) for s in (1, 1, 2))
+    assert first == second != other
+    assert torch.equal(before, torch.get_rng_state())
+    assert len({tuple(completion.ids) for completion in first[1]}) > 1  # samples of one prompt differ
+
+
+def test_prompts_stay_as_they_were(model):
+    prompts = copy.deepcopy(PROMPTS)
+    generate(model, prompts, 2, 5, generator=seeded())
+    assert prompts == PROMPTS
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.6), (1.5, 0.8)])
+def test_tokens_come_as_often_as_the_softmax_says(temperature, top_p):
+    logits, draws = torch.tensor([2.0, -1.0, 0.5, 1.0, -torch.inf, 0.0, -2.0]), 200_000
+    tokens, logprobs = sample(logits.expand(draws, -1), temperature, top_p, seeded())
+    expected = naive_nucleus((logits / temperature).softmax(-1), top_p)
+    expected = expected / expected.sum()
+    counts = tokens.bincount(minlength=len(logits))
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    chi_square = ((counts - draws * expected)[kept] ** 2 / (draws * expected[kept])).sum()
+    assert chi_square < 22.5  # 0.1 % of draws exceed it with 6 degrees of freedom
+    torch.testing.assert_close(logprobs, expected.log()[tokens], atol=1e-5, rtol=0)
+
+
+def test_generate_draws_the_samples_of_a_prompt_independently(model):
+    """Over many samples the first two tokens are as frequent as the model says, whatever row they were in."""
+    (group,) = generate(model, [[3, 1]], 3000, 2, temperature=1.3, generator=seeded(), rows=100)
+    with torch.no_grad():
+        first = (model.logits(model(torch.tensor([[3, 1]])))[0, -1] / 1.3).softmax(-1)  # (V,)
+        ids = torch.tensor([[3, 1, token] for token in range(VOCAB)])
+        second = (model.logits(model(ids))[:, -1] / 1.3).softmax(-1)  # (V, V): after each first token
+    for place, expected in ((0, first), (1, first @ second)):
+        counts = torch.tensor([completion.ids[place] for completion in group]).bincount(minlength=VOCAB)
+        assert ((counts - 3000 * expected) ** 2 / (3000 * expected)).sum() < 48.3  # 0.1 %, 22 degrees
+
+
+def naive_nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
+    kept, total = torch.zeros_like(weights), 0.0
+    for token in sorted(range(len(weights)), key=lambda token: -weights[token]):
+        if total < top_p:
+            kept[token] = weights[token]
+            total += weights[token].item()
+    return kept
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+def test_nucleus_is_the_fewest_tokens_that_hold_top_p(top_p):
+    weights = torch.randn(20, 30, generator=seeded()).mul(2).softmax(-1)
+    expected = torch.stack([naive_nucleus(row, top_p) for row in weights])
+    assert torch.equal(nucleus(weights, top_p), expected)
+
+
+# Where it ends
+
+
+def test_completions_end_at_stop_ids_or_the_length(model):
+    completions = flat(generate(model, PROMPTS, 8, 10, stop_ids=(0, 5), generator=seeded(), rows=6))
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    for completion in completions:
+        assert len(completion.ids) == len(completion.logprobs) <= 10
+        assert not {0, 5} & set(completion.ids[:-1])
+        assert (completion.ids[-1] in (0, 5)) == (completion.finish_reason == "stop")
+        assert completion.finish_reason == "stop" or len(completion.ids) == 10
+
+
+class Letters:
+    """A tokenizer of byte strings: 'é' takes two tokens, and the others are one or more letters each."""
+
+    pieces = [b"a", b"b", b"ab", b"ba", b"</", b"s>", b">", b"\xc3", b"\xa9", b"s", b"</s", b">a", b""]
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.pieces[token % len(self.pieces)] for token in ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("stop_strings", [("</s>",), ("bab",), ("é",), ("s>a", "bb"), ("</s></",)])
+def test_completions_end_where_a_stop_string_first_appears(model, stop_strings):
+    tokenizer = Letters()
+    (group,) = generate(model, [[1, 2]], 120, 30, temperature=1.5, generator=seeded(), rows=40,
+                        tokenizer=tokenizer, stop_strings=stop_strings)
+    stopped = 0
+    for completion in group:
+        ends = range(1, len(completion.ids) + 1)
+        *earlier, found = (
+            any(string in tokenizer.decode(completion.ids[:end]) for string in stop_strings) for end in ends)
+        assert not any(earlier)
+        assert completion.finish_reason == ("stop" if found else "length")
+        assert found or len(completion.ids) == 30
+        stopped += found
+    assert 0 < stopped < len(group)
+
+
+# What it costs
+
+
+class Recorder:
+    """Stands in for the decoder and notes the shape of each forward pass."""
+
+    def __init__(self, model: Decoder):
+        self.model, self.prefills, self.steps = model, [], []
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, ids, positions=None, cache=None):
+        if positions is None:
+            self.prefills.append(tuple(ids.shape))
+        else:
+            self.steps.append(len(ids))
+            assert cache.limit == positions.max() + 1  # attention reads no further than it must
+        return self.model(ids, positions, cache)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 12, 64])
+def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(model, rows):
+    recorder, samples = Recorder(model), 4
+    results = generate(recorder, PROMPTS, samples, 9, stop_ids=(0, 1, 2, 3), generator=seeded(), rows=rows)
+    completions = flat(results)
+    assert sum(batch for batch, _ in recorder.prefills) == len(PROMPTS)
+    assert max(recorder.steps) <= rows
+    assert sum(recorder.steps) == sum(len(completion.ids) - 1 for completion in completions)
+    ideal = sum(recorder.steps) / min(rows, len(completions))
+    assert len(recorder.steps) <= ideal + 2 * 9  # rows are refilled as they end
+
+
+# Bad input
+
+
+def test_no_prompts_no_completions(model):
+    assert generate(model, [], 3, 5) == []
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(prompts=[[1], []]), "prompt 1 is empty"),
+    (dict(prompts=[[1], [2] * 36]), "prompt 1 of 36 tokens"),
+    (dict(max_new_tokens=0), "max_new_tokens"),
+    (dict(samples=0), "samples"),
+    (dict(rows=0), "rows"),
+    (dict(stop_strings=("x",)), "tokenizer"),
+])
+def test_bad_arguments_are_named(model, arguments, words):
+    with pytest.raises(InputError, match=words):
+        generate(model, **dict(prompts=[[1]], max_new_tokens=5) | arguments)
+
+
+def test_a_prompt_may_fill_the_context_to_the_last_position(model):
+    (completion,) = flat(generate(model, [[2] * 35], 1, 5, temperature=0))
+    assert completion.ids == naive_greedy(model, [2] * 35, 5)

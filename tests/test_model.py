@@ -1,0 +1,322 @@
+"""The decoder: against hand calculations and naive twins, and (oracle) against transformers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minibridge.config import InputError
+from minibridge.generate import generate
+from minibridge.model import (
+    Decoder, KVCache, ModelConfig, RMSNorm, grouped_attention, rope_frequencies, rotate
+)
+
+SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+FAMILIES = {
+    "qwen2": dict(model_type="qwen2", head_dim=8),
+    "qwen2-tied": dict(model_type="qwen2", head_dim=8, tie_word_embeddings=True),
+    "qwen3": dict(model_type="qwen3", head_dim=12),
+    "qwen3-tied": dict(model_type="qwen3", head_dim=12, tie_word_embeddings=True, attention_bias=True),
+    "llama": dict(model_type="llama", head_dim=8, attention_bias=True, mlp_bias=True),
+    "llama-tied": dict(model_type="llama", head_dim=8, tie_word_embeddings=True, rope_theta=500.0,
+                       rope_scaling=LLAMA3),
+}
+LENGTHS = [5, 9, 3]  # of the ragged rows
+
+
+@pytest.fixture(params=FAMILIES, name="config")
+def config_of_each_family(request) -> ModelConfig:
+    return ModelConfig(**SHAPE, **FAMILIES[request.param])
+
+
+def random_decoder(config: ModelConfig, **options) -> Decoder:
+    """Weights large enough for sharp attention; biases and norms are random too."""
+    model, generator = Decoder(config, **options), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+    return model
+
+
+def random_ids(rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(SHAPE["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+# The forward pass
+
+
+@torch.no_grad()
+def test_cached_decoding_of_ragged_rows_equals_the_full_forward(config):
+    model, ids, steps = random_decoder(config), random_ids(3, 16), 6
+    full = model(ids)  # (B, T, C)
+    cache = KVCache(config, rows=3, slots=16)
+    padded = torch.zeros(3, max(LENGTHS), dtype=torch.long)
+    for b, length in enumerate(LENGTHS):
+        padded[b, :length] = ids[b, :length]
+    hidden = model(padded, cache=cache)
+    for b, length in enumerate(LENGTHS):
+        torch.testing.assert_close(hidden[b, :length], full[b, :length])
+    for step in range(steps):
+        positions = torch.tensor(LENGTHS)[:, None] + step  # (B, 1): each row is at its own place
+        cache.limit = max(LENGTHS) + step + 1
+        hidden = model(ids.gather(1, positions), positions, cache)
+        torch.testing.assert_close(hidden[:, 0], full[range(3), positions[:, 0]], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_prefill_in_pieces_equals_the_full_forward(config):
+    model, ids = random_decoder(config), random_ids(2, 12)
+    cache = KVCache(config, rows=2, slots=20)
+    pieces = []
+    for start, end in ((0, 5), (5, 6), (6, 12)):
+        cache.limit = end
+        pieces.append(model(ids[:, start:end], torch.arange(start, end).expand(2, -1), cache))
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_copied_rows_go_on_as_their_source_would(config):
+    model, ids = random_decoder(config), random_ids(2, 8)
+    prompts, cache = KVCache(config, rows=2, slots=7), KVCache(config, rows=5, slots=12)
+    cache.keys.fill_(9.0)  # what an earlier sample left behind
+    cache.values.fill_(9.0)
+    model(ids[:, :7], cache=prompts)
+    cache.copy_rows(prompts, [1, 0, 1], [0, 3, 2])
+    cache.rows, cache.limit = 4, 8
+    hidden = model(ids[[1, 0, 1, 0], 7:], torch.full((4, 1), 7), cache)[:, 0]
+    expected = model(ids)[:, 7]
+    torch.testing.assert_close(hidden[[0, 2, 3]], expected[[1, 1, 0]], atol=1e-5, rtol=1e-5)
+
+
+def test_cache_is_read_only_up_to_its_limit_and_rows():
+    config = ModelConfig(**SHAPE, **FAMILIES["qwen2"])
+    cache = KVCache(config, rows=5, slots=30)
+    cache.rows, cache.limit = 3, 4
+    k = torch.randn(3, 1, 2, 8)
+    keys, values = cache.write(1, torch.tensor([[0], [3], [1]]), k, -k)
+    assert keys.shape == values.shape == (3, 2, 4, 8)
+    assert keys.data_ptr() == cache.keys[1].data_ptr() and values.data_ptr() == cache.values[1].data_ptr()
+    torch.testing.assert_close(cache.keys[1, [0, 1, 2], :, [0, 3, 1]], k[:, 0])
+    torch.testing.assert_close(cache.values[1, [0, 1, 2], :, [0, 3, 1]], -k[:, 0])
+    assert cache.keys.count_nonzero() == k.numel()
+
+
+@torch.no_grad()
+def test_padding_never_changes_a_real_token(config):
+    model, ids = random_decoder(config), random_ids(1, 7)
+    padded = torch.cat((ids.expand(2, -1), torch.tensor([[0] * 5, [7] * 5])), 1)
+    hidden = model(padded)[:, :7]
+    torch.testing.assert_close(hidden, model(ids).expand(2, -1, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_grouped_attention_equals_repeated_keys_and_values():
+    generator = torch.Generator().manual_seed(0)
+    B, T, S, H, K, D = 3, 4, 10, 6, 2, 8
+    q = torch.randn(B, T, H, D, generator=generator)
+    keys, values = torch.randn(2, B, K, S, D, generator=generator)
+    hidden = torch.rand(B, T, S, generator=generator) < 0.4
+    hidden[..., 0] = False
+    bias = torch.zeros(B, T, S).masked_fill(hidden, -torch.inf)
+    out = grouped_attention(q, keys, values, bias.repeat(1, H // K, 1)[:, None])
+    k, v = keys.repeat_interleave(H // K, 1), values.repeat_interleave(H // K, 1)  # (B, H, S, D)
+    scores = q.transpose(1, 2) @ k.transpose(2, 3) / D**0.5 + bias[:, None]  # (B, H, T, S)
+    torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient(config):
+    model, ids = random_decoder(config), random_ids(2, 6)
+    logits = model.logits(model(ids))
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 1e-8, name
+
+
+def test_bfloat16_compute_is_close_and_leaves_parameters_and_logits_in_float32(config):
+    ids = random_ids(2, 10)
+    exact, rounded = random_decoder(config), random_decoder(config, compute_dtype=torch.bfloat16)
+    logits = rounded.logits(rounded(ids))
+    expected = exact.logits(exact(ids))
+    assert rounded(ids).dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert 0 < (logits - expected).norm() / expected.norm() < 0.05
+    logits.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in rounded.parameters())
+
+
+@torch.no_grad()
+def test_bfloat16_copy_equals_bfloat16_compute(config):
+    """The sampler's bf16 copy and the learner's cast are one model: the rotary table is rounded in neither."""
+    ids, rounded = random_ids(2, 40), random_decoder(config, compute_dtype=torch.bfloat16)
+    copy = random_decoder(config).to(torch.bfloat16)
+    assert copy.frequencies.dtype == torch.float32
+    torch.testing.assert_close(copy(ids), rounded(ids), atol=0, rtol=0)
+    assert copy.new_cache(1, 1).keys.dtype == rounded.new_cache(1, 1).keys.dtype == torch.bfloat16
+
+
+# Its parts
+
+
+def test_rms_norm_equals_the_equation():
+    x, norm = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)) * 30, RMSNorm(16, 1e-2)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.5, generator=torch.Generator().manual_seed(1))
+    expected = x / ((x * x).sum(-1, keepdim=True) / 16 + 1e-2).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(norm(x.bfloat16()), expected.bfloat16(), atol=0.02, rtol=0.02)
+    small = torch.full((16,), 0.1)  # mean of squares 0.01 = eps
+    torch.testing.assert_close(norm(small), norm.weight / 2**0.5)
+
+
+def test_rotary_angle_is_position_times_frequency():
+    config = ModelConfig(**SHAPE | dict(model_type="llama", head_dim=4, rope_theta=100.0))
+    tables = Decoder(config)._rope_tables(torch.tensor([[0, 3]]))
+    x = torch.tensor([1.0, 2.0, 0.5, -1.0]).expand(1, 2, 1, 4)  # pairs (1, 0.5) and (2, -1)
+    out = rotate(x, *tables)[0, :, 0]
+    torch.testing.assert_close(out[0], x[0, 0, 0])
+    turned = [complex(1.0, 0.5), complex(2.0, -1.0)]
+    for pair, frequency in enumerate((1.0, 0.1)):  # 100 ** (-2i / 4)
+        angle = torch.tensor(3 * frequency)
+        expected = turned[pair] * complex(angle.cos(), angle.sin())
+        torch.testing.assert_close(out[1, [pair, pair + 2]], torch.tensor([expected.real, expected.imag]))
+
+
+def test_llama3_scaling_against_a_hand_calculation():
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=200)
+    config = ModelConfig(**SHAPE | dict(model_type="llama", head_dim=6, rope_theta=1000.0, rope_scaling=scaling))
+    # Unscaled 1, 0.1, 0.01: 31.8, 3.183 and 0.318 turns over 200 positions. The first is kept, the last divided
+    # by 8; the middle is kept to (3.1831 - 1) / (4 - 1) = 0.72770: 0.072770 + 0.27230 * 0.1 / 8.
+    expected = torch.tensor([1.0, 0.0761738, 0.00125])
+    torch.testing.assert_close(rope_frequencies(config), expected, atol=1e-6, rtol=0)
+
+
+def test_initialisation_is_drawn_from_the_generator_alone(config):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second, other = Decoder(config), Decoder(config), Decoder(config)
+    for model, seed in ((first, 3), (second, 3), (other, 4)):
+        model.init_weights(torch.Generator().manual_seed(seed))
+    assert torch.equal(before, torch.get_rng_state())
+    for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters()):
+        assert torch.equal(a, b), name
+        if a.ndim == 1:
+            assert (a == (0.0 if name.endswith("bias") else 1.0)).all(), name
+        else:
+            assert not torch.equal(a, c), name
+            std = 0.01 if "o_proj" in name or "down_proj" in name else 0.02  # 0.02 / sqrt(2 * 2 layers)
+            assert a.std().item() == pytest.approx(std, rel=0.15), name
+
+
+def test_parameter_names_are_hugging_face_names():
+    names = {
+        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
+        *(f"model.layers.0.{name}.weight" for name in (
+            "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj",
+            "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+    }
+    qkv_biases = {f"model.layers.0.self_attn.{name}_proj.bias" for name in "qkv"}
+    qk_norms = {f"model.layers.0.self_attn.{name}_norm.weight" for name in "qk"}
+
+    def of(**changes):
+        return set(Decoder(ModelConfig(**SHAPE | dict(num_hidden_layers=1, head_dim=8) | changes)).state_dict())
+
+    assert of(model_type="llama") == names
+    assert of(model_type="llama", tie_word_embeddings=True) == names - {"lm_head.weight"}
+    assert of(model_type="qwen2") == names | qkv_biases
+    assert of(model_type="qwen3") == names | qk_norms
+
+
+# config.json
+
+
+def test_config_survives_a_round_trip(config):
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+HF_LLAMA = SHAPE | dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=500.0, hidden_act="silu")
+
+
+def test_old_and_new_rope_fields_are_read_alike():
+    scaling = dict(LLAMA3, rope_type="llama3")
+    old = ModelConfig.from_hf(HF_LLAMA | dict(rope_scaling=scaling))
+    new = {name: value for name, value in HF_LLAMA.items() if name != "rope_theta"}
+    assert ModelConfig.from_hf(new | dict(rope_parameters=dict(scaling, rope_theta=500.0))) == old
+    assert old.rope_scaling == LLAMA3 and old.rope_theta == 500.0 and old.head_dim == 8
+    plain = ModelConfig.from_hf(new | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)))
+    assert plain.rope_scaling is None and plain.rope_theta == 500.0
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(model_type="gpt2"), "model_type 'gpt2'"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    (dict(vocab_size=None), "vocab_size must be a positive integer, not None"),
+    (dict(num_hidden_layers=0), "num_hidden_layers"),
+    (dict(intermediate_size=1.5), "intermediate_size"),
+    (dict(num_attention_heads=True), "num_attention_heads"),
+    (dict(num_attention_heads=8, num_key_value_heads=3), "num_key_value_heads 3"),
+    (dict(hidden_size=34), "hidden_size 34"),
+    (dict(head_dim=7), "head_dim"),
+    (dict(model_type="qwen3"), "head_dim"),
+    (dict(rms_norm_eps=None), "rms_norm_eps"),
+    (dict(rope_theta=None), "rope_theta"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
+    (dict(rope_scaling=dict(type="linear", factor=4.0)), "linear"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
+    (dict(model_type="qwen2", use_sliding_window=True), "sliding window"),
+    (dict(model_type="qwen2", layer_types=["full_attention", "sliding_attention"]), "sliding window"),
+])
+def test_unusable_configs_are_named_in_one_line(changes, words):
+    with pytest.raises(InputError) as error:
+        ModelConfig.from_hf(HF_LLAMA | changes, source="folder/config.json")
+    line = str(error.value)
+    assert line.startswith("folder/config.json: ") and words in line and "\n" not in line
+
+
+# Against transformers
+
+
+@pytest.fixture(name="library")
+def library_model(config):
+    transformers = pytest.importorskip("transformers")
+    data = config.to_hf()
+    hf_config = getattr(transformers, data["architectures"][0].replace("ForCausalLM", "Config")).from_dict(data)
+    library = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in library.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+    return library
+
+
+def load_library_weights(config: ModelConfig, library) -> Decoder:
+    weights = library.state_dict()
+    if config.tie_word_embeddings:
+        assert weights.pop("lm_head.weight").data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+    model = Decoder(config)
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+@pytest.mark.oracle
+@torch.no_grad()
+def test_logits_equal_transformers_on_ragged_batches(config, library):
+    model, ids = load_library_weights(config, library), random_ids(3, 30)
+    lengths = torch.tensor([30, 11, 22])
+    real = torch.arange(30) < lengths[:, None]  # (B, T)
+    expected = library(ids, attention_mask=real.long()).logits[real]
+    assert expected.std() > 0.5  # not a comparison of zeros
+    torch.testing.assert_close(model.logits(model(ids))[real], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.oracle
+@torch.no_grad()
+def test_greedy_continuation_equals_transformers(config, library):
+    model, prompts = load_library_weights(config, library), [random_ids(1, length)[0] for length in (7, 3)]
+    completions = generate(model, [prompt.tolist() for prompt in prompts], max_new_tokens=20, temperature=0)
+    for prompt, (completion,) in zip(prompts, completions):
+        out = library.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
+                               do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert completion.ids == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.oracle
+def test_config_reads_what_transformers_writes(config, library):
+    assert ModelConfig.from_hf(library.config.to_dict()) == config

@@ -1,0 +1,167 @@
+"""Rollouts: what is trained, how it is grouped, what it earns, and the distribution it comes from."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from conftest import scripted_model
+from minibridge import checkpoint
+from minibridge.config import read_jsonl
+from minibridge.data import Prompt, load_prompts, pad_batch
+from minibridge.generate import Completion
+from minibridge.rollout import Episode, lines, rollout, score
+
+RIGHT = "\nb = 6.\n</think>\n<answer>\nThe answer is \\boxed{6}.\n</answer>"
+
+
+def prompt(*ids: int, answer: str = "6") -> Prompt:
+    return Prompt(list(ids), answer, {"prompt": [], "answer": answer, "task": "igsm", "num_ops": 3, "id": "ab"})
+
+
+def flat(groups: list[list[Episode]]) -> list[Episode]:
+    return [episode for group in groups for episode in group]
+
+
+def ids_of(groups: list[list[Episode]]) -> list[list[list[int]]]:
+    return [[episode.completion.ids for episode in group] for group in groups]
+
+
+@pytest.fixture
+def uniform(toy):
+    return scripted_model(toy.tokenizer.vocab_size)
+
+
+@pytest.fixture
+def three_tokens(toy):
+    """Writes "a", the end of turn or the end of text, each with probability 1/3; the last is also the padding."""
+    letter = toy.tokenizer.encode("a")[0]
+    return scripted_model(toy.tokenizer.vocab_size, otherwise=dict.fromkeys((letter, *toy.tokenizer.stop_ids), 40.0))
+
+
+def test_uniform_model(toy, uniform):
+    """Every token has probability 1 / V: any cut of the distribution, or an unasked temperature, would show."""
+    groups = rollout(uniform, toy.tokenizer, [prompt(5, 6), prompt(7)], 16, max_new_tokens=50,
+                     generator=torch.Generator().manual_seed(0))
+    assert [len(group) for group in groups] == [16, 16]
+    chance = -math.log(toy.tokenizer.vocab_size)
+    for episode in flat(groups):
+        completion = episode.completion
+        assert completion.logprobs == pytest.approx([chance] * len(completion.ids), abs=1e-5)
+        assert completion.finish_reason == "stop" or len(completion.ids) == 50
+        assert episode.text == toy.tokenizer.decode(completion.ids)
+    drawn = {token for episode in flat(groups) for token in episode.completion.ids}
+    assert len(drawn) > 0.9 * toy.tokenizer.vocab_size
+
+
+def test_log_probabilities_are_those_at_the_temperature(toy):
+    model = scripted_model(toy.tokenizer.vocab_size, otherwise={7: math.log(toy.tokenizer.vocab_size - 1)})
+    for temperature, chance in ((1.0, 1 / 2), (0.5, 1 - 1 / toy.tokenizer.vocab_size)):
+        groups = rollout(model, toy.tokenizer, [prompt(5)], 8, max_new_tokens=8, temperature=temperature,
+                         generator=torch.Generator().manual_seed(0))
+        found = [logprob for episode in flat(groups) for token, logprob in
+                 zip(episode.completion.ids, episode.completion.logprobs) if token == 7]
+        assert found and found == pytest.approx([math.log(chance)] * len(found), abs=1e-5)
+
+
+def test_samples_differ_and_the_seed_decides(toy, uniform):
+    one, same, other = (rollout(uniform, toy.tokenizer, [prompt(5)], 4, max_new_tokens=6,
+                                generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert ids_of(one) == ids_of(same) != ids_of(other)
+    assert len({tuple(ids) for ids in ids_of(one)[0]}) == 4
+
+
+def test_temperature_zero_is_greedy(toy):
+    model = scripted_model(toy.tokenizer.vocab_size, otherwise={7: 0.1})
+    groups = rollout(model, toy.tokenizer, [prompt(5)], 2, max_new_tokens=4, temperature=0.0)
+    assert ids_of(groups) == [[[7] * 4] * 2]
+
+
+def test_completions_end_with_either_stop_token(toy, three_tokens):
+    groups = rollout(three_tokens, toy.tokenizer, [prompt(5)], 32, max_new_tokens=50,
+                     generator=torch.Generator().manual_seed(0))
+    stops = set(toy.tokenizer.stop_ids)
+    assert {episode.completion.ids[-1] for episode in flat(groups)} == stops
+    for episode in flat(groups):
+        assert episode.completion.finish_reason == "stop" and not stops & set(episode.completion.ids[:-1])
+        assert episode.text == "a" * (len(episode.completion.ids) - 1)
+
+
+def test_trained_tokens_are_exactly_the_sampled_ones(toy, three_tokens):
+    prompts = [prompt(5, 6, 7), prompt(toy.tokenizer.pad_id)]
+    groups = rollout(three_tokens, toy.tokenizer, prompts, 16, max_new_tokens=50,
+                     generator=torch.Generator().manual_seed(0))
+    episodes = flat(groups)
+    assert any(episode.completion.ids[-1] == toy.tokenizer.pad_id for episode in episodes)  # a stop token, sampled
+    examples = [episode.example() for episode in episodes]
+    for episode, example in zip(episodes, examples):
+        assert example.ids == episode.prompt.ids + episode.completion.ids
+        assert example.mask == [0] * len(episode.prompt.ids) + [1] * len(episode.completion.ids)
+    ids, mask = pad_batch(examples, toy.tokenizer.pad_id)
+    for row, episode in enumerate(episodes):
+        assert ids[row][mask[row].bool()].tolist() == episode.completion.ids
+
+
+def test_padding_that_was_sampled_in_the_middle_is_trained(toy):
+    pad = toy.tokenizer.pad_id
+    example = score(prompt(5, pad), Completion([pad, 8, pad, pad], [-1.0] * 4, "length"), "").example()
+    assert (example.ids, example.mask) == ([5, pad, pad, 8, pad, pad], [0, 0, 1, 1, 1, 1])
+
+
+def test_equal_prompts_are_separate_groups(toy, uniform):
+    groups = rollout(uniform, toy.tokenizer, [prompt(5), prompt(6), prompt(5)], 2, max_new_tokens=5,
+                     generator=torch.Generator().manual_seed(0))
+    assert [[episode.prompt.ids for episode in group] for group in groups] == [[[5]] * 2, [[6]] * 2, [[5]] * 2]
+    first, _, third = ids_of(groups)
+    assert first != third
+    assert [line["group"] for line in lines(groups)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("text, correct, well_formed", [
+    (RIGHT, True, True),
+    (RIGHT.replace("6}", "7}"), False, True),
+    (RIGHT.replace("6}", "06}"), False, True),  # the match is of strings
+    ("\\boxed{6}", True, False),
+    (RIGHT + "\\boxed{7}", True, False),  # the first box counts
+    ("\\boxed{7}" + RIGHT, False, True),
+    ("</answer>", False, False),
+    ("", False, False),
+])
+def test_rewards(text, correct, well_formed):
+    completion = Completion([1], [-1.0], "stop")
+    plain, scaled = score(prompt(5), completion, text), score(prompt(5), completion, text, 0.25)
+    assert (plain.correct, plain.well_formed) == (scaled.correct, scaled.well_formed) == (correct, well_formed)
+    assert plain.reward == correct and scaled.reward == correct + 0.25 * well_formed
+    assert plain.prompt == prompt(5) and plain.completion is completion and plain.text == text
+
+
+def test_the_model_is_read_from_the_prompt_and_scored_against_its_own_answer(toy, guesser):
+    prompts = load_prompts(toy.rl, toy.tokenizer, 512)
+    groups = rollout(checkpoint.load(guesser), toy.tokenizer, prompts, 16, max_new_tokens=8, format_scale=0.5,
+                     generator=torch.Generator().manual_seed(0))
+    for group, line in zip(groups, read_jsonl(toy.rl), strict=True):
+        for episode in group:
+            assert episode.text[:7] == "\\boxed{" and episode.text[8:] == "}"
+            assert episode.correct == (episode.text[7] == line["answer"]) == episode.reward
+    assert 0 < sum(episode.correct for episode in flat(groups)) < 16 * len(prompts)
+
+
+def test_format_scale_reaches_the_score(toy, uniform, monkeypatch):
+    monkeypatch.setattr("minibridge.answer.well_formed", lambda text: True)
+    (group,) = rollout(uniform, toy.tokenizer, [prompt(5)], 2, max_new_tokens=2, format_scale=0.25)
+    assert [episode.reward for episode in group] == [0.25, 0.25]
+
+
+def test_lines_can_be_saved_scored_and_trained_again():
+    episode = score(prompt(5), Completion([7, 8], [-1.23456789, -2.0], "length"), RIGHT, 0.5)
+    (line,) = lines([[episode]])
+    assert json.loads(json.dumps(line)) == {
+        "group": 0, "id": "ab", "task": "igsm", "num_ops": 3, "answer": "6", "text": RIGHT, "reward": 1.5,
+        "correct": True, "well_formed": True, "finish_reason": "length", "ids": [7, 8], "logprobs": [-1.234568, -2.0]}
+
+
+def test_lines_of_a_prompt_without_the_optional_fields():
+    bare = Prompt([5], "6", {"prompt": [], "answer": "6"})
+    (line,) = lines([[score(bare, Completion([7], [-1.0], "stop"), "")]])
+    assert "id" not in line and "num_ops" not in line

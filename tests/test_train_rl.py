@@ -1,0 +1,401 @@
+"""RL: the gradient against naive REINFORCE, micro-batches, the frozen reference, exact resume, and learning."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train_rl
+from conftest import make_model
+from minibridge import checkpoint, evaluate
+from minibridge.config import parse, read_jsonl, run_main, write_jsonl
+from minibridge.data import Prompt, load_prompts
+from minibridge.generate import Completion
+from minibridge.optim import learning_rate
+from minibridge.rollout import Episode, rollout, score
+from minibridge.tokenizer import Tokenizer
+from train_rl import Config, describe, improve, pack
+
+CPU = torch.device("cpu")
+
+
+def train(model, data, out, *flags) -> int:
+    """Batches of 3 from 8 prompts (two an epoch), 4 samples of each."""
+    words = ["--model", model, "--data", data, "--out", out, "--device", "cpu", "--prompts", 3, "--samples", 4,
+             "--max-new-tokens", 8, "--learning-rate", 0.01, "--show-every", 0, *" ".join(map(str, flags)).split()]
+    return run_main(train_rl.main, Config, [str(word) for word in words])
+
+
+def metrics(out) -> list[dict]:
+    return read_jsonl(out / "metrics.jsonl")
+
+
+def without_times(rows) -> list[dict]:
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def weights(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+# ---- one step, against naive code
+
+
+def settings(flags: str = "") -> Config:
+    return parse(Config, ("--model x --data x --out x --temperature 0.7 " + flags).split())
+
+
+@pytest.fixture
+def groups(toy) -> list[list[Episode]]:
+    """9 rollouts of the toy model at temperature 0.7, cut to lengths from 2 to 10."""
+    prompts = load_prompts(toy.rl, toy.tokenizer, 512)[:3]
+    found = rollout(toy.load(), toy.tokenizer, prompts, 3, max_new_tokens=10, temperature=0.7,
+                    generator=torch.Generator().manual_seed(0))
+    for row, group in enumerate(found):
+        for column, episode in enumerate(group):
+            length = 2 + row + 3 * column
+            cut = Completion(episode.completion.ids[:length], episode.completion.logprobs[:length])
+            group[column] = replace(episode, completion=cut)
+    return found
+
+
+ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [2.0, -1.0, 0.0], [0.5, 0.5, -1.5]])
+
+
+def naive_terms(model, reference, episode: Episode, temperature: float):
+    """(T,) log-probabilities, entropies and k3 of the sampled tokens: one row, all logits, no padding."""
+    ids, sampled = episode.prompt.ids + episode.completion.ids, torch.tensor(episode.completion.ids)[:, None]
+    first = len(episode.prompt.ids) - 1
+    logps, ref_logps = ((policy.logits(policy(torch.tensor([ids])))[0, first:-1] / temperature).log_softmax(-1)
+                        for policy in (model, reference))  # (T, V)
+    gap = (ref_logps - logps).gather(1, sampled)[:, 0]
+    return logps.gather(1, sampled)[:, 0], -(logps.exp() * logps).sum(-1), gap.exp() - gap - 1
+
+
+def catch_gradients(monkeypatch) -> list[dict]:
+    """Make the optimizer step a note of the gradient."""
+    caught = []
+
+    def note(model, optimizer, rate, clip):
+        caught.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(train_rl, "update", note)
+    return caught
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize("kl_coef, entropy_coef", [(0.0, 0.0), (0.5, 0.3)])
+def test_gradient_where_the_ratio_is_1_is_reinforce(toy, groups, monkeypatch, kl_coef, entropy_coef):
+    """Mean over rollouts of the mean over their own tokens of -A log p, + c k3, - c H."""
+    model, reference = toy.load(), make_model(toy.tokenizer.vocab_size, seed=1)
+    loss, kls, entropies = 0.0, [], []
+    for episode, advantage in zip([episode for group in groups for episode in group], ADVANTAGES.flatten()):
+        logps, entropy, k3 = naive_terms(model, reference, episode, temperature=0.7)
+        loss = loss + (-advantage * logps + kl_coef * k3.clamp(max=10) - entropy_coef * entropy).mean() / 9
+        kls.append(k3.clamp(max=10).mean().item())
+        entropies.append(entropy.mean().item())
+    loss.backward()
+    naive = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert max(gradient.abs().max().item() for gradient in naive.values()) > 0.01
+
+    caught = catch_gradients(monkeypatch)
+    config = settings(f"--kl-coef {kl_coef} --entropy-coef {entropy_coef} --micro-tokens 400")
+    model = toy.load()
+    found = improve(model, reference, None, pack(groups, ADVANTAGES, config, CPU, 0), 0.1, config)
+    assert largest_difference(caught[0], naive) < 2e-6
+    assert found["policy_loss"] == pytest.approx(-ADVANTAGES.mean().item(), abs=1e-5)
+    assert found["entropy"] == pytest.approx(sum(entropies) / 9, abs=1e-5)
+    assert found["mismatch"] < 1e-4
+    if kl_coef:
+        assert found["kl"] == pytest.approx(sum(kls) / 9, rel=1e-5)
+
+
+def test_micro_batches_and_order_change_nothing(toy, groups):
+    """Neither the metrics nor the weights after two updates, of which the second clips and weighs the KL."""
+    results = []
+    for micro_tokens, order in ((16384, (0, 1, 2)), (400, (0, 1, 2)), (200, (2, 0, 1))):
+        flags = f"--updates 2 --kl-coef 0.1 --entropy-coef 0.1 --clip-low 0.01 --clip-high 0.01 --clip 100"
+        config = settings(f"{flags} --micro-tokens {micro_tokens}")
+        model, reference = toy.load(), make_model(toy.tokenizer.vocab_size, seed=1)
+        # Plain SGD: Adam would turn a rounding error in a gradient near 0 into a whole step.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        batches = pack([groups[row] for row in order], ADVANTAGES[list(order)], config, CPU, toy.tokenizer.pad_id)
+        results.append((len(batches), improve(model, reference, optimizer, batches, 0.01, config), model.state_dict()))
+    assert [count for count, _, _ in results] == [1, 6, 9] or results[0][0] < results[1][0] < results[2][0]
+    start = toy.load().state_dict()
+    assert largest_difference(start, results[0][2]) > 1e-3
+    for _, found, state in results[1:]:
+        assert found == pytest.approx(results[0][1], rel=1e-5, abs=2e-6)
+        assert largest_difference(state, results[0][2]) < 1e-6
+
+
+def test_padding_id_changes_nothing(toy, groups, monkeypatch):
+    caught, config, found = catch_gradients(monkeypatch), settings("--kl-coef 0.1 --entropy-coef 0.1"), []
+    model, reference = toy.load(), make_model(toy.tokenizer.vocab_size, seed=1)
+    for pad_id in (0, groups[0][0].completion.ids[0]):
+        found.append(improve(model, reference, None, pack(groups, ADVANTAGES, config, CPU, pad_id), 0.1, config))
+    assert found[0] == found[1] and largest_difference(*caught) == 0
+
+
+def test_sampled_log_probabilities_stand_under_their_tokens(toy, groups):
+    config = settings("--micro-tokens 400")
+    episodes = {tuple(episode.example().ids): (episode, advantage) for group, advantages in zip(groups, ADVANTAGES)
+                for episode, advantage in zip(group, advantages)}
+    rows = 0
+    for batch in pack(groups, ADVANTAGES, config, CPU, 0):
+        for ids, trained, sampled, advantage in zip(batch.ids, batch.trained, batch.sampled_logps, batch.advantages):
+            rows += 1
+            length = next(length for length in range(len(ids), 0, -1) if tuple(ids[:length].tolist()) in episodes)
+            episode, expected = episodes[tuple(ids[:length].tolist())]
+            assert ids[1:][trained].tolist() == episode.completion.ids and advantage == expected
+            assert sampled[trained].tolist() == pytest.approx(episode.completion.logprobs)
+            assert not sampled[~trained].any()
+    assert rows == 9
+
+
+def test_later_updates_are_off_policy(toy, groups, monkeypatch):
+    """The ratio is to the policy that sampled, not to the one of the update before; the metrics are the first's."""
+    calls = []
+    grpo_loss = train_rl.grpo_loss
+
+    def spy(logps, old_logps, *rest, **options):
+        loss, found = grpo_loss(logps, old_logps, *rest, **options)
+        calls.append((logps.detach(), old_logps, found))
+        return loss, found
+
+    monkeypatch.setattr(train_rl, "grpo_loss", spy)
+    config = settings("--updates 3 --micro-tokens 1000")
+    model, reference = toy.load(), toy.load()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batches = pack(groups, ADVANTAGES, config, CPU, 0)
+    assert len(batches) == 2
+    found = improve(model, reference, optimizer, batches, 0.02, config)
+    assert len(calls) == 6
+    for number, (logps, old_logps, _) in enumerate(calls):
+        assert not old_logps.requires_grad and torch.equal(old_logps, calls[number % 2][1])
+        gap = (logps - old_logps).abs().max().item()
+        assert gap < 1e-6 if number < 2 else gap > 1e-3
+    assert found["loss"] == pytest.approx(sum(metrics["loss"].item() for _, _, metrics in calls[:2]))
+    assert found["log_ratio"] < 1e-6 and found["mismatch"] < 1e-4
+
+
+def episode(text: str, reward: float, tokens: int = 1, reason: str = "stop", well_formed=False) -> Episode:
+    completion = Completion([1] * tokens, [-1.0] * tokens, reason)
+    return Episode(Prompt([5], "6", {}), completion, text, reward >= 1, well_formed, reward)
+
+
+def test_describe():
+    groups = [
+        [episode("\\boxed{6}", 1.25, 3, well_formed=True), episode("\\boxed{7}", 0.0, 5)],
+        [episode("\\boxed{7}", 0.0, 7), episode("six", 0.0, 9, "length")],
+        [episode("\\boxed{6}", 1.0, 1), episode("\\boxed{6}", 1.25, 2, well_formed=True)],
+        [episode("", 0.0, 5), episode("", 0.0, 0)],
+    ]
+    assert describe(groups) == {"accuracy": 3 / 8, "reward": 3.5 / 8, "well_formed": 2 / 8, "length": 4.0,
+                                "truncated": 1 / 8, "common_answer": 3 / 8, "dead_groups": 2 / 4}
+
+
+# ---- whole runs
+
+
+def test_two_steps_and_their_files(toy, guesser, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(guesser, toy.rl, out, "--steps 2 --samples 16 --val", toy.rl, "--show-every 1") == 0
+    before, *rows = metrics(out)
+    assert (before["step"], set(before)) == (0, {"step", "val_accuracy"})
+    assert [row["step"] for row in rows] == [1, 2] and set(rows[0]) | {"val_accuracy"} == set(rows[1])
+    assert all(isinstance(value, (int, float)) for row in rows for value in row.values())  # null: not finite
+    assert all(0 < row["accuracy"] < 1 and row["grad_norm"] > 0 and row["dead_groups"] < 1 for row in rows)
+    start, end = checkpoint.load(guesser).state_dict(), checkpoint.load(out / "model").state_dict()
+    assert not any(torch.equal(start[name], end[name]) for name in start)
+    assert Tokenizer.load(out / "model").vocab_size == toy.tokenizer.vocab_size
+    for row in rows:
+        path = out / "rollouts" / f"step_{row['step']:04d}.jsonl"
+        lines = read_jsonl(path)
+        assert [line["group"] for line in lines] == [group for group in range(3) for _ in range(16)]
+        assert {"id", "answer", "text", "reward", "correct", "finish_reason", "ids", "logprobs"} <= set(lines[0])
+        assert len({line["id"] for line in lines}) == 3
+        assert row["accuracy"] == pytest.approx(evaluate.accuracy(evaluate.rescore(path)))  # the same format
+        assert row["length"] == pytest.approx(sum(len(line["ids"]) for line in lines) / 48)
+    printed = capsys.readouterr().out
+    assert printed.count("--- reward") == 4 and printed.count("--- reward 1, right answer") == 2
+    assert printed.count("How many") == 4
+
+
+def test_validation_is_the_greedy_accuracy_and_leaves_sampling_alone(toy, guesser, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert train(guesser, toy.rl, one, "--steps 3 --eval-every 2 --val", toy.rl) == 0
+    assert train(guesser, toy.rl, other, "--steps 3") == 0
+    assert [row["step"] for row in metrics(one) if "val_accuracy" in row] == [0, 2, 3]
+    assert weights(one / "model") == weights(other / "model")
+    for folder, row in ((guesser, metrics(one)[0]), (one / "model", metrics(one)[-1])):
+        words = f"--model {folder} --data {toy.rl} --out {tmp_path}/eval --max-new-tokens 8 --device cpu".split()
+        assert run_main(evaluate.main, evaluate.Config, words) == 0
+        assert row["val_accuracy"] == evaluate.accuracy(evaluate.rescore(tmp_path / "eval")) < 1
+
+
+def test_the_policy_learns(toy, guesser, tmp_path):
+    """Where 6 is always the answer, a model that guesses among ten digits comes to say 6."""
+    write_jsonl(tmp_path / "rl.jsonl", [line | {"answer": "6"} for line in read_jsonl(toy.rl)])
+    assert train(guesser, tmp_path / "rl.jsonl", tmp_path, "--steps 15 --prompts 4 --samples 16",
+                 "--learning-rate 0.1") == 0
+    rewards = [row["reward"] for row in metrics(tmp_path)]
+    assert sum(rewards[:3]) / 3 < 0.4 and min(rewards[-3:]) > 0.9
+
+
+def test_reference_stays_frozen_and_sampler_and_trainer_agree(toy, tmp_path, monkeypatch):
+    """With the temperature, refilled rows and small pieces; every step samples from the weights of that step."""
+    references = []
+
+    def spy(model, reference, *rest):
+        references.append(reference.state_dict())
+        assert not any(parameter.grad is not None for parameter in reference.parameters())
+        return improve(model, reference, *rest)
+
+    monkeypatch.setattr(train_rl, "improve", spy)
+    assert train(toy.model, toy.rl, tmp_path, "--steps 3 --temperature 0.7 --rows 5 --micro-tokens 400",
+                 "--entropy-coef 0.1") == 0
+    rows, start = metrics(tmp_path), toy.load().state_dict()
+    assert rows[0]["kl"] == 0 and all(row["kl"] > 1e-4 for row in rows[1:])
+    assert all(0 < row["mismatch"] < 1e-4 and row["log_ratio"] == 0 for row in rows)
+    assert len(references) == 3 and all(largest_difference(start, reference) == 0 for reference in references)
+    assert largest_difference(start, checkpoint.load(tmp_path / "model").state_dict()) > 0.01
+
+
+def test_flags_reach_their_places(toy, guesser, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(name):
+        function = getattr(train_rl, name)
+
+        def call(*words, **options):
+            seen[name] = words, options
+            return function(*words, **options)
+
+        monkeypatch.setattr(train_rl, name, call)
+
+    for name in ("rollout", "grpo_loss", "adamw", "update"):
+        spy(name)
+    flags = """--steps 1 --temperature 0.9 --format-scale 0.25 --rows 7 --clip-low 0.3 --clip-high 0.4 --kl-coef 0.05
+               --kl-threshold 0.6 --entropy-coef 0.07 --weight-decay 0.08 --clip 0.9 --samples 5"""
+    assert train(guesser, toy.rl, tmp_path, flags) == 0
+    words, options = seen["rollout"]
+    assert len(words[2]) == 3 and words[3] == 5 and isinstance(options.pop("generator"), torch.Generator)
+    assert options == {"max_new_tokens": 8, "temperature": 0.9, "format_scale": 0.25, "rows": 7}
+    options = seen["grpo_loss"][1]
+    assert options.pop("entropy") is not None
+    assert options == {"clip": (0.3, 0.4), "kl_coef": 0.05, "kl_threshold": 0.6, "entropy_coef": 0.07,
+                       "aggregate": "sequence", "normalizer": 15}
+    assert seen["adamw"][0][2] == 0.08 and seen["update"][0][2:] == (0.01, 0.9)
+
+
+def test_kl_threshold_alone_needs_the_reference_and_no_kl_needs_none(toy, guesser, tmp_path):
+    assert train(guesser, toy.rl, tmp_path / "a", "--steps 1 --kl-coef 0 --kl-threshold 0.1") == 0
+    assert train(guesser, toy.rl, tmp_path / "b", "--steps 1 --kl-coef 0") == 0
+    assert metrics(tmp_path / "a")[0]["kl"] == 0 and "kl" not in metrics(tmp_path / "b")[0]
+
+
+# ---- stopping and going on
+
+LONG = "--steps 4 --save-every 2 --schedule cosine --warmup 1 --kl-coef 0.1"
+
+
+@pytest.fixture(scope="module")
+def whole(toy, guesser, tmp_path_factory):
+    """A run of four steps, never cut."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(guesser, toy.rl, out, LONG) == 0
+    return out
+
+
+def same_run(one, other) -> bool:
+    rollouts = [{path.name: path.read_bytes() for path in (out / "rollouts").iterdir()} for out in (one, other)]
+    return (weights(one / "model") == weights(other / "model") and rollouts[0] == rollouts[1]
+            and without_times(metrics(one)) == without_times(metrics(other)))
+
+
+def test_learning_rates_and_prompts_of_the_steps(toy, whole):
+    rows = metrics(whole)
+    assert [row["learning_rate"] for row in rows] == [learning_rate(step, 4, 0.01, 1, "cosine") for step in range(4)]
+    asked = [{line["id"] for line in read_jsonl(whole / "rollouts" / f"step_000{step}.jsonl")} for step in (1, 2, 3, 4)]
+    assert all(len(ids) == 3 for ids in asked)
+    assert not asked[0] & asked[1] and not asked[2] & asked[3] and asked[:2] != asked[2:]
+
+
+def test_resumed_run_is_the_whole_run_bit_for_bit(toy, guesser, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_2"]
+    for step in (3, 4):
+        (out / "rollouts" / f"step_000{step}.jsonl").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed in step 4, while writing a line
+    assert train(guesser, toy.rl, out, LONG, "--resume") == 0
+    assert same_run(out, whole) and [row["step"] for row in metrics(out)] == [1, 2, 3, 4]
+    assert json.loads((out / "run.json").read_text())["resume_step"] == 3
+
+
+def test_interrupted_run_leaves_a_good_checkpoint(toy, guesser, whole, tmp_path, monkeypatch, capsys):
+    def interrupted(*words):
+        if len(metrics(tmp_path)) == 3:
+            raise KeyboardInterrupt
+        return improve(*words)
+
+    monkeypatch.setattr(train_rl, "improve", interrupted)
+    assert train(guesser, toy.rl, tmp_path, LONG) == 130
+    assert capsys.readouterr().err.startswith("interrupted") and not (tmp_path / "model").exists()
+    latest = checkpoint.latest(tmp_path / "checkpoints")
+    assert latest.name == "step_2" and checkpoint.load(latest) and Tokenizer.load(latest)
+    monkeypatch.undo()
+    assert train(guesser, toy.rl, tmp_path, LONG, "--resume") == 0
+    assert same_run(tmp_path, whole)
+
+
+def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path, monkeypatch, capsys):
+    def broken(*words, **options):
+        loss, found = grpo_loss(*words, **options)
+        return loss * (math.nan if len(metrics(tmp_path)) == 2 else 1), found
+
+    grpo_loss = train_rl.grpo_loss
+    monkeypatch.setattr(train_rl, "grpo_loss", broken)
+    assert train(guesser, toy.rl, tmp_path, LONG) == 2
+    assert capsys.readouterr().err.startswith("error: the gradient norm is nan")
+    assert len(read_jsonl(tmp_path / "rollouts" / "step_0003.jsonl")) == 12  # the batch that did it is kept
+    assert weights(tmp_path / "checkpoints" / "step_2") == weights(whole / "checkpoints" / "step_2")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--max-prompt 90", "{rl}:1: a prompt of"),
+    ("--data {sft}", "{sft}:1: field 'prompt'"),
+    ("--val {sft}", "{sft}:1: field 'prompt'"),
+    ("--data {folder}/no", "{folder}/no: No such file"),
+    ("--model {folder}/no", "{folder}/no/tokenizer.json: no such file"),
+    ("--samples 1", "at least 2 samples"),
+    ("--samples 0", "samples"),
+    ("--temperature 0", "temperature: must be above 0"),
+    ("--temperature -1", "temperature: must be above 0"),
+    ("--updates 0", "updates: must be at least 1"),
+    ("--prompts 9", "a batch of 9 cannot be made from 8 examples"),
+    ("--prompts 0", "a batch of 0"),
+    ("--max-new-tokens 1000", "max_position_embeddings 1024"),
+    ("--device nosuch", "device 'nosuch'"),
+    ("--micro-tokens 50", "do not fit a micro-batch of 50 tokens"),
+    ("--top-p 0.9", "--top-p"),
+])
+def test_wrong_input_is_one_line(toy, guesser, tmp_path, capsys, flags, message):
+    names = {"folder": toy.folder, "sft": toy.sft, "rl": toy.rl}
+    assert train(guesser, toy.rl, tmp_path / "run", "--steps 1", flags.format(**names)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message.format(**names) in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    assert not (tmp_path / "run" / "model").exists()

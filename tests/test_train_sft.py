@@ -1,0 +1,249 @@
+"""SFT: the loss against a naive one, micro-batches, learning to stop, exact resume, one-line errors."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+import train_sft
+from minibridge import checkpoint
+from minibridge.config import parse, read_jsonl, run_main, write_jsonl
+from minibridge.data import Example, load_sft
+from minibridge.generate import generate
+from minibridge.optim import learning_rate
+from minibridge.tokenizer import Tokenizer
+from train_sft import Config, accumulate
+
+CPU = torch.device("cpu")
+
+
+def train(toy, out, *flags, data=None) -> int:
+    """Batches of 6 from 12 lines: two steps an epoch."""
+    words = ["--model", toy.model, "--data", data or toy.sft, "--out", out, "--device", "cpu", "--batch-size", 6,
+             "--learning-rate", 0.003, "--max-length", 800, *" ".join(map(str, flags)).split()]
+    return run_main(train_sft.main, Config, [str(word) for word in words])
+
+
+def metrics(out) -> list[dict]:
+    return read_jsonl(out / "metrics.jsonl")
+
+
+def without_times(rows) -> list[dict]:
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def weights(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def naive_loss(model, examples) -> torch.Tensor:
+    """Mean negative log-likelihood of the tokens under the mask: a row at a time, from all logits, no padding."""
+    total, count = 0.0, 0
+    for example in examples:
+        logps = model.logits(model(torch.tensor([example.ids])))[0].log_softmax(-1)  # (T, V)
+        for position in range(1, len(example.ids)):
+            if example.mask[position]:
+                total, count = total - logps[position - 1, example.ids[position]], count + 1
+    return total / count
+
+
+def gradients(model) -> dict:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_two_steps_lower_the_loss_and_move_every_weight(toy, tmp_path, capsys):
+    assert train(toy, tmp_path, "--batch-size 12 --epochs 2") == 0
+    first, second = metrics(tmp_path)
+    assert second["loss"] < first["loss"] - 0.1
+    start, end = toy.load().state_dict(), checkpoint.load(tmp_path / "model").state_dict()
+    assert not any(torch.equal(start[name], end[name]) for name in start)
+    assert Tokenizer.load(tmp_path / "model").encode("b = 6") == toy.tokenizer.encode("b = 6")
+    assert all(isinstance(value, (int, float)) for row in metrics(tmp_path) for value in row.values())  # null: not finite
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["epochs"] == 2
+    assert capsys.readouterr().out.count("step ") == 2
+
+
+@pytest.mark.parametrize("flag", ["--no-whole-chat", "--whole-chat"])
+def test_logged_losses_are_the_naive_ones(toy, tmp_path, flag):
+    """Of the answers alone or of whole chats; before the first step, and on held-out lines after the last."""
+    write_jsonl(tmp_path / "val.jsonl", read_jsonl(toy.sft)[:5])
+    out = tmp_path / "run"
+    assert train(toy, out, flag, "--batch-size 12 --epochs 1 --micro-tokens 800 --val", tmp_path / "val.jsonl") == 0
+    (row,) = metrics(out)
+    examples = load_sft(toy.sft, toy.tokenizer, 800, whole_chat=flag == "--whole-chat")
+    with torch.no_grad():
+        assert row["loss"] == pytest.approx(naive_loss(toy.load(), examples).item(), abs=1e-5)
+        assert row["val_loss"] == pytest.approx(
+            naive_loss(checkpoint.load(out / "model"), examples[:5]).item(), abs=1e-5)
+
+
+def test_accumulated_gradient_is_the_naive_one(toy):
+    """Also in pieces of any size and in any order: rows of few answer tokens weigh less than rows of many."""
+    examples = load_sft(toy.sft, toy.tokenizer, 800)[:6]
+    examples[1] = Example(examples[1].ids, [0] * (len(examples[1].ids) - 2) + [1, 1])
+    model = toy.load()
+    loss = naive_loss(model, examples)
+    loss.backward()
+    naive = gradients(model)
+    assert max(gradient.abs().max().item() for gradient in naive.values()) > 0.01
+    longest = max(len(example.ids) for example in examples)
+    for micro_tokens in (longest, 2 * longest, 16384):
+        for batch in (examples, examples[::-1], examples[3:] + examples[:3]):
+            config = parse(Config, f"--model x --data x --out x --micro-tokens {micro_tokens}".split())
+            assert accumulate(model, batch, config, CPU, toy.tokenizer.pad_id) == pytest.approx(loss.item(), rel=1e-6)
+            assert largest_difference(gradients(model), naive) < 1e-6
+
+
+def test_padding_is_not_trained_even_where_it_equals_the_stop_token(toy):
+    example = load_sft(toy.sft, toy.tokenizer, 800)[0]
+    config = parse(Config, "--model x --data x --out x".split())
+    model, batch = toy.load(), [Example(example.ids[:40], [0] * 20 + [1] * 20), example]
+    losses, grads = [], []
+    for pad_id in (toy.tokenizer.pad_id, toy.tokenizer.end_of_turn_id, 17):
+        losses.append(accumulate(model, batch, config, CPU, pad_id))
+        grads.append(gradients(model))
+    assert losses == losses[:1] * 3 and all(largest_difference(grads[0], other) == 0 for other in grads[1:])
+
+
+def test_stopping_is_learned(toy, tmp_path):
+    """Fitted to one short answer, the model writes it and ends its turn; the prompt is the one that RL will give."""
+    line = read_jsonl(toy.sft)[0]
+    line["messages"][-1]["content"] = "<think>\nb = 6.\n</think>\n<answer>\n\\boxed{6}\n</answer>"
+    write_jsonl(tmp_path / "one.jsonl", [line])
+    assert train(toy, tmp_path, "--batch-size 1 --epochs 25 --learning-rate 0.02 --log-every 25",
+                 data=tmp_path / "one.jsonl") == 0
+    model, tokenizer = checkpoint.load(tmp_path / "model"), toy.tokenizer
+    prompt = tokenizer.encode_prompt(line["messages"][:2])
+    ((completion,),) = generate(model, [prompt], max_new_tokens=80, temperature=0, stop_ids=tokenizer.stop_ids)
+    assert completion.finish_reason == "stop" and completion.ids[-1] == tokenizer.end_of_turn_id
+    assert "<think>\n" + tokenizer.decode(completion.ids) == line["messages"][-1]["content"]
+
+
+def test_an_epoch_is_every_line_once(toy, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, batch, config, device, pad_id):
+        seen.append([example.ids for example in batch])
+        return accumulate(model, batch, config, device, pad_id)
+
+    monkeypatch.setattr(train_sft, "accumulate", spy)
+    assert train(toy, tmp_path, "--epochs 2") == 0
+    everything = sorted(example.ids for example in load_sft(toy.sft, toy.tokenizer, 800))
+    assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3]) == everything
+    assert seen[:2] != seen[2:]
+
+
+def test_learning_rate_validations_and_console(toy, tmp_path, capsys):
+    assert train(toy, tmp_path, "--epochs 2.5 --warmup 2 --schedule cosine --val", toy.sft,
+                 "--eval-every 2 --log-every 3") == 0
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["learning_rate"] for row in rows] == [learning_rate(step, 5, 0.003, 2, "cosine") for step in range(5)]
+    assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 5]
+    shown = [line.split("|")[0].split() for line in capsys.readouterr().out.splitlines()]
+    assert shown == [["step", f"{step}/5"] for step in (2, 3, 4, 5)]
+
+
+def test_flags_reach_the_optimizer(toy, tmp_path, monkeypatch):
+    made, taken = [], []
+    make, take = train_sft.adamw, train_sft.update
+    monkeypatch.setattr(train_sft, "adamw", lambda *words: made.append(words[1:]) or make(*words))
+    monkeypatch.setattr(train_sft, "update", lambda *words: taken.append(words[2:]) or take(*words))
+    assert train(toy, tmp_path, "--epochs 0.5 --beta2 0.9 --weight-decay 0.2 --clip 0.3") == 0
+    assert made == [((0.9, 0.9), 0.2)] and taken == [(0.003, 0.3)]
+
+
+SETTINGS = "--epochs 2 --save-every 2 --schedule cosine --warmup 1"  # 4 steps; the second epoch's order is another
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """A run of four steps, never cut."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(toy, out, SETTINGS) == 0
+    return out
+
+
+def test_resumed_run_is_the_whole_run_bit_for_bit(toy, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_2"]
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed in step 4, while writing a line
+    assert train(toy, out, SETTINGS, "--resume") == 0
+    assert weights(out / "model") == weights(whole / "model")
+    assert without_times(metrics(out)) == without_times(metrics(whole))
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4]
+    assert json.loads((out / "run.json").read_text())["resume_step"] == 3
+
+
+def test_interrupted_run_is_resumed_bit_for_bit(toy, whole, tmp_path, monkeypatch):
+    def interrupted(model, optimizer, rate, clip):
+        if next(iter(optimizer.state.values()), {"step": torch.tensor(0)})["step"] == 3:
+            raise KeyboardInterrupt
+        return update(model, optimizer, rate, clip)
+
+    update = train_sft.update
+    monkeypatch.setattr(train_sft, "update", interrupted)
+    assert train(toy, tmp_path, SETTINGS) == 130
+    assert not (tmp_path / "model").exists() and len(metrics(tmp_path)) == 3
+    monkeypatch.undo()
+    assert train(toy, tmp_path, SETTINGS, "--resume") == 0
+    assert weights(tmp_path / "model") == weights(whole / "model")
+    assert without_times(metrics(tmp_path)) == without_times(metrics(whole))
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(toy, whole, tmp_path):
+    assert train(toy, tmp_path, SETTINGS, "--resume") == 0
+    assert weights(tmp_path / "model") == weights(whole / "model")
+
+
+def test_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy, whole, tmp_path, monkeypatch, capsys):
+    def broken(model, batch, device, pad_id):
+        loss, count = answer_loss(model, batch, device, pad_id)
+        return loss * (math.nan if len(metrics(tmp_path)) == 2 else 1), count
+
+    answer_loss = train_sft.answer_loss
+    monkeypatch.setattr(train_sft, "answer_loss", broken)
+    assert train(toy, tmp_path, SETTINGS) == 2
+    assert capsys.readouterr().err.startswith("error: the gradient norm is nan")
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step_2"
+    assert weights(tmp_path / "checkpoints" / "step_2") == weights(whole / "checkpoints" / "step_2")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--model {folder}/no", "{folder}/no/tokenizer.json: no such file"),
+    ("--data {folder}/no", "{folder}/no: No such file"),
+    ("--data {empty}", "{empty}: no lines"),
+    ("--data {rl}", "{rl}:1: field 'messages'"),
+    ("--val {rl}", "{rl}:1: field 'messages'"),
+    ("--max-length 100", "{sft}:1: "),
+    ("--max-length 60 --truncate", "{sft}:1: nothing is left to learn"),
+    ("--epochs 0", "epochs: 0 passes over 12 examples"),
+    ("--epochs -1", "epochs: -1 passes"),
+    ("--epochs many", "--epochs"),
+    ("--batch-size 13", "a batch of 13 cannot be made from 12 examples"),
+    ("--batch-size 0", "a batch of 0"),
+    ("--micro-tokens 100", "do not fit a micro-batch of 100 tokens"),
+    ("--device nosuch", "device 'nosuch'"),
+    ("--schedule linear", "--schedule"),
+    ("--lr 1", "--lr"),
+])
+def test_wrong_input_is_one_line(toy, tmp_path, capsys, flags, message):
+    names = {"folder": toy.folder, "sft": toy.sft, "rl": toy.rl, "empty": tmp_path / "empty"}
+    names["empty"].write_text("")
+    assert train(toy, tmp_path / "run", flags.format(**names)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message.format(**names) in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    assert not (tmp_path / "run" / "model").exists()
