@@ -74,14 +74,15 @@ def _candidates(split: str, ops: tuple[int, int], scale: igsm.Scale, seed: int) 
             yield i, problem
 
 
-def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = None) -> dict:
+def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = None,
+           letters: str = igsm.PAPER.letters) -> dict:
     """One line: an SFT example rendered with `behaviors`, or an RL prompt when there are none. The wording of question
     and answer comes from streams named after the problem, so it is the same in every file of one seed."""
     question = traces.question(problem, random.Random(f"{seed}/{problem.id}/question"))
     common = {"answer": str(problem.answer), "task": problem.task, "num_ops": problem.num_ops, "id": problem.id}
     if behaviors is None:
         return {"prompt": chat(question), **common, "problem": problem.to_dict()}
-    answer = traces.answer(problem, random.Random(f"{seed}/{problem.id}/answer"), behaviors)
+    answer = traces.answer(problem, random.Random(f"{seed}/{problem.id}/answer"), behaviors, letters)
     return {"messages": chat(question, answer), **common, "behaviors": str(behaviors), "problem": problem.to_dict()}
 
 
@@ -94,8 +95,9 @@ def main(config: Config):
     count = rows if config.count is None else config.count
     if count < 1 or not 0 < config.balance <= 1:
         raise InputError("count: must be at least 1" if count < 1 else "balance: must be above 0 and at most 1")
-    drawn = problems(config.split, count, config.ops or ops, SCALES[config.scale], config.seed, config.balance)
-    lines = [record(problem, config.seed, behaviors) for problem in drawn]
+    scale = SCALES[config.scale]
+    drawn = problems(config.split, count, config.ops or ops, scale, config.seed, config.balance)
+    lines = [record(problem, config.seed, behaviors, scale.letters) for problem in drawn]
     write_jsonl(config.out, lines)
     print(summary(lines))
     print(f"{config.out}: {len(lines)} rows")

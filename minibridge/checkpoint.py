@@ -5,7 +5,7 @@
     save_training, load_training   the same, and training.json and training.safetensors in it
     latest                         the checkpoint to resume from
 
-A folder is written beside its place and then renamed, so readers see the old one or the new one, never half.
+A folder is written beside its place and then renamed, so nobody ever sees half of one.
 Nothing is pickled. What it is not: sharded saving, other weight formats, quantised weights, downloads.
 """
 
@@ -128,7 +128,8 @@ def save(
 def _write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None):
     dtype = dtype or model.lm_head_weight.dtype
     weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})  # transformers refuses files without it
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})  # older transformers want it
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private; a server under another user could not read it
     _write_json(folder / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
     if tokenizer is not None:
         tokenizer.save(folder)

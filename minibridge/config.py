@@ -122,7 +122,7 @@ def _shown(value: Any) -> str:
 
 
 def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None = None) -> int:
-    """Parse, call `main(config)`, return the exit status: 0 done, 2 wrong input or disk trouble, 130 interrupted.
+    """Parse, call `main(config)`, return the exit status: 0 done, 2 bad input or disk trouble, 130 stopped.
 
     The user's mistakes end in one line on stderr, ours in a traceback.
     """
@@ -206,7 +206,7 @@ class Run:
 
     A new run starts metrics.jsonl afresh. With `resume_step=k`, k being the first step that will run (again),
     the lines of steps before k stay and the later ones go, so that no step is logged twice. `run.path` is the
-    folder: `run.path / "checkpoints"`. `run.steps`, which may be set later, is the total shown on the console.
+    folder: `run.path / "checkpoints"`. `run.steps`, which may be set later, is the total on the console.
     """
 
     def __init__(self, folder: str | Path, config: Any, argv: Sequence[str] | None = None,

@@ -9,6 +9,7 @@ and item are kept apart, not split at "'s". Quirks that shape the distribution s
 """
 import math
 import random
+import string
 from collections import Counter
 from dataclasses import dataclass
 
@@ -24,16 +25,18 @@ MAX_DRAWS = 2_000
 @dataclass(frozen=True)
 class Scale:
     """What bounds a problem besides its op count. The defaults are the paper's; `cap` bounds every value in
-    the problem (None: only the answer is bounded, by 1000)."""
+    the problem (None: only the answer is bounded, by 1000); `letters` are what answers may call its quantities."""
     instances: int = 20
     layers: tuple[int, ...] = (2, 3, 4)
     widths: tuple[int, ...] = (2, 3, 4)
     cap: int | None = None
     worlds: tuple = WORLDS
+    letters: str = string.ascii_letters
 
 
 PAPER = Scale()
-TOY = Scale(instances=8, layers=(2, 3), widths=(2, 3), cap=50, worlds=TOY_WORLDS)
+TOY = Scale(instances=8, layers=(2, 3), widths=(2, 3), cap=50, worlds=TOY_WORLDS,
+            letters=string.ascii_lowercase[:20])
 
 
 def draw(rng: random.Random, ops: tuple[int, int] = (15, 20), scale: Scale = PAPER) -> Problem:

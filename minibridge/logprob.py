@@ -77,7 +77,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = grad_logits @ cast
             if needs_weight:
                 grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, grad_weight, None, None, None, None  # autograd casts grad_weight to weight's dtype
+        return grad_hidden, grad_weight, None, None, None, None  # autograd casts to the dtype of each input
 
 
 def _chunk_forward(hidden, weight, targets, temperature, with_entropy):

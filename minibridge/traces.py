@@ -132,18 +132,18 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0) -> list[
 # --- the answer ----------------------------------------------------------------------------------------------
 
 
-def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA) -> str:
-    """A worked answer. Raises InputError for a problem of more than 52 nodes, one letter each."""
+def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA, letters: str = string.ascii_letters) -> str:
+    """A worked answer; every node gets one of `letters`. Raises InputError when there are more nodes than letters."""
     wording, reflecting, analysing = (random.Random(rng.getrandbits(64)) for _ in range(3))
     nodes = [*problem.order, *problem.redundant]
-    if len(nodes) > len(string.ascii_letters):
-        raise InputError(f"problem {problem.id}: {len(nodes)} nodes, but only {len(string.ascii_letters)} letters")
-    letters = dict(zip(nodes, wording.sample(string.ascii_letters, len(nodes))))
+    if len(nodes) > len(letters):
+        raise InputError(f"problem {problem.id}: {len(nodes)} nodes, but only {len(letters)} letters")
+    names = dict(zip(nodes, wording.sample(letters, len(nodes))))
     named: set[str] = set()
     steps = []
     for key, missing in plan(problem, reflecting, behaviors.reflection):
         node = problem.nodes[key]
-        parts = [_introduce(problem, key, letters[key], wording, again=key in named)]
+        parts = [_introduce(problem, key, names[key], wording, again=key in named)]
         named.add(key)
         if restated(node, analysing, behaviors.analysis):
             parts.append(wording.choice(RESTATE).format(expression=describe(node.expr, problem.nodes)))
@@ -151,7 +151,7 @@ def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA)
             unknown = listing([phrase(problem.nodes[parent]) for parent in missing])
             parts.append(wording.choice(LOCKED).format(nodes=unknown, verb="is" if len(missing) == 1 else "are"))
         else:
-            parts.append(compute(node.expr, letters[key], letters, problem.values, behaviors.subgoal))
+            parts.append(compute(node.expr, names[key], names, problem.values, behaviors.subgoal))
         steps.append("- " + " ".join(parts))
     value = problem.answer
     return "\n".join([OPENING + wording.choice(OPENINGS), *steps, wording.choice(CLOSINGS).format(value=value),

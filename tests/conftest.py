@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # on matrices this small threads only wait for one ano
 
 @dataclass(frozen=True)
 class Toy:
-    """Paths as the command line takes them. `model` is Qwen2-shaped and random, its logits far from uniform."""
+    """Paths as the command line takes them. `model` is Qwen2-shaped and random, not near uniform."""
 
     folder: Path
     model: str
@@ -31,10 +31,10 @@ class Toy:
 
 
 def make_model(vocab_size: int, seed: int = 0) -> Decoder:
-    """Tied embeddings, two layers, and no parameter left at a value such as 0 or 1 that could hide a mistake."""
+    """Tied embeddings, two layers, and no parameter left at a 0 or 1 that could hide a mistake."""
     config = ModelConfig("qwen2", vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
-                         tie_word_embeddings=True)
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                         max_position_embeddings=1024, tie_word_embeddings=True)
     model, generator = Decoder(config), torch.Generator().manual_seed(seed)
     model.init_weights(generator, std=0.2)
     with torch.no_grad():
@@ -48,12 +48,12 @@ def scripted_model(vocab_size: int, follow: Mapping[int, Mapping[int, float]] = 
                    otherwise: Mapping[int, float] = {}) -> Decoder:
     """A model of known distribution: after token a, token b has the logit `follow[a][b]`, or 0 if not given.
 
-    Tokens that are no key of `follow` are followed by `otherwise`; with neither, all logits are 0. The layers add
-    nothing at first, but they have gradients.
+    Tokens that are no key of `follow` are followed by `otherwise`; with neither, all logits are 0. The layers
+    add nothing at first, but they have gradients.
     """
     config = ModelConfig("qwen2", vocab_size, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=4, max_position_embeddings=1024,
-                         rms_norm_eps=1e-12)
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                         max_position_embeddings=1024, rms_norm_eps=1e-12)
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
     rows = [otherwise, *follow.values()]  # row r of the table is told by coordinate r of the hidden state
@@ -88,7 +88,8 @@ def toy(tmp_path_factory) -> Toy:
 def guesser(toy) -> str:
     """Folder of a model that answers \\boxed{d} and ends its turn, each digit d being as likely."""
     encode = toy.tokenizer.encode
-    before, after = encode("<think>\n")[-1:] + encode("\\boxed{"), encode("}") + [toy.tokenizer.end_of_turn_id]
+    before = encode("<think>\n")[-1:] + encode("\\boxed{")
+    after = encode("}") + [toy.tokenizer.end_of_turn_id]
     digits = [encode(str(digit))[0] for digit in range(10)]
     follow = {token: {following: 20.0} for token, following in zip(before, before[1:])}
     follow |= {before[-1]: dict.fromkeys(digits, 20.0), after[0]: {after[1]: 20.0}}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minibridge import checkpoint
@@ -230,6 +231,21 @@ def test_replacing_leaves_nothing_of_the_old_checkpoint(folder):
     assert same(checkpoint.load(folder), make("llama"))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", checkpoint.WEIGHTS]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_leftovers_of_a_killed_save_are_swept_away(folder):
+    for suffix in ("part", "old"):
+        (folder.parent / f".{folder.name}.{suffix}").mkdir()
+        (folder.parent / f".{folder.name}.{suffix}" / "half").write_text("")
+    checkpoint.save(make(seed=1), folder)
+    assert same(checkpoint.load(folder), make(seed=1))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", checkpoint.WEIGHTS]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_weights_are_marked_as_torch_tensors(folder):
+    with safe_open(folder / checkpoint.WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_other_folders_are_not_replaced(tmp_path):

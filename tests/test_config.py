@@ -42,8 +42,9 @@ def test_defaults_are_the_dataclass_defaults():
 
 
 def test_every_type_is_read():
-    words = "--data a --ops 7-9 --learning-rate 3e-4 --no-mask-prompt --bf16 --mode slow --level 2 --limit none"
-    config = parse(Config, [*words.split(), "--device", "cuda", "--out", "y", "--kl-threshold", "0.15"])
+    words = ("--data a --ops 7-9 --learning-rate 3e-4 --no-mask-prompt --bf16 --mode slow --level 2 "
+             "--limit none --device cuda --out y --kl-threshold 0.15")
+    config = parse(Config, words.split())
     assert config == Config("a", (7, 9), 3e-4, False, True, "slow", 2, None, "cuda", Path("y"), 0.15)
     assert isinstance(config.level, int) and isinstance(config.out, Path)
     with pytest.raises(FrozenInstanceError):
@@ -71,7 +72,7 @@ def test_empty_range_says_why(capsys):
     (["--data", "x", "--limit", "1.5"], "--limit: invalid int value: '1.5'"),
     (["--data", "x", "--mode", "quick"], "--mode"),
     (["--data", "x", "--device", "tpu"], "--device"),
-    (["--data", "x", "--learn", "1"], "--learn"),  # no abbreviations: a new flag must not change an old command
+    (["--data", "x", "--learn", "1"], "--learn"),  # no abbreviations: a new flag could break them
 ])
 def test_bad_argument_is_one_line_and_status_2(capsys, argv, named):
     assert named in one_line_error(capsys, *argv)
@@ -199,9 +200,9 @@ def test_bad_line_is_named(tmp_path, content, line, reason):
     assert str(error.value).startswith(f"{path}:{line}: {reason}") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1}\n{"a": 2}\n', b'{"a": 1}\n{"a": 2}', b'{"a": 1}\r\n{"a": 2}\r\n'])
-def test_last_newline_and_windows_newlines_do_not_matter(tmp_path, content):
-    (tmp_path / "rows").write_bytes(content)
+@pytest.mark.parametrize("newline, end", [("\n", "\n"), ("\n", ""), ("\r\n", "\r\n")])
+def test_last_newline_and_windows_newlines_do_not_matter(tmp_path, newline, end):
+    (tmp_path / "rows").write_bytes(f'{{"a": 1}}{newline}{{"a": 2}}{end}'.encode())
     assert read_jsonl(tmp_path / "rows") == [{"a": 1}, {"a": 2}]
 
 
@@ -238,11 +239,12 @@ def test_commit_is_recorded_in_a_work_tree_only(tmp_path, monkeypatch):
 
     def git(*arguments):
         settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        return subprocess.run(["git", *settings, *arguments], cwd=package, check=True, capture_output=True, text=True)
+        command = ["git", *settings, *arguments]
+        return subprocess.run(command, cwd=package, check=True, capture_output=True, text=True)
 
     git("init", "-q")
     git("commit", "-q", "-m", "of someone else", "--allow-empty")
-    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record  # inside a repository, not part of it
+    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record  # in a repository, not of it
     git("add", "config.py")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD").stdout.strip()

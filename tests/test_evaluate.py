@@ -18,7 +18,8 @@ def run(*argv) -> int:
 
 def cells(text: str) -> dict[str, list[str]]:
     """The rows of a table by their first cell."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows}
 
 
@@ -35,7 +36,7 @@ def test_pass_at_k_does_not_overflow():
     assert pass_at_k(2000, 1, 1000) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("mean, count, low, high", [  # published tables of Wilson's interval, without continuity
+@pytest.mark.parametrize("mean, count, low, high", [  # from tables of Wilson's interval
     (0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (1.0, 10, 0.7225, 1.0), (0.9, 50, 0.7864, 0.9565),
     (0.0, 1, 0.0, 0.7935)])
 def test_wilson(mean, count, low, high):
@@ -49,8 +50,8 @@ def test_wilson_solves_its_equation(mean):
         assert end in (0.0, 1.0) or abs(mean - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 30))
 
 
-PROBLEMS = [Scored("0", 20, [True]), Scored("0", 20, [True]), Scored("7", 21, [True]), Scored("8", 21, [False]),
-            Scored("9", 9, [False])]
+PROBLEMS = [Scored("0", 20, [True]), Scored("0", 20, [True]), Scored("7", 21, [True]),
+            Scored("8", 21, [False]), Scored("9", 9, [False])]
 
 
 def test_table():
@@ -104,12 +105,13 @@ def test_greedy_run_and_its_rescore(toy, guesser, tmp_path, capsys):
     for mine, line in zip(saved, asked, strict=True):
         assert all(mine[field] == line[field] for field in ("answer", "id", "num_ops"))
     assert {f"{line['num_ops']} ops" for line in asked} < set(cells(printed))
-    assert run("--rescore", out) == 0
+    assert run("--rescore", out, "--out", tmp_path / "unused") == 0
     assert capsys.readouterr().out == printed
 
 
 def test_sampled_run_and_its_rescore(toy, guesser, tmp_path, capsys):
-    arguments = ["--model", guesser, "--data", toy.rl, "--max-new-tokens", 8, "--samples", 4, "--temperature", 1]
+    arguments = ["--model", guesser, "--data", toy.rl, "--max-new-tokens", 8, "--samples", 4,
+                 "--temperature", 1]
     outs = [tmp_path / name for name in ("a", "b", "c")]
     printed = []
     for out, seed in zip(outs, (0, 0, 1)):
@@ -125,8 +127,8 @@ def test_sampled_run_and_its_rescore(toy, guesser, tmp_path, capsys):
 
 
 def test_rescore_looks_at_the_text(tmp_path):
-    line = {"group": 3, "answer": "6", "text": "\\boxed{6}", "correct": False, "reward": 0.0, "num_ops": 2}
-    other = {"group": 1, "answer": "7", "text": "\\boxed{6}", "correct": True}
+    line = {"group": 3, "id": "a", "answer": "6", "text": "\\boxed{6}", "correct": False, "num_ops": 2}
+    other = {"group": 1, "id": "a", "answer": "7", "text": "\\boxed{6}", "correct": True}
     write_jsonl(tmp_path / "x", [line, other, line | {"text": ""}])
     assert rescore(tmp_path / "x") == [Scored("6", 2, [True, False]), Scored("7", None, [False])]
 
@@ -135,8 +137,10 @@ LINE = {"group": 0, "answer": "6", "text": ""}
 
 
 @pytest.mark.parametrize("bad, message", [
-    ("{", "not valid JSON"), ("[]", "not a JSON object"), ('{"answer": "6", "text": ""}', "'group' must be a int"),
-    ('{"group": 0, "answer": 6, "text": ""}', "'answer' must be a str"), ('{"group": 0, "answer": "6"}', "'text'")])
+    ("{", "not valid JSON"), ("[]", "not a JSON object"),
+    ('{"answer": "6", "text": ""}', "'group' must be a int"),
+    ('{"group": 0, "answer": 6, "text": ""}', "'answer' must be a str"),
+    ('{"group": 0, "answer": "6"}', "'text'")])
 def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     path = tmp_path / "eval.jsonl"
     write_jsonl(path, [LINE])
@@ -162,7 +166,8 @@ def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     ("--modle {model}", "--modle"),
 ])
 def test_wrong_input_is_one_line(toy, tmp_path, capsys, argv, message):
-    names = {"model": toy.model, "rl": toy.rl, "sft": toy.sft, "out": tmp_path / "out", "empty": tmp_path / "empty"}
+    names = {"model": toy.model, "rl": toy.rl, "sft": toy.sft, "out": tmp_path / "out",
+             "empty": tmp_path / "empty"}
     names["empty"].write_text("")
     assert run(*argv.format(**names).split()) == 2
     error = capsys.readouterr().err

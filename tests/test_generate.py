@@ -56,6 +56,17 @@ def test_logprobs_are_those_of_the_full_forward(model, rows, temperature):
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
+def test_a_bfloat16_copy_is_sampled_in_bfloat16(model):
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    results = generate(rounded, PROMPTS, 2, 6, generator=seeded(), rows=5)
+    for prompt, group in zip(PROMPTS, results):
+        for completion in group:
+            with torch.no_grad():
+                hidden = rounded(torch.tensor([prompt + completion.ids]))[0, len(prompt) - 1 : -1]  # (T, C)
+            expected = rounded.logits(hidden).log_softmax(-1)[range(6), completion.ids]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=0.1, rtol=0)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
 def test_greedy_does_not_depend_on_rows(model, rows):
     results = generate(model, PROMPTS, 2, 12, temperature=0, rows=rows)
@@ -91,6 +102,13 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature, top_p):
     chi_square = ((counts - draws * expected)[kept] ** 2 / (draws * expected[kept])).sum()
     assert chi_square < 22.5  # 0.1 % of draws exceed it with 6 degrees of freedom
     torch.testing.assert_close(logprobs, expected.log()[tokens], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("uniform, token", [(0.0, 1), (1 - 2**-53, 3)])
+def test_the_ends_of_the_unit_interval_are_tokens_that_can_be_drawn(monkeypatch, uniform, token):
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform, dtype=options["dtype"]))
+    logits = torch.tensor([[-torch.inf, 1.0, 0.0, 0.3, -torch.inf]])
+    assert sample(logits, 1.0, 1.0, None)[0].item() == token
 
 
 def test_generate_draws_the_samples_of_a_prompt_independently(model):
@@ -187,6 +205,7 @@ def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(model, rows):
     results = generate(recorder, PROMPTS, samples, 9, stop_ids=(0, 1, 2, 3), generator=seeded(), rows=rows)
     completions = flat(results)
     assert sum(batch for batch, _ in recorder.prefills) == len(PROMPTS)
+    assert max(batch for batch, _ in recorder.prefills) <= max(1, rows // samples)
     assert max(recorder.steps) <= rows
     assert sum(recorder.steps) == sum(len(completion.ids) - 1 for completion in completions)
     ideal = sum(recorder.steps) / min(rows, len(completions))

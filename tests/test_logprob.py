@@ -14,8 +14,8 @@ N, V, C = 23, 17, 6
 def inputs(dtype=torch.float64, weight_dtype=None, scale=1.5):
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(N, C, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-    weight = torch.randn(V, C, generator=generator, dtype=torch.float64).to(weight_dtype or dtype).requires_grad_()
-    return hidden, weight, torch.randint(V, (N,), generator=generator)
+    weight = torch.randn(V, C, generator=generator, dtype=torch.float64).to(weight_dtype or dtype)
+    return hidden, weight.requires_grad_(), torch.randint(V, (N,), generator=generator)
 
 
 def gradients(function, hidden, weight, targets, **options):
@@ -33,7 +33,7 @@ def assert_all_close(results, expected, rtol, atol):
 
 
 def test_by_hand():
-    # One-hot hidden states pick the columns of the weight, so the logits are log(1/2, 1/4, 1/4) and a uniform row.
+    # One-hot hidden states pick columns of the weight: the logits are log(1/2, 1/4, 1/4), and a uniform row.
     weight = torch.tensor([[0.5, 1.0], [0.25, 1.0], [0.25, 1.0]]).log()
     logprobs, entropy = token_logprobs(torch.eye(2), weight, torch.tensor([1, 2]))
     torch.testing.assert_close(logprobs, torch.tensor([0.25, 1 / 3]).log())
@@ -115,13 +115,14 @@ def test_inputs_stay_as_they_are():
 
 
 def test_far_logits_stay_finite_and_exact():
-    # Logits near 1000 with gaps of order 1: softmax by plain exp() would overflow, and H = lse - sum p z would
-    # cancel to a few digits.
+    # Logits near 1000 with gaps of order 1: softmax by plain exp() would overflow, and H = lse - sum p z
+    # would cancel to a few digits.
     weight = torch.tensor([[1000.0], [1001.0], [999.0]], requires_grad=True)
     logprobs, entropy = token_logprobs(torch.ones(1, 1), weight, torch.tensor([0]))
     expected = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64).log_softmax(0)
     torch.testing.assert_close(logprobs.double(), expected[:1], rtol=0, atol=1e-4)
-    torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(0, keepdim=True), rtol=0, atol=1e-4)
+    expected_entropy = -(expected.exp() * expected).sum(0, keepdim=True)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=0, atol=1e-4)
     (logprobs + entropy).sum().backward()
     assert weight.grad.isfinite().all()
 
@@ -134,6 +135,10 @@ def test_a_second_derivative_is_refused_not_wrong():
         gradient.sum().backward()
 
 
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 class Created(TorchDispatchMode):
     """Names of all operations, and shapes of all tensors that they create, views left out."""
 
@@ -144,9 +149,9 @@ class Created(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         self.names.append(function.overloadpacket.__name__)
-        owned = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        self.shapes += [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor)
-                        and x.untyped_storage().data_ptr() not in owned]
+        owned = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        new = (x for x in tensors(result) if x.untyped_storage().data_ptr() not in owned)
+        self.shapes += [tuple(x.shape) for x in new]
         return result
 
     def largest(self):

@@ -43,7 +43,52 @@ def random_ids(rows: int, tokens: int) -> torch.Tensor:
     return torch.randint(SHAPE["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(1))
 
 
+def naive_logits(config: ModelConfig, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """The architecture once more, one row (T,) and one head at a time. Returns (T, V)."""
+    D, T = config.head_dim, len(ids)
+
+    def linear(name, x):
+        return x @ weights[name + ".weight"].T + weights.get(name + ".bias", 0.0)
+
+    def norm(name, x):
+        rms = (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        return x / rms * weights[name + ".weight"]
+
+    def turn(name, x):  # (T, D)
+        x = norm(name, x) if config.model_type == "qwen3" else x
+        angles = torch.arange(T)[:, None] * rope_frequencies(config)
+        turned = torch.complex(x[:, : D // 2], x[:, D // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((turned.real, turned.imag), -1)
+
+    x = weights["model.embed_tokens.weight"][ids]  # (T, C)
+    future = torch.ones(T, T).triu(1).bool()
+    for layer in (f"model.layers.{i}." for i in range(config.num_hidden_layers)):
+        y = norm(layer + "input_layernorm", x)
+        q, k, v = (linear(f"{layer}self_attn.{name}_proj", y) for name in "qkv")
+        heads = []
+        for head in range(config.num_attention_heads):
+            shared = head * config.num_key_value_heads // config.num_attention_heads
+            q_head = turn(layer + "self_attn.q_norm", q[:, head * D :][:, :D])
+            k_head = turn(layer + "self_attn.k_norm", k[:, shared * D :][:, :D])
+            scores = (q_head @ k_head.T / D**0.5).masked_fill(future, -torch.inf)  # (T, T)
+            heads.append(scores.softmax(-1) @ v[:, shared * D :][:, :D])
+        x = x + linear(layer + "self_attn.o_proj", torch.cat(heads, -1))
+        y = norm(layer + "post_attention_layernorm", x)
+        gate, up = linear(layer + "mlp.gate_proj", y), linear(layer + "mlp.up_proj", y)
+        x = x + linear(layer + "mlp.down_proj", gate * gate.sigmoid() * up)
+    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    return norm("model.norm", x) @ weights[head + ".weight"].T
+
+
 # The forward pass
+
+
+@torch.no_grad()
+def test_logits_equal_the_naive_decoder(config):
+    model, ids = random_decoder(config), random_ids(2, 9)
+    expected = torch.stack([naive_logits(config, model.state_dict(), row) for row in ids])
+    assert expected.std() > 0.5  # not a comparison of zeros
+    torch.testing.assert_close(model.logits(model(ids)), expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -145,7 +190,7 @@ def test_bfloat16_compute_is_close_and_leaves_parameters_and_logits_in_float32(c
 
 @torch.no_grad()
 def test_bfloat16_copy_equals_bfloat16_compute(config):
-    """The sampler's bf16 copy and the learner's cast are one model: the rotary table is rounded in neither."""
+    """The sampler's bf16 copy and the learner's cast are one model; neither rounds the rotary table."""
     ids, rounded = random_ids(2, 40), random_decoder(config, compute_dtype=torch.bfloat16)
     copy = random_decoder(config).to(torch.bfloat16)
     assert copy.frequencies.dtype == torch.float32
@@ -180,10 +225,10 @@ def test_rotary_angle_is_position_times_frequency():
 
 
 def test_llama3_scaling_against_a_hand_calculation():
-    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=200)
-    config = ModelConfig(**SHAPE | dict(model_type="llama", head_dim=6, rope_theta=1000.0, rope_scaling=scaling))
-    # Unscaled 1, 0.1, 0.01: 31.8, 3.183 and 0.318 turns over 200 positions. The first is kept, the last divided
-    # by 8; the middle is kept to (3.1831 - 1) / (4 - 1) = 0.72770: 0.072770 + 0.27230 * 0.1 / 8.
+    scaling = LLAMA3 | dict(original_max_position_embeddings=200)
+    config = ModelConfig(**SHAPE, model_type="llama", head_dim=6, rope_theta=1000.0, rope_scaling=scaling)
+    # Unscaled 1, 0.1, 0.01: 31.8, 3.183 and 0.318 turns over 200 positions. The first is kept, the last is
+    # divided by 8; the middle is kept to (3.1831 - 1) / (4 - 1) = 0.72770: 0.072770 + 0.27230 * 0.1 / 8.
     expected = torch.tensor([1.0, 0.0761738, 0.00125])
     torch.testing.assert_close(rope_frequencies(config), expected, atol=1e-6, rtol=0)
 
@@ -214,14 +259,20 @@ def test_parameter_names_are_hugging_face_names():
     }
     qkv_biases = {f"model.layers.0.self_attn.{name}_proj.bias" for name in "qkv"}
     qk_norms = {f"model.layers.0.self_attn.{name}_norm.weight" for name in "qk"}
+    o_bias = {"model.layers.0.self_attn.o_proj.bias"}
+    mlp_biases = {f"model.layers.0.mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
 
     def of(**changes):
-        return set(Decoder(ModelConfig(**SHAPE | dict(num_hidden_layers=1, head_dim=8) | changes)).state_dict())
+        config = ModelConfig(**SHAPE | dict(num_hidden_layers=1, head_dim=8) | changes)
+        return set(Decoder(config).state_dict())
 
     assert of(model_type="llama") == names
     assert of(model_type="llama", tie_word_embeddings=True) == names - {"lm_head.weight"}
+    assert of(model_type="llama", attention_bias=True) == names | qkv_biases | o_bias
+    assert of(model_type="llama", mlp_bias=True) == names | mlp_biases
     assert of(model_type="qwen2") == names | qkv_biases
     assert of(model_type="qwen3") == names | qk_norms
+    assert of(model_type="qwen3", attention_bias=True) == names | qk_norms | qkv_biases | o_bias
 
 
 # config.json
@@ -277,8 +328,8 @@ def test_unusable_configs_are_named_in_one_line(changes, words):
 def library_model(config):
     transformers = pytest.importorskip("transformers")
     data = config.to_hf()
-    hf_config = getattr(transformers, data["architectures"][0].replace("ForCausalLM", "Config")).from_dict(data)
-    library = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
+    kind = transformers.AutoConfig.for_model(data["model_type"])
+    library = transformers.AutoModelForCausalLM.from_config(type(kind).from_dict(data)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in library.named_parameters():

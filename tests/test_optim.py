@@ -22,7 +22,7 @@ def test_warm_up_reaches_the_peak_on_its_last_step():
 def test_cosine_falls_from_the_peak_to_a_tenth():
     values = rates(1001, schedule="cosine")
     assert values[0] == 2.0
-    assert learning_rate(500, 1000, 2.0, schedule="cosine") == pytest.approx(1.1)  # half way: mean of 2 and 0.2
+    assert learning_rate(500, 1000, 2.0, schedule="cosine") == pytest.approx(1.1)  # the mean of 2 and 0.2
     assert learning_rate(250, 1000, 2.0, schedule="cosine") == pytest.approx(0.2 + 1.8 * (1 + 0.5**0.5) / 2)
     assert values[-1] == pytest.approx(0.2, rel=1e-4)
     assert values == sorted(values, reverse=True)
@@ -53,7 +53,8 @@ def values(module) -> list[float]:
     return [parameter.item() for parameter in module.parameters()]
 
 
-@pytest.mark.parametrize("clip, moved", [(1.0, (0.6, 0.8)), (2.5, (1.5, 2.0)), (5.0, (3.0, 4.0)), (100.0, (3.0, 4.0))])
+@pytest.mark.parametrize("clip, moved", [
+    (1.0, (0.6, 0.8)), (2.5, (1.5, 2.0)), (5.0, (3.0, 4.0)), (100.0, (3.0, 4.0))])
 def test_gradient_is_clipped_to_the_norm_and_the_step_taken_at_the_rate(clip, moved):
     module = parameters(3.0, 4.0)
     optimizer = torch.optim.SGD(module.parameters(), lr=123.0)
@@ -82,7 +83,7 @@ def test_gradient_that_is_not_finite_stops_and_changes_nothing(bad):
 
 
 def test_adamw_takes_its_settings():
-    """Adam's first step is the rate times the gradient's sign, its second step mixes by the betas; decay is apart."""
+    """The first step is the rate times the gradient's sign, the second mixes by the betas; decay is apart."""
     module = parameters(3.0, -4.0)
     optimizer = adamw(module, (0.5, 0.25), weight_decay=0.1)
     update(module, optimizer, rate=0.01, clip=100.0)
@@ -101,6 +102,15 @@ def test_device_that_is_not_here_is_named_in_one_line(name):
     with pytest.raises(InputError, match=f"device '{name}'") as error:
         pick_device(name)
     assert "\n" not in str(error.value)
+
+
+def test_message_of_several_lines_is_cut_to_the_first(monkeypatch):
+    def fail(*words, **options):
+        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(InputError, match="device 'cuda:7': CUDA error: invalid device ordinal$"):
+        pick_device("cuda:7")
 
 
 def test_devices():

@@ -17,7 +17,8 @@ RIGHT = "\nb = 6.\n</think>\n<answer>\nThe answer is \\boxed{6}.\n</answer>"
 
 
 def prompt(*ids: int, answer: str = "6") -> Prompt:
-    return Prompt(list(ids), answer, {"prompt": [], "answer": answer, "task": "igsm", "num_ops": 3, "id": "ab"})
+    record = {"prompt": [], "answer": answer, "task": "igsm", "num_ops": 3, "id": "ab"}
+    return Prompt(list(ids), answer, record)
 
 
 def flat(groups: list[list[Episode]]) -> list[Episode]:
@@ -35,13 +36,14 @@ def uniform(toy):
 
 @pytest.fixture
 def three_tokens(toy):
-    """Writes "a", the end of turn or the end of text, each with probability 1/3; the last is also the padding."""
+    """Writes "a", the end of turn or the end of text, a third each; the last is also the padding."""
     letter = toy.tokenizer.encode("a")[0]
-    return scripted_model(toy.tokenizer.vocab_size, otherwise=dict.fromkeys((letter, *toy.tokenizer.stop_ids), 40.0))
+    logits = dict.fromkeys((letter, *toy.tokenizer.stop_ids), 40.0)
+    return scripted_model(toy.tokenizer.vocab_size, otherwise=logits)
 
 
 def test_uniform_model(toy, uniform):
-    """Every token has probability 1 / V: any cut of the distribution, or an unasked temperature, would show."""
+    """Every token has probability 1 / V: any cut of the distribution would show."""
     groups = rollout(uniform, toy.tokenizer, [prompt(5, 6), prompt(7)], 16, max_new_tokens=50,
                      generator=torch.Generator().manual_seed(0))
     assert [len(group) for group in groups] == [16, 16]
@@ -93,7 +95,7 @@ def test_trained_tokens_are_exactly_the_sampled_ones(toy, three_tokens):
     groups = rollout(three_tokens, toy.tokenizer, prompts, 16, max_new_tokens=50,
                      generator=torch.Generator().manual_seed(0))
     episodes = flat(groups)
-    assert any(episode.completion.ids[-1] == toy.tokenizer.pad_id for episode in episodes)  # a stop token, sampled
+    assert any(episode.completion.ids[-1] == toy.tokenizer.pad_id for episode in episodes)  # as a stop token
     examples = [episode.example() for episode in episodes]
     for episode, example in zip(episodes, examples):
         assert example.ids == episode.prompt.ids + episode.completion.ids
@@ -112,7 +114,8 @@ def test_padding_that_was_sampled_in_the_middle_is_trained(toy):
 def test_equal_prompts_are_separate_groups(toy, uniform):
     groups = rollout(uniform, toy.tokenizer, [prompt(5), prompt(6), prompt(5)], 2, max_new_tokens=5,
                      generator=torch.Generator().manual_seed(0))
-    assert [[episode.prompt.ids for episode in group] for group in groups] == [[[5]] * 2, [[6]] * 2, [[5]] * 2]
+    prompts = [[episode.prompt.ids for episode in group] for group in groups]
+    assert prompts == [[[5]] * 2, [[6]] * 2, [[5]] * 2]
     first, _, third = ids_of(groups)
     assert first != third
     assert [line["group"] for line in lines(groups)] == [0, 0, 1, 1, 2, 2]
@@ -131,7 +134,8 @@ def test_equal_prompts_are_separate_groups(toy, uniform):
 def test_rewards(text, correct, well_formed):
     completion = Completion([1], [-1.0], "stop")
     plain, scaled = score(prompt(5), completion, text), score(prompt(5), completion, text, 0.25)
-    assert (plain.correct, plain.well_formed) == (scaled.correct, scaled.well_formed) == (correct, well_formed)
+    for episode in (plain, scaled):
+        assert (episode.correct, episode.well_formed) == (correct, well_formed)
     assert plain.reward == correct and scaled.reward == correct + 0.25 * well_formed
     assert plain.prompt == prompt(5) and plain.completion is completion and plain.text == text
 
@@ -158,7 +162,8 @@ def test_lines_can_be_saved_scored_and_trained_again():
     (line,) = lines([[episode]])
     assert json.loads(json.dumps(line)) == {
         "group": 0, "id": "ab", "task": "igsm", "num_ops": 3, "answer": "6", "text": RIGHT, "reward": 1.5,
-        "correct": True, "well_formed": True, "finish_reason": "length", "ids": [7, 8], "logprobs": [-1.234568, -2.0]}
+        "correct": True, "well_formed": True, "finish_reason": "length", "ids": [7, 8],
+        "logprobs": [-1.234568, -2.0]}
 
 
 def test_lines_of_a_prompt_without_the_optional_fields():

@@ -1,7 +1,5 @@
 """Tokenizer: the boundary between prompt and completion, the mask, the chat formats, files."""
 
-import json
-
 import pytest
 import tokenizers
 
@@ -195,6 +193,6 @@ def test_transformers_sees_the_same_special_tokens(tokenizer, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.end_of_turn_id, tokenizer.pad_id)
     assert len(theirs) == tokenizer.vocab_size
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == theirs.bos_token
+    assert theirs.bos_token == (BOS if tokenizer.chat.strip else None)  # only the Llama format has one
     ids = tokenizer.encode(tokenizer.render(CHAT))
     assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)

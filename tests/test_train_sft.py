@@ -21,8 +21,9 @@ CPU = torch.device("cpu")
 
 def train(toy, out, *flags, data=None) -> int:
     """Batches of 6 from 12 lines: two steps an epoch."""
-    words = ["--model", toy.model, "--data", data or toy.sft, "--out", out, "--device", "cpu", "--batch-size", 6,
-             "--learning-rate", 0.003, "--max-length", 800, *" ".join(map(str, flags)).split()]
+    words = ["--model", toy.model, "--data", data or toy.sft, "--out", out, "--device", "cpu",
+             "--batch-size", 6, "--learning-rate", 0.003, "--max-length", 800,
+             *" ".join(map(str, flags)).split()]
     return run_main(train_sft.main, Config, [str(word) for word in words])
 
 
@@ -39,7 +40,7 @@ def weights(folder) -> bytes:
 
 
 def naive_loss(model, examples) -> torch.Tensor:
-    """Mean negative log-likelihood of the tokens under the mask: a row at a time, from all logits, no padding."""
+    """Mean negative log-likelihood of the tokens under the mask: row by row, all logits, no padding."""
     total, count = 0.0, 0
     for example in examples:
         logps = model.logits(model(torch.tensor([example.ids])))[0].log_softmax(-1)  # (T, V)
@@ -66,7 +67,8 @@ def test_two_steps_lower_the_loss_and_move_every_weight(toy, tmp_path, capsys):
     start, end = toy.load().state_dict(), checkpoint.load(tmp_path / "model").state_dict()
     assert not any(torch.equal(start[name], end[name]) for name in start)
     assert Tokenizer.load(tmp_path / "model").encode("b = 6") == toy.tokenizer.encode("b = 6")
-    assert all(isinstance(value, (int, float)) for row in metrics(tmp_path) for value in row.values())  # null: not finite
+    values = [value for row in metrics(tmp_path) for value in row.values()]
+    assert all(isinstance(value, (int, float)) for value in values)  # null if it was not finite
     assert json.loads((tmp_path / "run.json").read_text())["config"]["epochs"] == 2
     assert capsys.readouterr().out.count("step ") == 2
 
@@ -74,9 +76,9 @@ def test_two_steps_lower_the_loss_and_move_every_weight(toy, tmp_path, capsys):
 @pytest.mark.parametrize("flag", ["--no-whole-chat", "--whole-chat"])
 def test_logged_losses_are_the_naive_ones(toy, tmp_path, flag):
     """Of the answers alone or of whole chats; before the first step, and on held-out lines after the last."""
-    write_jsonl(tmp_path / "val.jsonl", read_jsonl(toy.sft)[:5])
-    out = tmp_path / "run"
-    assert train(toy, out, flag, "--batch-size 12 --epochs 1 --micro-tokens 800 --val", tmp_path / "val.jsonl") == 0
+    val, out = tmp_path / "val.jsonl", tmp_path / "run"
+    write_jsonl(val, read_jsonl(toy.sft)[:5])
+    assert train(toy, out, flag, "--batch-size 12 --epochs 1 --micro-tokens 800 --val", val) == 0
     (row,) = metrics(out)
     examples = load_sft(toy.sft, toy.tokenizer, 800, whole_chat=flag == "--whole-chat")
     with torch.no_grad():
@@ -98,7 +100,8 @@ def test_accumulated_gradient_is_the_naive_one(toy):
     for micro_tokens in (longest, 2 * longest, 16384):
         for batch in (examples, examples[::-1], examples[3:] + examples[:3]):
             config = parse(Config, f"--model x --data x --out x --micro-tokens {micro_tokens}".split())
-            assert accumulate(model, batch, config, CPU, toy.tokenizer.pad_id) == pytest.approx(loss.item(), rel=1e-6)
+            found = accumulate(model, batch, config, CPU, toy.tokenizer.pad_id)
+            assert found == pytest.approx(loss.item(), rel=1e-6)
             assert largest_difference(gradients(model), naive) < 1e-6
 
 
@@ -114,7 +117,7 @@ def test_padding_is_not_trained_even_where_it_equals_the_stop_token(toy):
 
 
 def test_stopping_is_learned(toy, tmp_path):
-    """Fitted to one short answer, the model writes it and ends its turn; the prompt is the one that RL will give."""
+    """Fitted to one short answer, the model writes it and ends its turn, after the prompt that RL gives."""
     line = read_jsonl(toy.sft)[0]
     line["messages"][-1]["content"] = "<think>\nb = 6.\n</think>\n<answer>\n\\boxed{6}\n</answer>"
     write_jsonl(tmp_path / "one.jsonl", [line])
@@ -122,7 +125,8 @@ def test_stopping_is_learned(toy, tmp_path):
                  data=tmp_path / "one.jsonl") == 0
     model, tokenizer = checkpoint.load(tmp_path / "model"), toy.tokenizer
     prompt = tokenizer.encode_prompt(line["messages"][:2])
-    ((completion,),) = generate(model, [prompt], max_new_tokens=80, temperature=0, stop_ids=tokenizer.stop_ids)
+    (group,) = generate(model, [prompt], max_new_tokens=80, temperature=0, stop_ids=tokenizer.stop_ids)
+    (completion,) = group
     assert completion.finish_reason == "stop" and completion.ids[-1] == tokenizer.end_of_turn_id
     assert "<think>\n" + tokenizer.decode(completion.ids) == line["messages"][-1]["content"]
 
@@ -146,7 +150,8 @@ def test_learning_rate_validations_and_console(toy, tmp_path, capsys):
                  "--eval-every 2 --log-every 3") == 0
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert [row["learning_rate"] for row in rows] == [learning_rate(step, 5, 0.003, 2, "cosine") for step in range(5)]
+    expected = [learning_rate(step, 5, 0.003, 2, "cosine") for step in range(5)]
+    assert [row["learning_rate"] for row in rows] == expected
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 5]
     shown = [line.split("|")[0].split() for line in capsys.readouterr().out.splitlines()]
     assert shown == [["step", f"{step}/5"] for step in (2, 3, 4, 5)]
@@ -161,7 +166,7 @@ def test_flags_reach_the_optimizer(toy, tmp_path, monkeypatch):
     assert made == [((0.9, 0.9), 0.2)] and taken == [(0.003, 0.3)]
 
 
-SETTINGS = "--epochs 2 --save-every 2 --schedule cosine --warmup 1"  # 4 steps; the second epoch's order is another
+SETTINGS = "--epochs 2 --save-every 2 --schedule cosine --warmup 1"  # 4 steps, two orders of the lines
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +183,7 @@ def test_resumed_run_is_the_whole_run_bit_for_bit(toy, whole, tmp_path):
     shutil.rmtree(out / "model")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_2"]
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed in step 4, while writing a line
+    (out / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed while writing step 4
     assert train(toy, out, SETTINGS, "--resume") == 0
     assert weights(out / "model") == weights(whole / "model")
     assert without_times(metrics(out)) == without_times(metrics(whole))
@@ -207,7 +212,15 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(toy, whole, tmp_pat
     assert weights(tmp_path / "model") == weights(whole / "model")
 
 
-def test_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy, whole, tmp_path, monkeypatch, capsys):
+def test_without_resume_a_run_starts_at_the_beginning(toy, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    assert train(toy, out, SETTINGS) == 0
+    assert without_times(metrics(out)) == without_times(metrics(whole))
+    assert json.loads((out / "run.json").read_text())["resume_step"] is None
+
+
+def test_gradient_that_is_not_finite_stops_the_run(toy, whole, tmp_path, monkeypatch, capsys):
     def broken(model, batch, device, pad_id):
         loss, count = answer_loss(model, batch, device, pad_id)
         return loss * (math.nan if len(metrics(tmp_path)) == 2 else 1), count

@@ -1,0 +1,130 @@
+"""The text contract: what is extracted, rewarded and well formed, on friendly and hostile text."""
+
+import time
+
+import pytest
+
+from minibridge.answer import OPENING, SYSTEM, chat, extract, reward, well_formed
+
+GOOD = "3 + 4 = 7\n</think>\n<answer>\nThe answer is \\boxed{7}.\n</answer>"
+
+
+@pytest.mark.parametrize("text, content", [
+    ("", None),
+    ("the answer is 24", None),
+    ("\\boxed{24}", "24"),
+    ("so \\boxed{-3}.\n", "-3"),
+    ("\\boxed{ 24\n}", "24"),
+    ("\\boxed{}", ""),
+    ("\\boxed{1} no, \\boxed{2}", "1"),
+    ("\\boxed{24", None),
+    ("\\boxed", None),
+    ("}24\\boxed{", None),
+    ("\\boxed {24}", None),
+    ("boxed{24}", None),
+    ("\\fbox{24}", None),
+    ("\\boxed{\\boxed{24}}", "\\boxed{24"),
+    ("\\boxed{\\text{24}}", "\\text{24"),
+    ("\\boxed{1, \\boxed{2}", "1, \\boxed{2"),
+    ("\\boxed{{24}}", "{24"),
+    ("} \\boxed{24} }", "24"),
+    ("\\boxed{__import__('os')}", "__import__('os')"),
+])
+def test_extract(text, content):
+    assert extract(text) == content
+
+
+@pytest.mark.parametrize("content, right", [
+    ("7", True), (" 7 ", True), ("\n7\t", True),
+    ("7.0", False), ("07", False), ("+7", False), ("-7", False), ("7.", False), ("77", False), ("", False),
+    ("3 + 4", False), ("\\text{7", False), ("７", False), ("7 apples", False),
+])
+def test_reward_is_an_exact_match(content, right):
+    value = reward(f"so \\boxed{{{content}}}", "7")
+    assert value == right and type(value) is float
+
+
+def test_reward_without_a_box():
+    assert reward("7", "7") == reward("", "7") == reward("\\boxed{7", "7") == 0.0
+
+
+def test_first_box_counts():
+    assert reward("\\boxed{7} or \\boxed{8}", "7") == 1.0
+    assert reward("\\boxed{8} or \\boxed{7}", "7") == 0.0
+
+
+@pytest.mark.parametrize("completion, answer, scale, value", [
+    (GOOD, "7", 0.0, 1.0),
+    (GOOD, "7", 0.05, 1.05),
+    (GOOD, "8", 0.05, 0.05),
+    ("so \\boxed{7}", "7", 0.05, 1.0),
+    ("so \\boxed{8}", "7", 0.05, 0.0),
+])
+def test_format_reward_is_added(completion, answer, scale, value):
+    assert reward(completion, answer, scale) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("completion", [
+    GOOD,
+    GOOD + "\n",
+    "</think><answer>7</answer>",
+    "a\nb\n</think>\n\n <answer>7\n</answer>",
+    "4 - -3 > 6 </think> <answer>\\boxed{7}</answer>",
+])
+def test_well_formed(completion):
+    assert well_formed(completion)
+
+
+@pytest.mark.parametrize("completion", [
+    "",
+    "3 + 4 = 7",
+    "3 + 4 = 7\n</think>",
+    "<answer>7</answer>",
+    "3 + 4\n</think>\n<answer>7",
+    "3 + 4\n</think>\n7</answer>",
+    "<answer>7</answer>\n</think>",
+    "3 + 4\n</think>\nso\n<answer>7</answer>",
+    GOOD + " and more",
+    GOOD + "\n<answer>8</answer>",
+    GOOD + GOOD,
+    "a </think> b </think>\n<answer>7</answer>",
+    "<think>\n" + GOOD,  # the prompt has opened the block already
+    "a </think><answer><answer>7</answer></answer>",
+    "a </think><answer>7</think></answer>",
+    "a </THINK><ANSWER>7</ANSWER>",
+])
+def test_not_well_formed(completion):
+    assert not well_formed(completion)
+    assert reward(completion.replace("\\boxed", ""), "7", 0.5) == 0.0
+
+
+MEGABYTES = 5 * 2**20
+
+
+@pytest.mark.parametrize("piece", ["\\boxed{", "\\boxed", "{", "}", "\\", "a", " ", "\n", "<", "</think>",
+                                   "<answer>", "</think><answer></answer>"])
+@pytest.mark.parametrize("before", ["", "\\boxed{", "</think>", "</think><answer>",
+                                    "</think><answer></answer>"])
+def test_megabytes_of_junk_take_linear_time(before, piece):
+    text = before + piece * (MEGABYTES // len(piece)) + "!"
+    start = time.process_time()
+    reward(text, "7", 1.0)
+    assert time.process_time() - start < 1.0
+
+
+def test_a_box_behind_megabytes_of_junk_is_found():
+    junk = "{\\box }" * (MEGABYTES // 7)
+    assert extract(junk + "\\boxed{7}" + junk) == "7"
+    assert reward("a" * MEGABYTES + GOOD, "7", 1.0) == 2.0
+
+
+def test_chat():
+    system, user = {"role": "system", "content": SYSTEM}, {"role": "user", "content": "3 + 4?"}
+    assert chat("3 + 4?") == [system, user]
+    assert chat("3 + 4?", OPENING + GOOD) == [system, user, {"role": "assistant", "content": OPENING + GOOD}]
+    assert chat("3 + 4?", "")[2:] == [{"role": "assistant", "content": ""}]
+
+
+def test_the_system_message_shows_the_tags_of_the_contract():
+    assert OPENING == "<think>\n"
+    assert all(tag in SYSTEM for tag in ("<think>", "</think>", "<answer>", "</answer>"))
