@@ -11,11 +11,11 @@ the sampled tokens are trained, the stop token included.
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """
 import itertools
+import math
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ from minibridge.data import Prompt, index_stream, load_prompts, micro_batches, p
 from minibridge.grpo import group_advantages, grpo_loss
 from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
-from minibridge.optim import adamw, learning_rate, pick_device, pick_dtype, update
+from minibridge.optim import adamw, learning_rate, open_model, pick_device, resume_point, update
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.tokenizer import Tokenizer
 
@@ -79,7 +79,8 @@ class MicroBatch:
     ref_logps: Tensor | None = None
 
 
-def pack(groups: list[list[Episode]], advantages: Tensor, config: Config, device: torch.device, pad_id: int) -> list[MicroBatch]:
+def pack(groups: list[list[Episode]], advantages: Tensor, config: Config, device: torch.device,
+         pad_id: int) -> list[MicroBatch]:
     """Length-sorted micro-batches of all episodes; advantages (N, G)."""
     episodes = [episode for group in groups for episode in group]
     examples = [episode.example() for episode in episodes]
@@ -98,7 +99,8 @@ def score(model: Decoder, batch: MicroBatch, temperature: float) -> tuple[Tensor
     """Log-probabilities and entropies of the sampled tokens under `model`: (B, T-1) each, 0 elsewhere."""
     hidden = model(batch.ids[:, :-1])[batch.trained]  # (N, C)
     values = token_logprobs(hidden, model.lm_head_weight, batch.ids[:, 1:][batch.trained], temperature)  # (N,), (N,)
-    return tuple(torch.zeros(batch.trained.shape, device=value.device).masked_scatter(batch.trained, value) for value in values)
+    return tuple(torch.zeros(batch.trained.shape, device=value.device).masked_scatter(batch.trained, value)
+                 for value in values)
 
 
 def improve(model: Decoder, reference: Decoder, optimizer: torch.optim.Optimizer, batches: list[MicroBatch], rate: float,
@@ -159,19 +161,25 @@ def show(groups: list[list[Episode]]):
         print(f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}", flush=True)
 
 
+def check(config: Config):
+    """Mistakes that would otherwise show only after the first rollouts, or never."""
+    for field, least in (("steps", 1), ("prompts", 1), ("samples", 2), ("updates", 1), ("max_new_tokens", 1)):
+        if getattr(config, field) < least:
+            raise InputError(f"{field}: must be at least {least}, not {getattr(config, field)}")
+    if not 0 < config.temperature < math.inf:
+        raise InputError(f"temperature: must be above 0, not {config.temperature:g}")
+
+
 def main(config: Config):
-    if config.temperature <= 0 or config.updates < 1:
-        raise InputError("temperature: must be above 0" if config.updates >= 1 else "updates: must be at least 1")
-    device = pick_device(config.device)
-    tokenizer = Tokenizer.load(config.model)
-    model, reference = (checkpoint.load(config.model, torch.float32, device) for _ in range(2))
-    model.compute_dtype = reference.compute_dtype = pick_dtype(config.dtype, device)
+    check(config)
+    device, saved = pick_device(config.device), resume_point(config)
+    (model, tokenizer), (reference, _) = (open_model(config.model, device, config.dtype) for _ in range(2))
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     prompts = load_prompts(config.data, tokenizer, config.max_prompt)
     held_out = load_prompts(config.val, tokenizer, config.max_prompt) if config.val else []
+    if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
+        raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
     generator = torch.Generator(device).manual_seed(config.seed)
-    checkpoints = Path(config.out) / "checkpoints"
-    saved = checkpoint.latest(checkpoints) if config.resume else None
     state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "generator": generator.get_state()}
     generator.set_state(state["generator"])
     run = Run(config.out, config, device=str(device), steps=config.steps, resume_step=state["step"] + 1 if saved else None)
@@ -202,7 +210,7 @@ def main(config: Config):
             show(groups)
         if config.save_every and step % config.save_every == 0 and step < config.steps:
             state = {"step": step, "generator": generator.get_state()}
-            checkpoint.save_training(checkpoints / f"step_{step}", model, optimizer, state, tokenizer)
+            checkpoint.save_training(run.path / "checkpoints" / f"step_{step}", model, optimizer, state, tokenizer)
     checkpoint.save(model, run.path / "model", tokenizer)
     run.finish()
 

@@ -9,10 +9,10 @@ the whole batch whatever the micro-batches, and padding is never trained.
 The run folder holds run.json, metrics.jsonl, checkpoints/ and, at the end, model/.
 """
 import itertools
+import math
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,8 +22,7 @@ from minibridge.config import REQUIRED, InputError, Run, option, run_main
 from minibridge.data import Example, batches, index_stream, load_sft, micro_batches, pad_batch
 from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
-from minibridge.optim import adamw, learning_rate, pick_device, pick_dtype, update
-from minibridge.tokenizer import Tokenizer
+from minibridge.optim import adamw, learning_rate, open_model, pick_device, resume_point, update
 
 
 @dataclass(frozen=True)
@@ -82,18 +81,16 @@ def validation_loss(model: Decoder, examples: list[Example], config: Config, dev
 
 
 def main(config: Config):
-    device = pick_device(config.device)
-    tokenizer = Tokenizer.load(config.model)
-    model = checkpoint.load(config.model, torch.float32, device)
-    model.compute_dtype = pick_dtype(config.dtype, device)
+    if not 0 < config.epochs < math.inf:
+        raise InputError(f"epochs: must be above 0, not {config.epochs:g}")
+    device, saved = pick_device(config.device), resume_point(config)
+    model, tokenizer = open_model(config.model, device, config.dtype)
     optimizer = adamw(model, (0.9, config.beta2), config.weight_decay)
     examples = load_sft(config.data, tokenizer, config.max_length, config.whole_chat, config.truncate)
     held_out = load_sft(config.val, tokenizer, config.max_length, config.whole_chat, config.truncate) if config.val else []
     steps = round(config.epochs * len(batches(len(examples), config.batch_size, config.seed, 0)))
     if steps < 1:
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
-    checkpoints = Path(config.out) / "checkpoints"
-    saved = checkpoint.latest(checkpoints) if config.resume else None
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     run = Run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None)
 
@@ -109,10 +106,10 @@ def main(config: Config):
                    "tokens_per_second": sum(len(example.ids) for example in batch) / seconds}
         if held_out and (step == steps or config.eval_every and step % config.eval_every == 0):
             numbers["val_loss"] = validation_loss(model, held_out, config, device, tokenizer.pad_id)
-        shown = step == steps or step % config.log_every == 0 or "val_loss" in numbers
+        shown = step == steps or config.log_every and step % config.log_every == 0 or "val_loss" in numbers
         run.log(step, console=None if shown else (), **numbers)
         if config.save_every and step % config.save_every == 0 and step < steps:
-            checkpoint.save_training(checkpoints / f"step_{step}", model, optimizer, {"step": step}, tokenizer)
+            checkpoint.save_training(run.path / "checkpoints" / f"step_{step}", model, optimizer, {"step": step}, tokenizer)
     checkpoint.save(model, run.path / "model", tokenizer)
     run.finish()
 

@@ -201,6 +201,22 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def same_settings(folder: str | Path, config: Any, but: Sequence[str] = ()) -> None:
+    """Raise InputError if `folder`/run.json was made with other settings, naming those that differ; `but` may differ."""
+    path = Path(folder) / "run.json"
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["config"]
+        now = json.loads(_line(dataclasses.asdict(config)))
+        differing = [name for name in now if name not in but and before[name] != now[name]]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not the record of such a run") from None
+    if differing:
+        changes = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing)
+        raise InputError(f"{path}: made with other settings: {changes}; choose another --out")
+
+
 class Run:
     """A run folder: run.json (what ran), metrics.jsonl (an object a step), and what the script puts beside.
 

@@ -15,12 +15,11 @@ from typing import Literal
 
 import torch
 
-from minibridge import answer, checkpoint
+from minibridge import answer
 from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
 from minibridge.data import load_prompts
-from minibridge.optim import pick_device, pick_dtype
+from minibridge.optim import open_model, pick_device
 from minibridge.rollout import lines, rollout
-from minibridge.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ def rescore(path: str) -> list[Scored]:
     """Score saved answers (of this module, or a step of rollouts) by today's rule."""
     groups: dict[int, list[dict]] = {}
     for number, line in enumerate(read_jsonl(path), 1):
-        for field, kind in (("group", int), ("answer", str), ("text", str)):
-            if not isinstance(line.get(field), kind):
+        for field, kind in (("group", int), ("answer", str), ("text", str), ("num_ops", int)):
+            if not isinstance(line.get(field), kind) and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
         groups.setdefault(line["group"], []).append(line)
     if not groups:
@@ -106,12 +105,12 @@ def rescore(path: str) -> list[Scored]:
 
 def sample(config: Config) -> list[dict]:
     """The answers of a model, as JSONL lines."""
+    if not 0 <= config.temperature < math.inf:
+        raise InputError(f"temperature: {config.temperature:g} is not 0 or above")
     if config.temperature == 0 and config.samples > 1:
         raise InputError("samples: greedy answers are all the same; set --temperature")
     device = pick_device(config.device)
-    tokenizer = Tokenizer.load(config.model)
-    model = checkpoint.load(config.model, torch.float32, device)
-    model.compute_dtype = pick_dtype(config.dtype, device)
+    model, tokenizer = open_model(config.model, device, config.dtype)
     prompts = load_prompts(config.data, tokenizer, config.max_prompt)
     generator = torch.Generator(device).manual_seed(config.seed)
     return lines(rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,

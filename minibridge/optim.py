@@ -1,12 +1,18 @@
-"""What both training scripts share: the device, the optimizer, the learning rate, one clipped step."""
+"""What the training scripts share: opening a model, where to resume, the optimizer, the learning rate, one clipped step."""
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from minibridge.config import InputError
+from minibridge import checkpoint
+from minibridge.config import InputError, same_settings
 from minibridge.model import Decoder
+from minibridge.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Settings that a resumed run may change: they touch neither weights nor numbers, or only their last digits.
+FREE = ("out", "resume", "device", "micro_tokens", "rows", "eval_every", "save_every", "log_every", "show_every")
 
 
 def pick_device(name: str) -> torch.device:
@@ -14,16 +20,39 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).device.type in ("cpu", "cuda"):
+            return torch.device(name)
+        reason = "only cpu and cuda are supported"
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+        reason = str(error).splitlines()[0]
+    raise InputError(f"device {name!r}: {reason}")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Of the matrix products; "auto" is bf16 on a GPU and fp32 on a CPU. Parameters and Adam's state stay fp32: in
     bf16 an update smaller than the weight's last bit (at lr 1e-6, nearly all of them) would be lost."""
     return DTYPES[name] if name != "auto" else DTYPES["bf16" if device.type == "cuda" else "fp32"]
+
+
+def open_model(folder: str, device: torch.device, dtype: str) -> tuple[Decoder, Tokenizer]:
+    """The fp32 model and the tokenizer of a Hugging Face folder; `dtype` as in `pick_dtype`."""
+    tokenizer = Tokenizer.load(folder)
+    model = checkpoint.load(folder, torch.float32, device)
+    model.compute_dtype = pick_dtype(dtype, device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
+    return model, tokenizer
+
+
+def resume_point(config: Any) -> Path | None:
+    """The checkpoint a script goes on from, None to begin. InputError if --resume meets other settings, or if without it
+    the run folder holds checkpoints, which a later --resume would take for this run's."""
+    saved = checkpoint.latest(Path(config.out) / "checkpoints")
+    if config.resume:
+        same_settings(config.out, config, but=FREE)
+    elif saved:
+        raise InputError(f"{config.out}: holds checkpoints of an earlier run; give --resume or choose another --out")
+    return saved
 
 
 def adamw(model: Decoder, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
@@ -40,7 +69,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
     if schedule == "constant":
         return peak
     # 3) or a half cosine, down to a tenth of the peak
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

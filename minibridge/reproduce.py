@@ -13,12 +13,10 @@ A stage whose result lies in the run folder is not run again, and training goes 
 interrupted run is continued by the same command.
 """
 import csv
-import json
 import math
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +25,7 @@ import gen_data
 import train_rl
 import train_sft
 from minibridge import checkpoint, evaluate, igsm, traces
-from minibridge.config import InputError, Run, option, read_jsonl, run_main, write_jsonl
+from minibridge.config import Run, option, read_jsonl, run_main, same_settings, write_jsonl
 from minibridge.model import Decoder, ModelConfig
 from minibridge.tokenizer import train_toy
 
@@ -59,7 +57,7 @@ class Toy:
 
 def main_toy(config: Toy):
     out = Path(config.out)
-    _same_settings(out, config)
+    same_settings(out, config, but=("out",))
     run = Run(out, config)
     make_data(config, out)
     for arm in ARMS:
@@ -74,17 +72,6 @@ def main_toy(config: Toy):
     write_curves(out)
     run.finish()
     print(f"\n{text}\n\nwritten: {out / 'table.md'}, {out / 'curves.csv'}; {run.record['seconds']:.0f} s")
-
-
-def _same_settings(out: Path, config: Toy):
-    """Refuse to mix two settings in one run folder."""
-    record = out / "run.json"
-    if not record.exists():
-        return
-    before = json.loads(record.read_text(encoding="utf-8"))["config"]
-    now = json.loads(json.dumps(asdict(config)))
-    if differing := [name for name in now if name != "out" and before.get(name) != now[name]]:
-        raise InputError(f"{record}: made with another {', '.join(differing)}; choose another --out or delete the folder")
 
 
 def _missing(path: Path, title: str) -> bool:

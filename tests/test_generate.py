@@ -106,7 +106,10 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature, top_p):
 
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (1 - 2**-53, 3)])
 def test_the_ends_of_the_unit_interval_are_tokens_that_can_be_drawn(monkeypatch, uniform, token):
-    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform, dtype=options["dtype"]))
+    def fixed(shape, dtype, **options):
+        return torch.full(shape, uniform, dtype=dtype)
+
+    monkeypatch.setattr(torch, "rand", fixed)
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, 0.3, -torch.inf]])
     assert sample(logits, 1.0, 1.0, None)[0].item() == token
 

@@ -235,6 +235,8 @@ def execute(problem, text, subgoal, rng):
             assert verb == ("is" if len(missing) == 1 else "are")
             assert not re.search(r"\d", step.text.replace(step.restated or "", ""))  # nothing is computed
             continue
+        assert step.chain[0] == step.letter
+        assert not isinstance(node.expr, int) or set(re.findall(r"-?\d+", step.text)) == {str(value)}
         check_chain(node, step.chain, known, value, subgoal)
         junk = {key: rng.randint(-9, 9) for key in node.parents}
         assert calculate(step.chain[1], {letters[key]: junk[key] for key in junk}) == \

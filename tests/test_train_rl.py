@@ -381,11 +381,12 @@ def test_interrupted_run_leaves_a_good_checkpoint(toy, guesser, whole, tmp_path,
     assert same_run(tmp_path, whole)
 
 
-def test_without_resume_a_run_starts_at_the_beginning(toy, guesser, whole, tmp_path):
+def test_a_folder_with_checkpoints_is_not_begun_again(toy, guesser, whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    assert long(toy, guesser, out) == 0
-    assert same_run(out, whole) and json.loads((out / "run.json").read_text())["resume_step"] is None
+    assert long(toy, guesser, out) == 2
+    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert same_run(out, whole)
 
 
 def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path, monkeypatch, capsys):
@@ -408,16 +409,16 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path
     ("--val {sft}", "{sft}:1: field 'prompt'"),
     ("--data {folder}/no", "{folder}/no: No such file"),
     ("--model {folder}/no", "{folder}/no/tokenizer.json: no such file"),
-    ("--samples 1", "at least 2 samples"),
+    ("--samples 1", "samples: must be at least 2"),
     ("--samples 0", "samples"),
     ("--temperature 0", "temperature: must be above 0"),
     ("--temperature -1", "temperature: must be above 0"),
     ("--updates 0", "updates: must be at least 1"),
     ("--prompts 9", "a batch of 9 cannot be made from 8 examples"),
-    ("--prompts 0", "a batch of 0"),
+    ("--prompts 0", "prompts: must be at least 1"),
     ("--max-new-tokens 1000", "max_position_embeddings 1024"),
     ("--device nosuch", "device 'nosuch'"),
-    ("--micro-tokens 50", "do not fit a micro-batch of 50 tokens"),
+    ("--micro-tokens 50", "micro_tokens: 50 cannot hold"),
     ("--top-p 0.9", "--top-p"),
 ])
 def test_wrong_input_is_one_line(toy, guesser, tmp_path, capsys, flags, message):

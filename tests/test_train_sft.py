@@ -212,12 +212,21 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(toy, whole, tmp_pat
     assert weights(tmp_path / "model") == weights(whole / "model")
 
 
-def test_without_resume_a_run_starts_at_the_beginning(toy, whole, tmp_path):
+def test_a_folder_with_checkpoints_is_not_begun_again(toy, whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    assert train(toy, out, SETTINGS) == 0
-    assert without_times(metrics(out)) == without_times(metrics(whole))
-    assert json.loads((out / "run.json").read_text())["resume_step"] is None
+    before = metrics(out)
+    assert train(toy, out, SETTINGS) == 2
+    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert metrics(out) == before
+
+
+def test_resume_with_other_settings_is_refused_by_name(toy, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    assert train(toy, out, SETTINGS, "--resume --seed 7 --log-every 3") == 2
+    error = capsys.readouterr().err
+    assert "seed was 0, is 7" in error and "log_every" not in error
 
 
 def test_gradient_that_is_not_finite_stops_the_run(toy, whole, tmp_path, monkeypatch, capsys):
@@ -242,8 +251,8 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, whole, tmp_path, monkeyp
     ("--val {rl}", "{rl}:1: field 'messages'"),
     ("--max-length 100", "{sft}:1: "),
     ("--max-length 60 --truncate", "{sft}:1: nothing is left to learn"),
-    ("--epochs 0", "epochs: 0 passes over 12 examples"),
-    ("--epochs -1", "epochs: -1 passes"),
+    ("--epochs 0", "epochs: must be above 0, not 0"),
+    ("--epochs -1", "epochs: must be above 0, not -1"),
     ("--epochs many", "--epochs"),
     ("--batch-size 13", "a batch of 13 cannot be made from 12 examples"),
     ("--batch-size 0", "a batch of 0"),
