@@ -5,8 +5,9 @@
     python gen_data.py --split rl --out data/rl.jsonl
     python gen_data.py --split test --ops 25 --out data/test_ood.jsonl
 
-The problems of a split depend on the seed, the split, the op range and the scale alone, never on the arm: two arms hold
-the same problems in the same order, with the same `id`, in other words. No problem structure stands in two splits.
+The problems of a split depend on the seed, the split, the op range, the scale, the count and the balance, never on the
+arm: two arms hold the same problems in the same order, with the same `id`, in other words. No problem structure stands
+in two splits.
 SFT lines hold "messages", all others "prompt"; both load in TRL as they are.
 """
 import itertools
@@ -45,7 +46,8 @@ class Config:
     seed: int = option(0, "seed of everything random")
 
 
-def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, seed: int, balance: float = 1.0) -> list[Problem]:
+def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, seed: int,
+             balance: float = 1.0) -> list[Problem]:
     """`count` different problems of a split. Candidate number i comes from its own random stream, so the result does
     not depend on how many candidates are drawn at a time. Raises InputError when the filters leave too few."""
     kept: list[Problem] = []
@@ -89,8 +91,10 @@ def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = Non
 def main(config: Config):
     rows, ops, _ = SPLITS[config.split]
     behaviors = None
+    custom = traces.Behaviors(config.subgoal, config.analysis, config.reflection)
+    if config.arm != "custom" and custom != traces.VANILLA:
+        raise InputError(f"arm: --subgoal, --analysis and --reflection are for --arm custom, not {config.arm}")
     if config.split in ("sft", "base"):
-        custom = traces.Behaviors(config.subgoal, config.analysis, config.reflection)
         behaviors = ARMS.get(config.arm, custom)
     count = rows if config.count is None else config.count
     if count < 1 or not 0 < config.balance <= 1:

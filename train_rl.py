@@ -55,10 +55,10 @@ class Config:
     entropy_coef: float = option(0.001, "weight of the entropy bonus")
     format_scale: float = option(0.0, "extra reward of a well-formed answer (the paper's Llama runs: 0.05)")
     temperature: float = option(1.0, "of sampling and of the loss alike")
-    max_prompt: int = option(512, "longest prompt, in tokens; a longer one is an error")
+    max_prompt: int = option(1024, "longest prompt, in tokens; a longer one is an error")
     max_new_tokens: int = option(2560, "longest answer, in tokens")
     rows: int = option(256, "answers decoded at the same time")
-    micro_tokens: int = option(16384, "padded tokens in memory at once in training; changes speed, never results")
+    micro_tokens: int = option(8192, "padded tokens in memory at once in training; changes speed, never results")
     eval_every: int = option(5, "steps between validations; also before the first step and after the last")
     save_every: int = option(100, "steps between checkpoints; 0: only at the end")
     show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never")
@@ -95,54 +95,62 @@ def pack(groups: list[list[Episode]], advantages: Tensor, config: Config, device
     return packed
 
 
-def score(model: Decoder, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of the sampled tokens under `model`: (B, T-1) each, 0 elsewhere."""
+def score(model: Decoder, batch: MicroBatch, temperature: float, with_entropy: bool = False) -> list[Tensor]:
+    """Log-probabilities of the sampled tokens under `model`, and entropies if asked for: (B, T-1) each, 0 elsewhere."""
     hidden = model(batch.ids[:, :-1])[batch.trained]  # (N, C)
-    values = token_logprobs(hidden, model.lm_head_weight, batch.ids[:, 1:][batch.trained], temperature)  # (N,), (N,)
-    return tuple(torch.zeros(batch.trained.shape, device=value.device).masked_scatter(batch.trained, value)
-                 for value in values)
+    targets = batch.ids[:, 1:][batch.trained]  # (N,)
+    values = token_logprobs(hidden, model.lm_head_weight, targets, temperature, with_entropy=with_entropy)
+    return [torch.zeros(batch.trained.shape, device=value.device).masked_scatter(batch.trained, value)
+            for value in values if value is not None]
 
 
-def improve(model: Decoder, reference: Decoder, optimizer: torch.optim.Optimizer, batches: list[MicroBatch], rate: float,
-            config: Config) -> dict[str, float]:
+def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
+            rate: float, config: Config) -> dict[str, float]:
     """The optimizer steps on one rollout batch; returns the metrics of the first, where the ratio is still 1."""
     rollouts = sum(len(batch.ids) for batch in batches)
     with torch.no_grad():
         for batch in batches:
-            if config.kl_coef or config.kl_threshold is not None:
+            if reference is not None:
                 batch.ref_logps = score(reference, batch, config.temperature)[0]
             if config.updates > 1:
                 batch.old_logps = score(model, batch, config.temperature)[0]
     first: dict[str, float] = {}
     for number in range(config.updates):
-        totals: Counter = Counter()
-        mismatch = 0.0
+        parts = []
         for batch in batches:
-            logps, entropy = score(model, batch, config.temperature)
+            logps, entropy = score(model, batch, config.temperature, with_entropy=True)
             old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
             loss, metrics = grpo_loss(
                 logps, old_logps, batch.ref_logps, batch.advantages, batch.trained, clip=(config.clip_low, config.clip_high),
                 kl_coef=config.kl_coef, kl_threshold=config.kl_threshold, entropy=entropy,
                 entropy_coef=config.entropy_coef, aggregate="sequence", normalizer=rollouts)
             loss.backward()
-            totals.update({name: value.item() for name, value in metrics.items()})
-            mismatch = max(mismatch, (logps.detach() - batch.sampled_logps).abs().max().item())
-        totals["grad_norm"] = update(model, optimizer, rate, config.clip)
-        first = first or {**totals, "mismatch": mismatch}
+            parts.append({**metrics, "mismatch": (logps.detach() - batch.sampled_logps).abs().max()})
+        norm = update(model, optimizer, rate, config.clip)
+        first = first or {**total(parts), "grad_norm": norm}
     return first
+
+
+def total(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """A step's figures from those of its micro-batches: the largest mismatch, the sum of everything else."""
+    columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return {name: (column.max() if name == "mismatch" else column.sum()).item() for name, column in columns.items()}
 
 
 def describe(groups: list[list[Episode]]) -> dict[str, float]:
     """What the rollouts look like, before any training on them; every figure is explained in the README."""
     episodes = [episode for group in groups for episode in group]
-    share = lambda values: sum(values) / len(episodes)  # noqa: E731
+
+    def mean(values) -> float:
+        return sum(values) / len(episodes)
+
     answers = Counter(text for episode in episodes if (text := extract(episode.text)) is not None)
     return {
-        "accuracy": share(episode.correct for episode in episodes),
-        "reward": share(episode.reward for episode in episodes),
-        "well_formed": share(episode.well_formed for episode in episodes),
-        "length": share(len(episode.completion.ids) for episode in episodes),
-        "truncated": share(episode.completion.finish_reason == "length" for episode in episodes),
+        "accuracy": mean(episode.correct for episode in episodes),
+        "reward": mean(episode.reward for episode in episodes),
+        "well_formed": mean(episode.well_formed for episode in episodes),
+        "length": mean(len(episode.completion.ids) for episode in episodes),
+        "truncated": mean(episode.completion.finish_reason == "length" for episode in episodes),
         "common_answer": max(answers.values(), default=0) / len(episodes),
         "dead_groups": sum(len({episode.reward for episode in group}) == 1 for group in groups) / len(groups),
     }
@@ -173,7 +181,9 @@ def check(config: Config):
 def main(config: Config):
     check(config)
     device, saved = pick_device(config.device), resume_point(config)
-    (model, tokenizer), (reference, _) = (open_model(config.model, device, config.dtype) for _ in range(2))
+    model, tokenizer = open_model(config.model, device, config.dtype)
+    with_reference = config.kl_coef or config.kl_threshold is not None
+    reference = open_model(config.model, device, config.dtype)[0] if with_reference else None
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     prompts = load_prompts(config.data, tokenizer, config.max_prompt)
     held_out = load_prompts(config.val, tokenizer, config.max_prompt) if config.val else []

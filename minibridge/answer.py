@@ -9,11 +9,8 @@ An assistant turn is
     </answer>
 The prompt ends with OPENING, so a completion starts right after it, in training, sampling and evaluation alike.
 """
-import re
-
 OPENING = "<think>\n"
 SYSTEM = "Reason step by step inside <think> </think>, then give the result inside <answer> </answer>."
-_WELL_FORMED = re.compile(r"[^<]*</think>\s*<answer>[^<]*</answer>\s*")
 
 
 def chat(question: str, answer: str | None = None) -> list[dict]:
@@ -34,9 +31,18 @@ def extract(text: str) -> str | None:
 
 def well_formed(completion: str) -> bool:
     """Whether a completion closes its think block and holds exactly one answer block after it, and nothing else."""
-    return _WELL_FORMED.fullmatch(completion) is not None
+    thought, closed, rest = completion.partition("</think>")
+    rest = rest.strip()
+    return (bool(closed) and "<think>" not in completion and "</think>" not in rest and "<answer>" not in thought
+            and rest.startswith("<answer>") and rest.endswith("</answer>")
+            and rest.count("<answer>") == rest.count("</answer>") == 1)
 
 
 def reward(completion: str, answer: str, format_scale: float = 0.0) -> float:
-    """1 for the right answer (exact string match) else 0, plus format_scale for a well-formed completion."""
-    return float(extract(completion) == answer) + format_scale * well_formed(completion)
+    """1 for the right answer else 0, plus format_scale for a well-formed completion."""
+    return correct(completion, answer) + format_scale * well_formed(completion)
+
+
+def correct(completion: str, answer: str) -> bool:
+    """Whether the box holds exactly the answer's text; blanks around it are forgiven (the authors' code does not)."""
+    return extract(completion) == answer

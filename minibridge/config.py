@@ -41,7 +41,7 @@ PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in r
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; the message is one line that names the file, field or line."""
+    """What a user can mend, mostly a wrong file or flag; the message is one line that names the file, field or line."""
 
 
 def option(default: Any, help: str, choices: Sequence | None = None) -> Any:

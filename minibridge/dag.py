@@ -86,10 +86,12 @@ class Problem:
         except CycleError as error:
             raise InputError(f"nodes form a cycle: {' -> '.join(error.args[1])}") from None
         solved: set[str] = set()
-        for key in self.order:
-            if key not in self.nodes or self.missing(key, solved):
-                raise InputError(f"order: {key!r} is unknown or comes before one of its parents")
+        for key in (*self.order, *self.redundant):
+            if key not in self.nodes or key in solved or self.missing(key, solved):
+                raise InputError(f"order: {key!r} is unknown, repeated or comes before one of its parents")
             solved.add(key)
+        if not self.order:
+            raise InputError("order: no node to ask for")
         values: dict[str, int] = {}
         for key in solving:
             values[key] = evaluate(self.nodes[key].expr, values)

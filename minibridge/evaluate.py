@@ -30,7 +30,7 @@ class Config:
     rescore: str | None = option(None, "JSONL file of saved answers, instead of a model")
     samples: int = option(1, "answers for each prompt")
     temperature: float = option(0.0, "0: greedy")
-    max_prompt: int = option(512, "longest prompt, in tokens")
+    max_prompt: int = option(1024, "longest prompt, in tokens")
     max_new_tokens: int = option(2560, "longest answer, in tokens")
     rows: int = option(256, "answers decoded at the same time")
     seed: int = option(0, "seed of sampling")
@@ -73,7 +73,7 @@ def best_constant(problems: list[Scored]) -> tuple[str, float]:
 def table(problems: list[Scored]) -> str:
     """Accuracy of all problems, of those whose answer is not 0, by op count, and pass@k where there are k answers."""
     samples = min(len(p.correct) for p in problems)
-    ks = [2**i for i in range(1, samples.bit_length()) if 2**i <= samples]
+    ks = [2**i for i in range(1, samples.bit_length())]
     rows = [("all", problems), ("answer not 0", [p for p in problems if p.answer != "0"])]
     for ops in sorted({p.num_ops for p in problems if p.num_ops is not None}):
         rows.append((f"{ops} ops", [p for p in problems if p.num_ops == ops]))
@@ -99,8 +99,8 @@ def rescore(path: str) -> list[Scored]:
         groups.setdefault(line["group"], []).append(line)
     if not groups:
         raise InputError(f"{path}: no lines in it")
-    return [Scored(group[0]["answer"], group[0].get("num_ops"), [answer.reward(line["text"], line["answer"]) == 1.0
-                                                                 for line in group]) for group in groups.values()]
+    return [Scored(group[0]["answer"], group[0].get("num_ops"),
+                   [answer.correct(line["text"], line["answer"]) for line in group]) for group in groups.values()]
 
 
 def sample(config: Config) -> list[dict]:

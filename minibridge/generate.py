@@ -8,6 +8,7 @@ rewards, penalties, beam search.
 Axes: B rows, T tokens, S cache slots, C hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -67,6 +68,8 @@ def generate(
     while pool.admit(waiting):
         tokens, logprobs = sample(model.logits(pool.hidden), temperature, top_p, generator)  # (B,), (B,)
         drawn = torch.stack((tokens.double(), logprobs.double())).tolist()  # the step's one wait
+        if not all(map(math.isfinite, drawn[1])):
+            raise InputError("the model's logits are not finite: its weights are broken")
         for row, token, logprob in zip(pool.live, *drawn):
             row.completion.ids.append(int(token))
             row.completion.logprobs.append(logprob)
@@ -88,6 +91,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     total = edges[:, -1:]
     uniform = torch.rand(total.shape, dtype=torch.float64, device=logits.device, generator=generator)
     tokens = torch.searchsorted(edges, uniform * total, right=True)  # (B, 1), never one of weight 0
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # past the end only if the logits are NaN
     return tokens[:, 0], (weights.gather(-1, tokens) / total).log().float()[:, 0]
 
 

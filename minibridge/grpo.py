@@ -70,7 +70,7 @@ def grpo_loss(
 
         loss           the loss                    policy_loss    its first term alone
         clip_fraction  tokens whose gradient the clip has set to zero
-        log_ratio      mean |logp - old_logp|: on-policy, the mismatch of sampler and trainer
+        log_ratio      mean |logp - old_logp|
         kept           weight left by kl_threshold (1 if it is off and no row is empty)
         kl             mean k3, dropped rollouts included (if ref_logps)
         entropy        mean entropy, dropped rollouts included (if entropy)
@@ -101,6 +101,7 @@ def grpo_loss(
     elif kl_coef or kl_threshold is not None:
         raise ValueError("kl_coef and kl_threshold need ref_logps")
     if entropy is not None:
+        entropy = entropy if entropy_coef else entropy.detach()  # no backward pass for a number that is only logged
         means["entropy"] = masked_entropy = torch.where(mask, entropy, 0.0)  # (B, T)
         terms = terms - entropy_coef * masked_entropy
     elif entropy_coef:
@@ -137,6 +138,6 @@ def kl_k3(gap: Tensor) -> Tensor:
 
     The gradient for logp is 1 - exp(gap), zero where the two agree; beyond the cap MAX_K3 it is zero too.
     """
-    gap = gap.clamp(-MAX_K3, MAX_K3)
+    gap = gap.clamp(max=MAX_K3)  # only exp of a large gap overflows
     # expm1 because exp(gap) - 1 has lost all digits of the result, gap^2 / 2, when the gap is small.
     return (torch.expm1(gap) - gap).clamp(max=MAX_K3)

@@ -104,11 +104,10 @@ def _names(rng: random.Random, layers: int, worlds: tuple) -> list[tuple[str, tu
 
 
 class _Structure:
-    """Items in layers, who holds what, and the quantities that follow from it.
+    """The quantities that follow from items[i], the names in layer i, and below[a], the items directly inside a.
 
-    items[i]: names in layer i. below[a]: the items directly inside a. category[i], layer[a].
-    instances: keys "a's b" of the edges. abstract: key "a's category" -> its level (layers between the two).
-    parents_of[key]: for an abstract quantity the quantities it sums over.
+    instances: keys "a's b" of the edges. abstract: key "a's category" -> its level, the number of layers it spans.
+    parents_of[key]: the quantities an abstract quantity sums over. owner_item[key]: (owner, item) of any of them.
     """
 
     def __init__(self, categories: list, items: list[list[str]], below: dict[str, list[str]]):

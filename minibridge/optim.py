@@ -11,8 +11,8 @@ from minibridge.model import Decoder
 from minibridge.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Settings that a resumed run may change: they touch neither weights nor numbers, or only their last digits.
-FREE = ("out", "resume", "device", "micro_tokens", "rows", "eval_every", "save_every", "log_every", "show_every")
+# Settings that a resumed run may change: they touch no number, or (micro_tokens) only its last digits.
+MAY_CHANGE = ("out", "resume", "micro_tokens", "eval_every", "save_every", "log_every", "show_every")
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,7 +40,8 @@ def open_model(folder: str, device: torch.device, dtype: str) -> tuple[Decoder, 
     model = checkpoint.load(folder, torch.float32, device)
     model.compute_dtype = pick_dtype(dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
+                         f"vocab_size {model.config.vocab_size}")
     return model, tokenizer
 
 
@@ -49,7 +50,7 @@ def resume_point(config: Any) -> Path | None:
     the run folder holds checkpoints, which a later --resume would take for this run's."""
     saved = checkpoint.latest(Path(config.out) / "checkpoints")
     if config.resume:
-        same_settings(config.out, config, but=FREE)
+        same_settings(config.out, config, but=MAY_CHANGE)
     elif saved:
         raise InputError(f"{config.out}: holds checkpoints of an earlier run; give --resume or choose another --out")
     return saved

@@ -27,7 +27,7 @@ import train_sft
 from minibridge import checkpoint, evaluate, igsm, traces
 from minibridge.config import Run, option, read_jsonl, run_main, same_settings, write_jsonl
 from minibridge.model import Decoder, ModelConfig
-from minibridge.tokenizer import train_toy
+from minibridge.tokenizer import Tokenizer, train_toy
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 ARMS = ("vanilla", "bridge")
@@ -61,12 +61,12 @@ def main_toy(config: Toy):
     run = Run(out, config)
     make_data(config, out)
     for arm in ARMS:
-        if _missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
+        if announce_if_missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
             train_sft.main(sft_config(config, out, arm))
-        if _missing(out / f"rl_{arm}" / "model", f"GRPO, {arm}"):
+        if announce_if_missing(out / f"rl_{arm}" / "model", f"GRPO, {arm}"):
             train_rl.main(rl_config(config, out, arm))
         for stage in ("sft", "rl"):
-            test(config, out, f"{stage}_{arm}")
+            answer_tests(config, out, f"{stage}_{arm}")
     text = results_table(out)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     write_curves(out)
@@ -74,7 +74,7 @@ def main_toy(config: Toy):
     print(f"\n{text}\n\nwritten: {out / 'table.md'}, {out / 'curves.csv'}; {run.record['seconds']:.0f} s")
 
 
-def _missing(path: Path, title: str) -> bool:
+def announce_if_missing(path: Path, title: str) -> bool:
     if not path.exists():
         print(f"\n=== {title}", flush=True)
     return not path.exists()
@@ -89,7 +89,8 @@ def make_data(config: Toy, out: Path):
         path = out / f"{name}.jsonl"
         if not path.exists():
             drawn = gen_data.problems(split, rows, ops, igsm.TOY, config.seed, balance=0.05)
-            write_jsonl(path, [gen_data.record(problem, config.seed, behaviors, igsm.TOY.letters) for problem in drawn])
+            write_jsonl(path, [gen_data.record(problem, config.seed, behaviors, igsm.TOY.letters)
+                               for problem in drawn])
     print(gen_data.summary(read_jsonl(out / "sft_bridge.jsonl")), flush=True)
 
 
@@ -104,18 +105,18 @@ def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
     return train_rl.Config(
         model=str(out / f"sft_{arm}" / "model"), data=str(out / "rl.jsonl"), out=str(out / f"rl_{arm}"),
         steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=5,
-        learning_rate=config.rl_learning_rate, max_prompt=400, max_new_tokens=config.max_new_tokens, rows=128, micro_tokens=8192,
-        save_every=10, resume=True, seed=config.seed, device="cpu")
+        learning_rate=config.rl_learning_rate, max_prompt=400, max_new_tokens=config.max_new_tokens, rows=128,
+        micro_tokens=8192, save_every=10, resume=True, seed=config.seed, device="cpu")
 
 
-def test(config: Toy, out: Path, name: str):
+def answer_tests(config: Toy, out: Path, name: str):
     """Greedy answers of one model to both test sets."""
     for which in TESTS:
         answers = out / f"{name}_{which}.jsonl"
-        if _missing(answers, f"test of {name}, {which}"):
+        if announce_if_missing(answers, f"test of {name}, {which}"):
             write_jsonl(answers, evaluate.sample(evaluate.Config(
                 model=str(out / name / "model"), data=str(out / f"test_{which}.jsonl"), max_new_tokens=config.max_new_tokens,
-                rows=200, device="cpu")))
+                rows=400, device="cpu")))
 
 
 def results_table(out: Path) -> str:
@@ -130,11 +131,12 @@ def results_table(out: Path) -> str:
             nonzero = paired_gain(*([p for p in tested if p.answer != "0"] for tested in (before, after)))[0]
             lengths = [sum(len(line["ids"]) for line in rows) / len(rows) for rows in
                        (read_jsonl(out / f"{stage}_{arm}_{which}.jsonl") for stage in ("sft", "rl"))]
-            lines.append(f"| {arm} | {which}, {ops} ops | {evaluate.accuracy(before):.1%} | {evaluate.accuracy(after):.1%} "
+            share = evaluate.accuracy(before), evaluate.accuracy(after)
+            lines.append(f"| {arm} | {which}, {ops} ops | {share[0]:.1%} | {share[1]:.1%} "
                          f"| {gain:+.1%} | {gain - reach:+.1%} to {gain + reach:+.1%} | {nonzero:+.1%} "
                          f"| {lengths[0]:.0f} -> {lengths[1]:.0f} |")
-        constant, share = evaluate.best_constant(before)
-        lines.append(f"| always {constant} | {which}, {ops} ops | {share:.1%} | | | | | |")
+        constant, luck = evaluate.best_constant(before)
+        lines.append(f"| always {constant} | {which}, {ops} ops | {luck:.1%} | | | | | |")
     return "\n".join(lines)
 
 
@@ -168,7 +170,7 @@ BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 38
 @dataclass(frozen=True)
 class Base:
     out: str = option("runs/base", "run folder; the model is in its folder toy_base")
-    epochs: float = option(0.75, "passes over the 127,500 examples")
+    epochs: float = option(0.6, "passes over the 127,500 examples")
 
 
 def main_base(config: Base):
@@ -191,7 +193,7 @@ def main_base(config: Base):
         epochs=config.epochs, batch_size=16, micro_tokens=4096, learning_rate=1.5e-3, schedule="cosine", warmup=100,
         max_length=1024, eval_every=500, save_every=500, log_every=50, resume=True, dtype="bf16"))
     trained = out / "sft" / "model"
-    checkpoint.save(checkpoint.load(trained), out / "toy_base", checkpoint.Tokenizer.load(trained), dtype=torch.float16)
+    checkpoint.save(checkpoint.load(trained), out / "toy_base", Tokenizer.load(trained), dtype=torch.float16)
 
 
 def base_rows(ops: int, rows: int) -> list[dict]:

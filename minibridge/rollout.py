@@ -49,8 +49,8 @@ def rollout(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], samples
 
 
 def score(prompt: Prompt, completion: Completion, text: str, format_scale: float = 0.0) -> Episode:
-    correct, well_formed = answer.reward(text, prompt.answer) == 1.0, answer.well_formed(text)
-    return Episode(prompt, completion, text, correct, well_formed, answer.reward(text, prompt.answer, format_scale))
+    return Episode(prompt, completion, text, answer.correct(text, prompt.answer), answer.well_formed(text),
+                   answer.reward(text, prompt.answer, format_scale))
 
 
 def lines(groups: list[list[Episode]]) -> list[dict]:

@@ -116,7 +116,7 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0) -> list[
         return not missing
 
     i, went_well = 0, False
-    while i < len(order):
+    while problem.target not in solved:  # every necessary node leads to it
         if 0 < i < len(order) - 1 and went_well and rng.random() < reflection:
             redundant = problem.redundant and rng.random() < REDUNDANT_SHARE
             key = rng.choice(problem.redundant if redundant else order[i + 1:])

@@ -13,7 +13,7 @@ import pytest
 import gen_data
 from minibridge import igsm, traces
 from minibridge.answer import OPENING, SYSTEM, extract
-from minibridge.config import read_jsonl, run_main
+from minibridge.config import InputError, read_jsonl, run_main
 from minibridge.dag import Problem
 
 TOY = ("--scale", "toy", "--ops", "2-5")
@@ -137,11 +137,15 @@ def test_no_structure_stands_in_two_splits():
     assert sorted(tenths) == list(range(10))
 
 
-@pytest.mark.parametrize("split", ["sft", "rl"])
-def test_problems_of_a_split_differ(split):
-    for scale, ops in ((igsm.TOY, (1, 2)), (igsm.PAPER, (15, 20))):
-        ids = [problem.id for problem in gen_data.problems(split, 60, ops, scale, seed=1)]
-        assert len(set(ids)) == len(ids) == 60
+def test_problems_of_a_split_differ(monkeypatch):
+    few = [igsm.draw(random.Random(seed), (2, 5), igsm.TOY) for seed in range(30)]
+    monkeypatch.setattr(igsm, "draw", lambda rng, ops, scale: rng.choice(few))
+    monkeypatch.setattr(gen_data, "PATIENCE", 1000)
+    mine = {problem.id for problem in few if int(problem.structure, 16) % 10 in gen_data.SPLITS["base"][2]}
+    ids = [problem.id for problem in gen_data.problems("base", len(mine), (2, 5), igsm.TOY, 0)]
+    assert len(ids) == len(mine) and set(ids) == mine
+    with pytest.raises(InputError, match=f"{len(mine)} of {len(mine) + 1} "):
+        gen_data.problems("base", len(mine) + 1, (2, 5), igsm.TOY, 0)
 
 
 # --- reproducibility -----------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Drawn problems: the statistics of the paper's own generator, the op count, the structure, the filters."""
 
 import random
-from collections import Counter, defaultdict
-from math import sqrt
-from statistics import mean, stdev
+from collections import defaultdict
+from math import exp, sqrt
+from statistics import NormalDist, mean, stdev
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,25 @@ from minibridge.worlds import TOY_WORLDS, WORLDS
 
 PAPER, LONG = (15, 20), (21, 25)
 KEPT = {PAPER: 1000, LONG: 300}  # problems drawn here, of the training and of the validation range
+
+
+# --- the vocabulary ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("worlds", [WORLDS, TOY_WORLDS], ids=["paper", "toy"])
+def test_worlds_are_well_formed(worlds):
+    for world in worlds:
+        assert len(world) == 4
+        categories = [category for category, _ in world]
+        names = [name for _, themes in world for theme in themes for name in theme]
+        assert all(themes and all(len(theme) >= 4 for theme in themes) for _, themes in world)
+        assert len({*names, *categories}) == len(names) + len(categories)  # each once, and no name a category
+        for name in names + categories:
+            assert name == name.strip() and name.replace(" ", "").isalpha()  # so no "'s", comma or full stop
+            assert not {"and", "each", "of", "does", "is", "are"} & set(name.lower().split())
+
+
+# --- statistics ----------------------------------------------------------------------------------------
 
 # Measured with the generator published with the paper, over problems with |answer| < 1000, before zeros are
 # thinned out. Means over problems: mean, standard deviation, sample size.
@@ -158,6 +178,29 @@ def test_the_question_needs_every_necessary_node_and_no_redundant_one(everything
             solved.add(key)
 
 
+def test_some_redundant_nodes_are_abstract_and_used_at_once(everything):
+    used = 0
+    for problem in everything:
+        for i, key in enumerate(problem.redundant):
+            if not problem.nodes[key].stated:
+                user = next(node for node in stated(problem, problem.redundant[i:]))
+                assert key in user.parents
+                used += 1
+    assert used > 20
+
+
+def test_a_parent_found_on_the_way_is_rather_an_abstract_quantity():
+    """Backwards from x, with y and the abstract A free: A has weight exp |g|, y weight 1, g a normal draw."""
+    rng, chosen = random.Random(0), []
+    while len(chosen) < 1500:
+        parents = {"A": ["a"], "a": [], "x": [], "y": []}
+        order = igsm._solving_order(rng, SimpleNamespace(abstract={"A"}), parents)
+        if order is not None and order[-1] == "x":
+            chosen.append(parents["x"] == ["A"])
+    quantiles = [NormalDist().inv_cdf((i + .5) / 1000) for i in range(1000)]
+    fair(chosen, mean(1 / (1 + exp(-abs(quantile))) for quantile in quantiles))
+
+
 # Item: the number of its world, its category, and the category's place, counted from the smallest parts up.
 ITEMS = {name: (number, category, place) for number, world in enumerate(WORLDS + TOY_WORLDS)
          for place, (category, themes) in enumerate(reversed(world)) for theme in themes for name in theme}
@@ -293,19 +336,3 @@ def test_impossible_ranges(monkeypatch, ops):
     monkeypatch.setattr(igsm, "MAX_DRAWS", 100)
     with pytest.raises(InputError, match=f"ops: .*{ops[0]}-{ops[1]}[^\n]*$"):
         igsm.draw(random.Random(0), ops, igsm.TOY)
-
-
-# --- the vocabulary ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("worlds", [WORLDS, TOY_WORLDS], ids=["paper", "toy"])
-def test_worlds_are_well_formed(worlds):
-    for world in worlds:
-        assert len(world) == 4
-        categories = [category for category, _ in world]
-        names = [name for _, themes in world for theme in themes for name in theme]
-        assert all(themes and all(len(theme) >= 4 for theme in themes) for _, themes in world)
-        assert len({*names, *categories}) == len(names) + len(categories)  # each once, and no name a category
-        for name in names + categories:
-            assert name == name.strip() and name.replace(" ", "").isalpha()  # so no "'s", comma or full stop
-            assert not {"and", "each", "of", "does", "is", "are"} & set(name.lower().split())
