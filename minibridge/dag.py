@@ -67,7 +67,7 @@ class Problem:
     """A question about the last node of `order`.
 
     nodes: every quantity by its key. order: the nodes the question needs, in one solving order, the asked one
-    last. redundant: the other nodes, each after its parents. num_ops: the op count the generator booked.
+    last. redundant: the other nodes. num_ops: the op count the generator booked.
     Raises InputError when the nodes form a cycle, name an unknown node, or `order` cannot be solved in turn.
     """
     task: str
@@ -86,12 +86,15 @@ class Problem:
         except CycleError as error:
             raise InputError(f"nodes form a cycle: {' -> '.join(error.args[1])}") from None
         solved: set[str] = set()
-        for key in (*self.order, *self.redundant):
+        for key in self.order:
             if key not in self.nodes or key in solved or self.missing(key, solved):
                 raise InputError(f"order: {key!r} is unknown, repeated or comes before one of its parents")
             solved.add(key)
         if not self.order:
             raise InputError("order: no node to ask for")
+        for key in self.redundant:
+            if key not in self.nodes or key in solved:
+                raise InputError(f"redundant: {key!r} is unknown or stands in order too")
         values: dict[str, int] = {}
         for key in solving:
             values[key] = evaluate(self.nodes[key].expr, values)
