@@ -50,6 +50,8 @@ def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, se
              balance: float = 1.0) -> list[Problem]:
     """`count` different problems of a split. Candidate number i comes from its own random stream, so the result does
     not depend on how many candidates are drawn at a time. Raises InputError when the filters leave too few."""
+    if count < 1 or not 0 < balance <= 1:
+        raise InputError("count: must be at least 1" if count < 1 else "balance: must be above 0 and at most 1")
     kept: list[Problem] = []
     seen: set[str] = set()
     answers: Counter[int] = Counter()
@@ -97,8 +99,6 @@ def main(config: Config):
     if config.split in ("sft", "base"):
         behaviors = ARMS.get(config.arm, custom)
     count = rows if config.count is None else config.count
-    if count < 1 or not 0 < config.balance <= 1:
-        raise InputError("count: must be at least 1" if count < 1 else "balance: must be above 0 and at most 1")
     scale = SCALES[config.scale]
     drawn = problems(config.split, count, config.ops or ops, scale, config.seed, config.balance)
     lines = [record(problem, config.seed, behaviors, scale.letters) for problem in drawn]

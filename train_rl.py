@@ -11,7 +11,6 @@ the sampled tokens are trained, the stop token included.
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """
 import itertools
-import math
 import sys
 import time
 from collections import Counter
@@ -39,31 +38,31 @@ class Config:
     data: str = option(REQUIRED, "JSONL file of prompts")
     out: str = option(REQUIRED, "run folder")
     val: str | None = option(None, "JSONL file of prompts for the greedy validation accuracy")
-    steps: int = option(200, "rollout batches")
-    prompts: int = option(32, "prompts of one rollout batch")
-    samples: int = option(32, "sampled answers for each prompt")
-    updates: int = option(1, "optimizer steps on each rollout batch; from the second on the clip range matters")
-    learning_rate: float = option(1e-6, "peak learning rate")
+    steps: int = option(200, "rollout batches", least=1)
+    prompts: int = option(32, "prompts of one rollout batch", least=1)
+    samples: int = option(32, "sampled answers for each prompt", least=2)
+    updates: int = option(1, "optimizer steps on each rollout batch; from the second on the clip range matters", least=1)
+    learning_rate: float = option(1e-6, "peak learning rate", least=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
-    warmup: int = option(0, "rollout batches of linear warm-up")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    clip: float = option(1.0, "largest gradient norm")
-    clip_low: float = option(0.2, "ratios below 1 - clip_low are clipped")
-    clip_high: float = option(0.2, "ratios above 1 + clip_high are clipped")
-    kl_coef: float = option(0.001, "weight of the k3 estimate of KL(policy | reference)")
+    warmup: int = option(0, "rollout batches of linear warm-up", least=0)
+    weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
+    clip: float = option(1.0, "largest gradient norm", least=0)
+    clip_low: float = option(0.2, "ratios below 1 - clip_low are clipped", least=0)
+    clip_high: float = option(0.2, "ratios above 1 + clip_high are clipped", least=0)
+    kl_coef: float = option(0.001, "weight of the k3 estimate of KL(policy | reference)", least=0)
     kl_threshold: float | None = option(None, "drop rollouts whose mean k3 reaches this (the paper's Llama runs: 0.15)")
     entropy_coef: float = option(0.001, "weight of the entropy bonus")
     format_scale: float = option(0.0, "extra reward of a well-formed answer (the paper's Llama runs: 0.05)")
     temperature: float = option(1.0, "of sampling and of the loss alike")
     max_prompt: int = option(1024, "longest prompt, in tokens; a longer one is an error")
-    max_new_tokens: int = option(2560, "longest answer, in tokens")
-    rows: int = option(256, "answers decoded at the same time")
+    max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
+    rows: int = option(256, "answers decoded at the same time", least=1)
     micro_tokens: int = option(8192, "padded tokens in memory at once in training; changes speed, never results")
-    eval_every: int = option(5, "steps between validations; also before the first step and after the last")
-    save_every: int = option(100, "steps between checkpoints; 0: only at the end")
-    show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never")
+    eval_every: int = option(5, "steps between validations; also before the first step and after the last", least=0)
+    save_every: int = option(100, "steps between checkpoints; 0: only at the end", least=0)
+    show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never", least=0)
     resume: bool = option(False, "go on from the newest checkpoint of --out")
-    seed: int = option(0, "seed of the order of prompts and of sampling")
+    seed: int = option(0, "seed of the order of prompts and of sampling", least=0)
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
@@ -169,17 +168,9 @@ def show(groups: list[list[Episode]]):
         print(f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}", flush=True)
 
 
-def check(config: Config):
-    """Mistakes that would otherwise show only after the first rollouts, or never."""
-    for field, least in (("steps", 1), ("prompts", 1), ("samples", 2), ("updates", 1), ("max_new_tokens", 1)):
-        if getattr(config, field) < least:
-            raise InputError(f"{field}: must be at least {least}, not {getattr(config, field)}")
-    if not 0 < config.temperature < math.inf:
-        raise InputError(f"temperature: must be above 0, not {config.temperature:g}")
-
-
 def main(config: Config):
-    check(config)
+    if config.temperature <= 0:
+        raise InputError(f"temperature: must be above 0, not {config.temperature:g}")
     device, saved = pick_device(config.device), resume_point(config)
     model, tokenizer = open_model(config.model, device, config.dtype)
     with_reference = config.kl_coef or config.kl_threshold is not None
@@ -189,6 +180,9 @@ def main(config: Config):
     held_out = load_prompts(config.val, tokenizer, config.max_prompt) if config.val else []
     if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
         raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
+    if longest > model.config.max_position_embeddings:
+        raise InputError(f"max_new_tokens: the longest prompt and answer, {longest} tokens, exceed the model's "
+                         f"max_position_embeddings {model.config.max_position_embeddings}")
     generator = torch.Generator(device).manual_seed(config.seed)
     state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "generator": generator.get_state()}
     generator.set_state(state["generator"])

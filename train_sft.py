@@ -9,7 +9,6 @@ the whole batch whatever the micro-batches, and padding is never trained.
 The run folder holds run.json, metrics.jsonl, checkpoints/ and, at the end, model/.
 """
 import itertools
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -32,22 +31,22 @@ class Config:
     out: str = option(REQUIRED, "run folder")
     val: str | None = option(None, "JSONL file of SFT examples held out for the validation loss")
     epochs: float = option(5.0, "passes over the data")
-    batch_size: int = option(128, "examples of one optimizer step")
+    batch_size: int = option(128, "examples of one optimizer step", least=1)
     micro_tokens: int = option(16384, "padded tokens in memory at once; changes speed, never results")
-    learning_rate: float = option(5e-6, "peak learning rate")
+    learning_rate: float = option(5e-6, "peak learning rate", least=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
-    warmup: int = option(0, "steps of linear warm-up")
+    warmup: int = option(0, "steps of linear warm-up", least=0)
     beta2: float = option(0.95, "AdamW's second beta; the first is 0.9")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    clip: float = option(1.0, "largest gradient norm")
-    max_length: int = option(2048, "longest example, in tokens")
+    weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
+    clip: float = option(1.0, "largest gradient norm", least=0)
+    max_length: int = option(2048, "longest example, in tokens", least=1)
     truncate: bool = option(False, "cut longer examples on the right, as the authors do; otherwise they are an error")
     whole_chat: bool = option(False, "train on system and user turns too, as the authors do")
-    eval_every: int = option(0, "steps between validation losses; 0: only at the end")
-    save_every: int = option(0, "steps between checkpoints; 0: only at the end")
-    log_every: int = option(1, "steps between console lines; metrics.jsonl has every step")
+    eval_every: int = option(0, "steps between validation losses; 0: only at the end", least=0)
+    save_every: int = option(0, "steps between checkpoints; 0: only at the end", least=0)
+    log_every: int = option(1, "steps between console lines; metrics.jsonl has every step", least=0)
     resume: bool = option(False, "go on from the newest checkpoint of --out")
-    seed: int = option(0, "seed of the order of examples")
+    seed: int = option(0, "seed of the order of examples", least=0)
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
@@ -81,7 +80,7 @@ def validation_loss(model: Decoder, examples: list[Example], config: Config, dev
 
 
 def main(config: Config):
-    if not 0 < config.epochs < math.inf:
+    if config.epochs <= 0:
         raise InputError(f"epochs: must be above 0, not {config.epochs:g}")
     device, saved = pick_device(config.device), resume_point(config)
     model, tokenizer = open_model(config.model, device, config.dtype)
@@ -91,6 +90,7 @@ def main(config: Config):
     steps = round(config.epochs * len(batches(len(examples), config.batch_size, config.seed, 0)))
     if steps < 1:
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
+    micro_batches(examples, config.micro_tokens)  # a too long example is an error now, not at its step
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     run = Run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None)
 

@@ -95,7 +95,7 @@ def _read_json(path: Path) -> dict:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except ValueError as error:  # bad JSON or bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -223,6 +223,9 @@ def _fill_optimizer(optimizer: Optimizer, model: Decoder, moments: dict, path: P
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     if moments and moments.keys() != set(order):  # none at all before the first step
         raise InputError(f"{path}: the optimizer's tensors are not those of this model")
+    for parameter, name in names.items():
+        if any(key != "step" and value.shape != parameter.shape for key, value in moments.get(name, {}).items()):
+            raise InputError(f"{path}: the optimizer's tensors of {name} have the wrong shape")
     # Loading by position lets the optimizer put each tensor where its implementation (fused or not) wants it.
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({
@@ -235,5 +238,8 @@ def latest(checkpoints: str | Path) -> Path | None:
     """The folder in `checkpoints` that training resumes from: the largest step. None if there is none."""
     found = {}
     for path in Path(checkpoints).glob("[!.]*/" + TRAINING):
-        found[_read_json(path)["step"]] = path.parent
+        step = _read_json(path).get("step")
+        if type(step) is not int or step < 0:
+            raise InputError(f"{path}: field 'step' must be a whole number, not {step!r}")
+        found[step] = path.parent
     return found[max(found)] if found else None

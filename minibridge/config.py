@@ -44,9 +44,10 @@ class InputError(Exception):
     """What a user can mend, mostly a wrong file or flag; the message is one line that names the file, field or line."""
 
 
-def option(default: Any, help: str, choices: Sequence | None = None) -> Any:
-    """A dataclass field with its line of --help. `Literal[...]` as the field's type also gives choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: Sequence | None = None, least: float | None = None) -> Any:
+    """A dataclass field with its line of --help; `parse` refuses a number below `least`, and one that is not finite.
+    `Literal[...]` as the field's type also gives choices."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +66,14 @@ def parse(cls: type, argv: Sequence[str] | None = None) -> Any:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         parser.add_argument("--" + field.name.replace("_", "-"), **_argument(field, hints[field.name]))
-    return cls(**vars(parser.parse_args(argv)))
+    config = cls(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(cls):
+        value, least = getattr(config, field.name), field.metadata.get("least")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{field.name}: {value} is not a finite number")
+        if least is not None and value is not None and value < least:
+            raise InputError(f"{field.name}: must be at least {least}, not {value}")
+    return config
 
 
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
@@ -161,6 +169,8 @@ def _read_object(line: bytes, where: str) -> dict:
         raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{where}: not readable JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object but {type(row).__name__}")
     return row
@@ -176,6 +186,8 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 def _write_whole(path: str | Path, text: str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path}: not a file that can be replaced")
     aside = Path(f"{path}.part")
     with open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
@@ -272,8 +284,11 @@ def _lines_before(path: Path, step: int) -> str:
     if not path.exists():
         return ""
     # A process killed while appending leaves a last line without its newline: drop it.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return "".join(line + "\n" for line in lines if json.loads(line)["step"] < step)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    rows = [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    if not all(isinstance(row.get("step"), int) for row in rows):
+        raise InputError(f"{path}: a line without its step")
+    return "".join(_line(row) for row in rows if row["step"] < step)
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,12 +29,12 @@ class Config:
     data: str | None = option(None, "JSONL file of prompts")
     out: str | None = option(None, "JSONL file for the answers")
     rescore: str | None = option(None, "JSONL file of saved answers, instead of a model")
-    samples: int = option(1, "answers for each prompt")
-    temperature: float = option(0.0, "0: greedy")
+    samples: int = option(1, "answers for each prompt", least=1)
+    temperature: float = option(0.0, "0: greedy", least=0)
     max_prompt: int = option(1024, "longest prompt, in tokens")
-    max_new_tokens: int = option(2560, "longest answer, in tokens")
-    rows: int = option(256, "answers decoded at the same time")
-    seed: int = option(0, "seed of sampling")
+    max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
+    rows: int = option(256, "answers decoded at the same time", least=1)
+    seed: int = option(0, "seed of sampling", least=0)
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
@@ -105,8 +106,6 @@ def rescore(path: str) -> list[Scored]:
 
 def sample(config: Config) -> list[dict]:
     """The answers of a model, as JSONL lines."""
-    if not 0 <= config.temperature < math.inf:
-        raise InputError(f"temperature: {config.temperature:g} is not 0 or above")
     if config.temperature == 0 and config.samples > 1:
         raise InputError("samples: greedy answers are all the same; set --temperature")
     device = pick_device(config.device)
@@ -121,6 +120,8 @@ def main(config: Config):
     if config.rescore is None:
         if config.model is None or config.data is None or config.out is None:
             raise InputError("give --model, --data and --out, or --rescore")
+        if Path(config.out).is_dir():
+            raise InputError(f"out: {config.out} is a folder")
         write_jsonl(config.out, sample(config))
     print(table(rescore(config.rescore or config.out)))
 

@@ -19,19 +19,21 @@ from minibridge.worlds import TOY_WORLDS, WORLDS
 
 CONSTANT = "constant"  # stands among a node's parents for "a constant of its own", drawn from 0..9
 STRUCTURE_TRIES = 50
-MAX_DRAWS = 2_000
+MAX_DRAWS = 500
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What bounds a problem besides its op count. The defaults are the paper's; `cap` bounds every value in
-    the problem (None: only the answer is bounded, by 1000); `letters` are what answers may call its quantities."""
+    """What bounds a problem besides its op count. The defaults are the paper's. `cap` bounds every value in the problem
+    (None: only the answer is bounded, by 1000); `letters` are what answers may call its quantities; `redundant` is the
+    most quantities the question may hold without need (None: any number)."""
     instances: int = 20
     layers: tuple[int, ...] = (2, 3, 4)
     widths: tuple[int, ...] = (2, 3, 4)
     cap: int | None = None
     worlds: tuple = WORLDS
     letters: str = string.ascii_letters
+    redundant: int | None = None
 
 
 PAPER = Scale()
@@ -46,13 +48,15 @@ def draw(rng: random.Random, ops: tuple[int, int] = (15, 20), scale: Scale = PAP
     Raises InputError when the op range admits none at this scale.
     """
     low, high = ops
-    if not 1 <= low <= high:
-        raise InputError(f"ops: {low}-{high} is not a range of positive op counts")
+    if not 1 <= low <= high <= 100:
+        raise InputError(f"ops: {low}-{high} is not a range between 1 and 100")
     for _ in range(MAX_DRAWS):
         problem = attempt(rng, ops, scale)
         if problem is None or abs(problem.answer) >= 1000:
             continue
         if scale.cap is not None and any(abs(value) >= scale.cap for value in problem.values.values()):
+            continue
+        if scale.redundant is not None and len(problem.redundant) > scale.redundant:
             continue
         if low > 20 and problem.answer == 0 and rng.random() < 0.6:
             continue

@@ -84,7 +84,7 @@ class ModelConfig:
 
 def _fields_from_hf(data: dict) -> dict:
     """ModelConfig's fields but for the rotary ones; ModelConfig checks the values."""
-    kind = data.get("model_type")
+    kind = str(data.get("model_type"))
     if kind in ARCHITECTURES and data.get("hidden_act", "silu") != "silu":
         raise InputError(f"hidden_act {data['hidden_act']!r} is not supported, only 'silu'")
     if data.get("use_sliding_window") or set(data.get("layer_types") or ()) - {"full_attention"}:

@@ -39,20 +39,20 @@ def open_model(folder: str, device: torch.device, dtype: str) -> tuple[Decoder, 
     tokenizer = Tokenizer.load(folder)
     model = checkpoint.load(folder, torch.float32, device)
     model.compute_dtype = pick_dtype(dtype, device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
-                         f"vocab_size {model.config.vocab_size}")
+    if (largest := max(tokenizer.tokenizer.get_vocab().values())) >= model.config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has a token {largest}, "
+                         f"the model's vocab_size is {model.config.vocab_size}")
     return model, tokenizer
 
 
 def resume_point(config: Any) -> Path | None:
     """The checkpoint a script goes on from, None to begin. InputError if --resume meets other settings, or if without it
-    the run folder holds checkpoints, which a later --resume would take for this run's."""
+    the run folder holds an earlier run, whose results would be lost or be taken for this one's."""
     saved = checkpoint.latest(Path(config.out) / "checkpoints")
     if config.resume:
         same_settings(config.out, config, but=MAY_CHANGE)
-    elif saved:
-        raise InputError(f"{config.out}: holds checkpoints of an earlier run; give --resume or choose another --out")
+    elif saved or (Path(config.out) / "model").exists():
+        raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
     return saved
 
 

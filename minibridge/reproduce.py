@@ -16,7 +16,7 @@ import csv
 import math
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,8 @@ from minibridge.tokenizer import Tokenizer, train_toy
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 ARMS = ("vanilla", "bridge")
-TESTS = {"id": (8, 8), "ood": (10, 10)}  # op counts of the two test sets
+SCALE = replace(igsm.TOY, redundant=0)  # SFT, RL and test problems; the base has seen redundant quantities too
+TESTS = {"id": (5, 5), "ood": (7, 7)}  # op counts of the two test sets
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ class Toy:
     out: str = option("runs/toy", "run folder")
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
     seed: int = option(0, "seed of problems, training and sampling")
-    ops: tuple[int, int] = option((6, 8), "operations of the SFT and RL problems")
-    sft_rows: int = option(2000, "SFT examples of each arm")
+    ops: tuple[int, int] = option((5, 5), "operations of the SFT and RL problems")
+    sft_rows: int = option(1500, "SFT examples of each arm")
     sft_epochs: float = option(2.0, "passes over them")
-    sft_learning_rate: float = option(5e-4, "peak, then a cosine")
-    rl_steps: int = option(30, "rollout batches")
-    rl_prompts: int = option(8, "prompts of a rollout batch")
-    rl_samples: int = option(16, "answers sampled for each prompt")
-    rl_learning_rate: float = option(2e-4, "after five steps of warm-up")
-    test_problems: int = option(400, "problems of each test set")
+    sft_learning_rate: float = option(1e-3, "peak, then a cosine")
+    rl_steps: int = option(24, "rollout batches")
+    rl_prompts: int = option(16, "prompts of a rollout batch")
+    rl_samples: int = option(8, "answers sampled for each prompt")
+    rl_learning_rate: float = option(1e-4, "after three steps of warm-up")
+    test_problems: int = option(400, "problems of each test set", least=2)
     max_new_tokens: int = option(400, "longest answer, in tokens")
 
 
@@ -58,8 +59,8 @@ class Toy:
 def main_toy(config: Toy):
     out = Path(config.out)
     same_settings(out, config, but=("out",))
-    run = Run(out, config)
     make_data(config, out)
+    run = Run(out, config)
     for arm in ARMS:
         if announce_if_missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
             train_sft.main(sft_config(config, out, arm))
@@ -88,8 +89,8 @@ def make_data(config: Toy, out: Path):
     for name, (split, ops, rows, behaviors) in files.items():
         path = out / f"{name}.jsonl"
         if not path.exists():
-            drawn = gen_data.problems(split, rows, ops, igsm.TOY, config.seed, balance=0.05)
-            write_jsonl(path, [gen_data.record(problem, config.seed, behaviors, igsm.TOY.letters)
+            drawn = gen_data.problems(split, rows, ops, SCALE, config.seed, balance=0.05)
+            write_jsonl(path, [gen_data.record(problem, config.seed, behaviors, SCALE.letters)
                                for problem in drawn])
     print(gen_data.summary(read_jsonl(out / "sft_bridge.jsonl")), flush=True)
 
@@ -104,7 +105,7 @@ def sft_config(config: Toy, out: Path, arm: str) -> train_sft.Config:
 def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
     return train_rl.Config(
         model=str(out / f"sft_{arm}" / "model"), data=str(out / "rl.jsonl"), out=str(out / f"rl_{arm}"),
-        steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=5,
+        steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=3,
         learning_rate=config.rl_learning_rate, max_prompt=400, max_new_tokens=config.max_new_tokens, rows=128,
         micro_tokens=8192, save_every=10, resume=True, seed=config.seed, device="cpu")
 

@@ -293,3 +293,24 @@ def test_a_new_run_starts_its_metrics_afresh(tmp_path):
     Run(tmp_path, Config(data="x")).log(1, console=(), loss=1.0)
     assert read_jsonl(Run(tmp_path, Config(data="x")).metrics) == []
     assert read_jsonl(Run(tmp_path / "never", Config(data="x"), resume_step=5).metrics) == []
+
+
+@dataclass(frozen=True)
+class Bounded:
+    count: int | None = option(None, "rows", least=1)
+    rate: float = option(0.5, "rate", least=0)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--count", "0"], "count: must be at least 1, not 0"), (["--rate", "-0.1"], "rate: must be at least 0, not -0.1"),
+    (["--rate", "nan"], "rate: nan is not a finite number"), (["--rate", "inf"], "rate: inf is not a finite number")])
+def test_numbers_out_of_bounds_are_named(words, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        parse(Bounded, words)
+    assert parse(Bounded, ["--count", "1", "--rate", "0"]) == Bounded(1, 0.0)
+
+
+def test_nothing_but_a_file_is_replaced(tmp_path):
+    with pytest.raises(InputError, match="not a file"):
+        write_jsonl(tmp_path, [{"a": 1}])
+    assert tmp_path.is_dir()

@@ -156,7 +156,7 @@ def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     ("--rescore {out}", "{out}: No such file"),
     ("--rescore {empty}", "{empty}: no lines"),
     ("--model {model} --data {rl} --out {out} --samples 2", "--temperature"),
-    ("--model {model} --data {rl} --out {out} --samples 0", "samples must be at least 1"),
+    ("--model {model} --data {rl} --out {out} --samples 0", "samples: must be at least 1"),
     ("--model {model} --data {rl} --out {out} --max-prompt 20", "{rl}:1: a prompt of"),
     ("--model {model} --data {rl} --out {out} --max-new-tokens 1000", "max_position_embeddings 1024"),
     ("--model {model}/no --data {rl} --out {out}", "{model}/no/tokenizer.json: no such file"),

@@ -385,7 +385,7 @@ def test_a_folder_with_checkpoints_is_not_begun_again(toy, guesser, whole, tmp_p
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     assert long(toy, guesser, out) == 2
-    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert "holds an earlier run" in capsys.readouterr().err
     assert same_run(out, whole)
 
 
