@@ -1,13 +1,13 @@
 """The paper's comparison from an empty folder to its table, at toy scale.
 
     python -m minibridge.reproduce toy      problems -> SFT (vanilla, BRIDGE) -> GRPO -> accuracy before and after
-    python -m minibridge.reproduce base     makes the toy base model anew, into --out (hours of CPU); it comes with the
-                                            package, in minibridge/toy_base
+    python -m minibridge.reproduce base     makes the toy base model anew, into --out (45 minutes of one core); it
+                                            comes with the package, in minibridge/toy_base
 
-What is shrunk: six to eight operations where the paper has fifteen to twenty, four small categories of one-word names,
-values below 50, a Qwen2-shaped model of a million parameters. The part of the pretrained model is played by one trained
-from scratch on easier problems (one to five operations, vanilla answers); it has seen no injected behavior and no
-problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage is the real one.
+What is shrunk: five operations where the paper has fifteen to twenty, no quantity that is not needed, four small
+categories of one-word names, values below 50, a Qwen2-shaped model of a million parameters. The part of the pretrained
+model is played by one trained from scratch on other problems (one to five operations, vanilla answers); it has seen no
+injected behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage.
 
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
 interrupted run is continued by the same command.
