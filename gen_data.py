@@ -8,7 +8,7 @@
 The problems of a split depend on the seed, the split, the op range, the scale, the count and the balance, never on the
 arm: two arms hold the same problems in the same order, with the same `id`, in other words. No problem structure stands
 in two splits.
-SFT lines hold "messages", all others "prompt"; both load in TRL as they are.
+SFT lines hold "messages", all others "prompt", in the form TRL reads.
 """
 import itertools
 import random

@@ -5,8 +5,9 @@
 A step: sample a group of answers for each prompt, score them, turn rewards into advantages within each group, take one
 or more optimizer steps on the clipped surrogate with a KL penalty towards the model it started from. The defaults are
 those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B. Where it departs from the authors' code: gradients are those of
-the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step is no no-op, and exactly
-the sampled tokens are trained, the stop token included.
+the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step is no no-op, exactly the
+sampled tokens are trained, the stop token included, answers stop at the end-of-turn token and not at "</answer>", blanks
+around a boxed answer are forgiven, and a prompt that is too long is an error.
 
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """

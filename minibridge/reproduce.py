@@ -83,15 +83,16 @@ def announce_if_missing(path: Path, title: str) -> bool:
 
 def make_data(config: Toy, out: Path):
     """Both arms get the same SFT problems. No answer is more frequent than 5%, so that none is a shortcut."""
-    files = {f"sft_{arm}": ("sft", config.ops, config.sft_rows, gen_data.ARMS[arm]) for arm in ARMS}
-    files["rl"] = ("rl", config.ops, config.rl_steps * config.rl_prompts, None)
-    files |= {f"test_{name}": ("test", ops, config.test_problems, None) for name, ops in TESTS.items()}
-    for name, (split, ops, rows, behaviors) in files.items():
-        path = out / f"{name}.jsonl"
-        if not path.exists():
-            drawn = gen_data.problems(split, rows, ops, SCALE, config.seed, balance=0.05)
-            write_jsonl(path, [gen_data.record(problem, config.seed, behaviors, SCALE.letters)
-                               for problem in drawn])
+    sets = [("sft", config.ops, config.sft_rows, {f"sft_{arm}": gen_data.ARMS[arm] for arm in ARMS}),
+            ("rl", config.ops, config.rl_steps * config.rl_prompts, {"rl": None})]
+    sets += [("test", ops, config.test_problems, {f"test_{name}": None}) for name, ops in TESTS.items()]
+    for split, ops, rows, files in sets:
+        if all((out / f"{name}.jsonl").exists() for name in files):
+            continue
+        drawn = gen_data.problems(split, rows, ops, SCALE, config.seed, balance=0.05)
+        for name, behaviors in files.items():
+            write_jsonl(out / f"{name}.jsonl", [gen_data.record(problem, config.seed, behaviors, SCALE.letters)
+                                                for problem in drawn])
     print(gen_data.summary(read_jsonl(out / "sft_bridge.jsonl")), flush=True)
 
 
@@ -186,7 +187,7 @@ def main_base(config: Base):
         tokenizer = base_tokenizer()
         rows = -(-tokenizer.vocab_size // 64) * 64
         model = Decoder(ModelConfig.from_hf({**BASE_MODEL, "vocab_size": rows}))
-        # 0.02 is for wide models: at 128 it leaves attention nearly flat, and learning to copy a name takes 5 times longer.
+        # 0.02 is for wide models: at 128 it leaves attention nearly flat, and copying is learned late (docs/log.md).
         model.init_weights(torch.Generator().manual_seed(0), std=0.08)
         checkpoint.save(model, out / "init", tokenizer)
     train_sft.main(train_sft.Config(

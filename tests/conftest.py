@@ -9,7 +9,7 @@ import torch
 
 import gen_data
 from minibridge import checkpoint, igsm, traces
-from minibridge.config import write_jsonl
+from minibridge.config import read_jsonl, write_jsonl
 from minibridge.model import Decoder, ModelConfig
 from minibridge.tokenizer import Tokenizer, train_toy
 
@@ -69,6 +69,18 @@ def scripted_model(vocab_size: int, follow: Mapping[int, Mapping[int, float]] = 
             for token, logit in logits.items():
                 head[token, row] = logit / 16**0.5  # RMSNorm makes the one coordinate √C
     return model
+
+
+def metrics(out) -> list[dict]:
+    return read_jsonl(out / "metrics.jsonl")
+
+
+def without_times(rows) -> list[dict]:
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def weights(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="session")

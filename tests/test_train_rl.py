@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_rl
-from conftest import make_model
+from conftest import make_model, metrics, weights, without_times
 from minibridge import checkpoint, evaluate
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts
@@ -28,18 +28,6 @@ def train(model, data, out, *flags) -> int:
              "--samples", 4, "--max-new-tokens", 8, "--learning-rate", 0.01, "--show-every", 0,
              *" ".join(map(str, flags)).split()]
     return run_main(train_rl.main, Config, [str(word) for word in words])
-
-
-def metrics(out) -> list[dict]:
-    return read_jsonl(out / "metrics.jsonl")
-
-
-def without_times(rows) -> list[dict]:
-    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
-
-
-def weights(folder) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
 
 
 # ---- one step, against naive code

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_sft
+from conftest import metrics, weights, without_times
 from minibridge import checkpoint
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Example, load_sft
@@ -25,18 +26,6 @@ def train(toy, out, *flags, data=None) -> int:
              "--batch-size", 6, "--learning-rate", 0.003, "--max-length", 800,
              *" ".join(map(str, flags)).split()]
     return run_main(train_sft.main, Config, [str(word) for word in words])
-
-
-def metrics(out) -> list[dict]:
-    return read_jsonl(out / "metrics.jsonl")
-
-
-def without_times(rows) -> list[dict]:
-    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
-
-
-def weights(folder) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
 
 
 def naive_loss(model, examples) -> torch.Tensor:
