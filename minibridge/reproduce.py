@@ -163,7 +163,7 @@ def write_curves(out: Path):
 
 # --- base: the model the comparison starts from --------------------------------------------------------------
 
-BASE_ROWS = {1: 8_000, 2: 20_000, 3: 30_000, 4: 35_000, 5: 35_000}  # problems by op count
+BASE_ROWS = {3: 20_000, 4: 60_000, 5: 70_000}  # problems by op count
 BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
               "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6,
               "max_position_embeddings": 1024, "tie_word_embeddings": True}
@@ -172,7 +172,7 @@ BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 38
 @dataclass(frozen=True)
 class Base:
     out: str = option("runs/base", "run folder; the model is in its folder toy_base")
-    epochs: float = option(0.6, "passes over the 127,500 examples")
+    epochs: float = option(1.0, "passes over the 149,700 examples")
 
 
 def main_base(config: Base):
@@ -192,14 +192,14 @@ def main_base(config: Base):
         checkpoint.save(model, out / "init", tokenizer)
     train_sft.main(train_sft.Config(
         model=str(out / "init"), data=str(out / "train.jsonl"), val=str(out / "val.jsonl"), out=str(out / "sft"),
-        epochs=config.epochs, batch_size=16, micro_tokens=4096, learning_rate=1.5e-3, schedule="cosine", warmup=100,
-        max_length=1024, eval_every=500, save_every=500, log_every=50, resume=True, dtype="bf16"))
+        epochs=config.epochs, batch_size=16, micro_tokens=8192, learning_rate=1.5e-3, schedule="cosine", warmup=100,
+        max_length=1024, eval_every=500, save_every=500, log_every=50, resume=True))
     trained = out / "sft" / "model"
     checkpoint.save(checkpoint.load(trained), out / "toy_base", Tokenizer.load(trained), dtype=torch.float16)
 
 
 def base_rows(ops: int, rows: int) -> list[dict]:
-    problems = gen_data.problems("base", rows, (ops, ops), igsm.TOY, seed=0, balance=0.1)
+    problems = gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1)
     return [gen_data.record(problem, 0, traces.VANILLA, igsm.TOY.letters) for problem in problems]
 
 
@@ -207,7 +207,7 @@ def base_tokenizer():
     """Trained on every wording there is, those of the injected behaviors too: a tokenizer is no knowledge of them, and
     without it their sentences would fall into letters."""
     rows = [gen_data.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), igsm.TOY.letters)
-            for problem in gen_data.problems("base", 2000, (4, 5), igsm.TOY, seed=0, balance=0.1)]
+            for problem in gen_data.problems("base", 2000, (4, 5), SCALE, seed=0, balance=0.1)]
     return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], vocab_size=1024)
 
 
