@@ -24,11 +24,11 @@ from torch import Tensor
 from minibridge import checkpoint
 from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
-from minibridge.data import Prompt, index_stream, load_prompts, micro_batches, pad_batch
+from minibridge.data import Prompt, index_stream, load_prompts
 from minibridge.grpo import group_advantages, grpo_loss
-from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
 from minibridge.optim import adamw, learning_rate, open_model, pick_device, resume_point, update
+from minibridge.policy import MicroBatch, pack, score
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.tokenizer import Tokenizer
 
@@ -68,46 +68,10 @@ class Config:
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
 
-@dataclass
-class MicroBatch:
-    """Rollouts trained together. (B, T-1) each but for ids (B, T) and advantages (B,): token t + 1 stands in column t."""
-    ids: Tensor
-    trained: Tensor
-    sampled_logps: Tensor
-    advantages: Tensor
-    old_logps: Tensor | None = None
-    ref_logps: Tensor | None = None
-
-
-def pack(groups: list[list[Episode]], advantages: Tensor, config: Config, device: torch.device,
-         pad_id: int) -> list[MicroBatch]:
-    """Length-sorted micro-batches of all episodes; advantages (N, G)."""
-    episodes = [episode for group in groups for episode in group]
-    examples = [episode.example() for episode in episodes]
-    packed = []
-    for rows in micro_batches(examples, config.micro_tokens):
-        ids, mask = pad_batch([examples[row] for row in rows], pad_id)
-        trained = mask[:, 1:].bool()
-        sampled = torch.zeros(trained.shape)
-        sampled[trained] = torch.tensor([logprob for row in rows for logprob in episodes[row].completion.logprobs])
-        tensors = ids, trained, sampled, advantages.flatten()[rows]
-        packed.append(MicroBatch(*(tensor.to(device) for tensor in tensors)))
-    return packed
-
-
-def score(model: Decoder, batch: MicroBatch, temperature: float, with_entropy: bool = False) -> list[Tensor]:
-    """Log-probabilities of the sampled tokens under `model`, and entropies if asked for: (B, T-1) each, 0 elsewhere."""
-    hidden = model(batch.ids[:, :-1])[batch.trained]  # (N, C)
-    targets = batch.ids[:, 1:][batch.trained]  # (N,)
-    values = token_logprobs(hidden, model.lm_head_weight, targets, temperature, with_entropy=with_entropy)
-    return [torch.zeros(batch.trained.shape, device=value.device).masked_scatter(batch.trained, value)
-            for value in values if value is not None]
-
-
 def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
             rate: float, config: Config) -> dict[str, float]:
     """The optimizer steps on one rollout batch; returns the metrics of the first, where the ratio is still 1."""
-    rollouts = sum(len(batch.ids) for batch in batches)
+    rollouts = sum(len(batch.answers) for batch in batches)
     with torch.no_grad():
         for batch in batches:
             if reference is not None:
@@ -202,7 +166,7 @@ def main(config: Config):
         write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
         advantages = group_advantages(torch.tensor([[episode.reward for episode in group] for group in groups]))  # (N, G)
         rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
-        batches = pack(groups, advantages, config, device, tokenizer.pad_id)
+        batches = pack(groups, advantages, config.micro_tokens, device)
         numbers = describe(groups) | improve(model, reference, optimizer, batches, rate, config)
         trained = time.monotonic()
 

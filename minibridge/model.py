@@ -177,6 +177,10 @@ class KVCache:
         self.keys[:, rows, :, : source.limit] = source.keys[:, source_rows, :, : source.limit]
         self.values[:, rows, :, : source.limit] = source.values[:, source_rows, :, : source.limit]
 
+    def slot_positions(self, positions: Tensor) -> Tensor:
+        """(1, S) position of the token in each slot that attention reads."""
+        return torch.arange(self.limit, device=positions.device)[None]
+
 
 class Linear(nn.Linear):
     """x Wᵀ + b in the dtype of x: the one place where fp32 parameters meet bf16 activations.
@@ -295,10 +299,11 @@ class Decoder(nn.Module):
 
         With a cache, token t of row b is written at slot positions[b, t]. Attention is causal among the
         tokens given (training, prefill), unless both positions and a cache are: then a query at position p
-        sees slots 0 .. p of its row (decoding, and prefill in pieces).
+        sees what the cache holds of positions 0 .. p of its row (decoding, prefill in pieces). Whatever has
+        `write` and `slot_positions` is a cache: `policy` trains answers on shared prompts with one of its own.
         """
         x = F.embedding(ids, self.model.embed_tokens.weight).to(self.activation_dtype)  # (B, T, C)
-        bias = None if cache is None or positions is None else self._cache_bias(positions, cache.limit)
+        bias = None if cache is None or positions is None else self._cache_bias(positions, cache)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         rope = self._rope_tables(positions)
@@ -316,8 +321,8 @@ class Decoder(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, 1, D) each
 
-    def _cache_bias(self, positions: Tensor, limit: int) -> Tensor:
-        later = torch.arange(limit, device=positions.device) > positions[:, :, None]  # (B, T, S)
+    def _cache_bias(self, positions: Tensor, cache: KVCache) -> Tensor:
+        later = cache.slot_positions(positions)[:, None] > positions[:, :, None]  # (B, T, S)
         bias = torch.zeros(later.shape, dtype=self.activation_dtype, device=positions.device)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         return bias.masked_fill_(later, -torch.inf).repeat(1, groups, 1)[:, None]  # (B, 1, G*T, S)

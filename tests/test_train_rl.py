@@ -15,9 +15,10 @@ from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts
 from minibridge.generate import Completion
 from minibridge.optim import learning_rate
+from minibridge.policy import pack
 from minibridge.rollout import Episode, rollout
 from minibridge.tokenizer import Tokenizer
-from train_rl import Config, describe, improve, pack
+from train_rl import Config, describe, improve
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,7 @@ def test_gradient_where_the_ratio_is_1_is_reinforce(toy, groups, monkeypatch, kl
     caught = catch_gradients(monkeypatch)
     config = settings(f"--kl-coef {kl_coef} --entropy-coef {entropy_coef} --micro-tokens 400")
     model = toy.load()
-    found = improve(model, reference, None, pack(groups, ADVANTAGES, config, CPU, 0), 0.1, config)
+    found = improve(model, reference, None, pack(groups, ADVANTAGES, config.micro_tokens, CPU), 0.1, config)
     assert largest_difference(caught[0], naive) < 2e-6
     assert found["policy_loss"] == pytest.approx(-ADVANTAGES.mean().item(), abs=1e-5)
     assert found["entropy"] == pytest.approx(sum(entropies) / 9, abs=1e-5)
@@ -116,7 +117,7 @@ def test_micro_batches_and_order_change_nothing(toy, groups):
         model, reference = toy.load(), make_model(toy.tokenizer.vocab_size, seed=1)
         # Plain SGD: Adam would turn a rounding error in a gradient near 0 into a whole step.
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        batches = pack([groups[row] for row in order], ADVANTAGES[list(order)], config, CPU, pad_id=0)
+        batches = pack([groups[row] for row in order], ADVANTAGES[list(order)], micro_tokens, CPU)
         found = improve(model, reference, optimizer, batches, 0.01, config)
         results.append((len(batches), found, model.state_dict()))
     assert 1 == results[0][0] < results[1][0] < results[2][0]
@@ -127,36 +128,12 @@ def test_micro_batches_and_order_change_nothing(toy, groups):
         assert largest_difference(state, results[0][2]) < 1e-6
 
 
-def test_padding_id_changes_nothing(toy, groups, monkeypatch):
-    caught, config, found = catch_gradients(monkeypatch), settings("--kl-coef 0.1 --entropy-coef 0.1"), []
-    model, reference = toy.load(), make_model(toy.tokenizer.vocab_size, seed=1)
-    for pad_id in (0, groups[0][0].completion.ids[0]):
-        batches = pack(groups, ADVANTAGES, config, CPU, pad_id)
-        found.append(improve(model, reference, None, batches, 0.1, config))
-    assert found[0] == found[1] and largest_difference(*caught) == 0
-
-
-def test_sampled_log_probabilities_stand_under_their_tokens(toy, groups):
-    config = settings("--micro-tokens 400")
-    episodes = [episode for group in groups for episode in group]
-    expected = {(tuple(episode.completion.ids), advantage): episode
-                for episode, advantage in zip(episodes, ADVANTAGES.flatten().tolist())}
-    for batch in pack(groups, ADVANTAGES, config, CPU, 0):
-        columns = batch.ids, batch.trained, batch.sampled_logps, batch.advantages.tolist()
-        for ids, trained, sampled, advantage in zip(*columns):
-            episode = expected.pop((tuple(ids[1:][trained].tolist()), advantage))
-            assert ids[: len(episode.prompt.ids)].tolist() == episode.prompt.ids
-            assert sampled[trained].tolist() == pytest.approx(episode.completion.logprobs)
-            assert not sampled[~trained].any()
-    assert not expected
-
-
 @pytest.mark.parametrize("row, column", [(0, 0), (2, 2)])
 def test_mismatch_is_the_largest_of_all_micro_batches(toy, groups, monkeypatch, row, column):
     catch_gradients(monkeypatch)
     config = settings("--micro-tokens 200")
     groups[row][column].completion.logprobs[-1] -= 0.5
-    batches = pack(groups, ADVANTAGES, config, CPU, 0)
+    batches = pack(groups, ADVANTAGES, config.micro_tokens, CPU)
     found = improve(toy.load(), toy.load(), None, batches, 0.1, config)
     assert len(batches) > 1 and found["mismatch"] == pytest.approx(0.5, abs=1e-4)
 
@@ -172,10 +149,10 @@ def test_later_updates_are_off_policy(toy, groups, monkeypatch):
         return loss, found
 
     monkeypatch.setattr(train_rl, "grpo_loss", spy)
-    config = settings("--updates 3 --micro-tokens 1000")
+    config = settings("--updates 3 --micro-tokens 440")
     model, reference = toy.load(), make_model(toy.tokenizer.vocab_size, seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    batches = pack(groups, ADVANTAGES, config, CPU, 0)
+    batches = pack(groups, ADVANTAGES, config.micro_tokens, CPU)
     assert len(batches) == 2
     found = improve(model, reference, optimizer, batches, 0.02, config)
     assert len(calls) == 6

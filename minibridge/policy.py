@@ -1,0 +1,131 @@
+"""Log-probabilities of rollouts under a model, each prompt run once for all its answers.
+
+    batches = pack(groups, advantages, max_tokens, device)
+    for batch in batches:
+        logps, entropy = score(model, batch, temperature, with_entropy=True)      # (B, T) each
+
+With G answers to a prompt of P tokens, running prompt and answer together would run the same P tokens G times, which is
+half of the work when answers are as long as prompts. Here the answers attend to the keys and values of a `PromptCache`,
+and what they owe to the prompt flows back through it: same values, same gradients.
+
+Axes: N prompts and B answers of a micro-batch, P and T tokens of the longest of them, C hidden.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from minibridge.logprob import token_logprobs
+from minibridge.model import Decoder
+from minibridge.rollout import Episode
+
+
+class PromptCache:
+    """Keys and values of N prompts in a training forward: B answers attend to them, and gradients flow back.
+
+    The first forward (prompts (N, P), padded on the right) fills it; after `share`, the second (answers (B, T) at
+    their positions) reads the prompt of each row, and its own tokens after it. Nothing is written in place.
+    """
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []  # (N, K, P, D) each
+        self.owner: Tensor | None = None
+
+    def share(self, owner: Tensor, lengths: Tensor):
+        """Row b goes on from prompt owner[b] (B,), of lengths[owner[b]] tokens; lengths (N,)."""
+        self.owner, self.lengths = owner, lengths[owner]
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes k, v (B, T, K, D); returns the keys and values to attend to, (B, K, P + T, D)."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if self.owner is None:
+            self.layers.append((k, v))
+            return k, v
+        keys, values = (prompt.index_select(0, self.owner) for prompt in self.layers[layer])
+        return torch.cat((keys, k), 2), torch.cat((values, v), 2)
+
+    def slot_positions(self, positions: Tensor) -> Tensor:
+        """(B, P + T) position of the token in each slot; padding behind a prompt is later than everything."""
+        slots = torch.arange(self.layers[0][0].shape[2], device=positions.device).expand(len(positions), -1)
+        never = torch.iinfo(positions.dtype).max
+        return torch.cat((slots.masked_fill(slots >= self.lengths[:, None], never), positions), 1)
+
+
+@dataclass
+class MicroBatch:
+    """Answers trained together and the prompts they answer; both padded on the right."""
+    prompts: Tensor         # (N, P) ids
+    prompt_lengths: Tensor  # (N,)
+    owner: Tensor           # (B,) the row of `prompts` that an answer belongs to
+    answers: Tensor         # (B, T) ids
+    trained: Tensor         # (B, T) true on the sampled tokens, the stop token included; from lengths, never from ids
+    sampled_logps: Tensor   # (B, T) as the sampler noted them, 0 elsewhere
+    advantages: Tensor      # (B,)
+    old_logps: Tensor | None = None  # (B, T)
+    ref_logps: Tensor | None = None  # (B, T)
+
+
+def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """All episodes, advantages (N, G), in micro-batches of at most max_tokens padded tokens, prompts included.
+
+    Answers of a group stay together, so that they share; longest first, so that little is padding and lack of memory
+    shows at once. A micro-batch always takes one answer, however long.
+    """
+    order = [(number, column) for number in sorted(range(len(groups)), key=lambda n: -max(map(_length, groups[n])))
+             for column in sorted(range(len(groups[number])), key=lambda g: -_length(groups[number][g]))]
+    packed: list[list[tuple[int, int]]] = []
+    for place in order:
+        if packed and _padded_tokens(groups, [*packed[-1], place]) <= max_tokens:
+            packed[-1].append(place)
+        else:
+            packed.append([place])
+    return [_micro_batch(groups, advantages, places, device) for places in packed]
+
+
+def _length(episode: Episode) -> int:
+    return len(episode.completion.ids)
+
+
+def _padded_tokens(groups, places: list[tuple[int, int]]) -> int:
+    prompts = {number: len(groups[number][0].prompt.ids) for number, _ in places}
+    return (len(prompts) * max(prompts.values())
+            + len(places) * max(_length(groups[number][column]) for number, column in places))
+
+
+def _micro_batch(groups, advantages: Tensor, places: list[tuple[int, int]], device: torch.device) -> MicroBatch:
+    rows = {number: row for row, number in enumerate(dict.fromkeys(number for number, _ in places))}
+    prompts = [torch.tensor(groups[number][0].prompt.ids) for number in rows]
+    completions = [groups[number][column].completion for number, column in places]
+    lengths = torch.tensor([len(completion.ids) for completion in completions])  # (B,)
+    tensors = (
+        pad_sequence(prompts, batch_first=True), torch.tensor([len(prompt) for prompt in prompts]),
+        torch.tensor([rows[number] for number, _ in places]),
+        pad_sequence([torch.tensor(completion.ids) for completion in completions], batch_first=True),
+        torch.arange(int(lengths.max())) < lengths[:, None],
+        pad_sequence([torch.tensor(completion.logprobs) for completion in completions], batch_first=True),
+        torch.stack([advantages[place] for place in places]))
+    return MicroBatch(*(tensor.to(device) for tensor in tensors))
+
+
+def score(model: Decoder, batch: MicroBatch, temperature: float, with_entropy: bool = False) -> list[Tensor]:
+    """Log-probabilities of the sampled tokens, and entropies if asked for: (B, T) each, 0 where nothing was sampled."""
+    hidden = answer_hidden(model, batch)[batch.trained]  # (tokens, C)
+    values = token_logprobs(hidden, model.lm_head_weight, batch.answers[batch.trained], temperature,
+                            with_entropy=with_entropy)
+    return [torch.zeros_like(batch.trained, dtype=value.dtype).masked_scatter(batch.trained, value)
+            for value in values if value is not None]
+
+
+def answer_hidden(model: Decoder, batch: MicroBatch) -> Tensor:
+    """(B, T, C): the hidden state that predicts each answer token, the first from the last token of the prompt."""
+    cache = PromptCache()
+    hidden = model(batch.prompts, cache=cache)  # (N, P, C)
+    last = hidden[torch.arange(len(hidden), device=hidden.device), batch.prompt_lengths - 1]  # (N, C)
+    first = last.index_select(0, batch.owner)[:, None]  # (B, 1, C)
+    given = batch.answers[:, :-1]  # (B, T-1): nothing is predicted from the last token
+    if given.shape[1] == 0:
+        return first
+    cache.share(batch.owner, batch.prompt_lengths)
+    positions = batch.prompt_lengths[batch.owner][:, None] + torch.arange(given.shape[1], device=given.device)
+    return torch.cat((first, model(given, positions, cache)), 1)
