@@ -1,12 +1,12 @@
 """The paper's comparison from an empty folder to its table, at toy scale.
 
     python -m minibridge.reproduce toy      problems -> SFT (vanilla, BRIDGE) -> GRPO -> accuracy before and after
-    python -m minibridge.reproduce base     makes the toy base model anew, into --out (45 minutes of one core); it
+    python -m minibridge.reproduce base     makes the toy base model anew, into --out (an hour of two cores); it
                                             comes with the package, in minibridge/toy_base
 
-What is shrunk: five operations where the paper has fifteen to twenty, no quantity that is not needed, four small
+What is shrunk: six operations where the paper has fifteen to twenty, no quantity that is not needed, four small
 categories of one-word names, values below 50, a Qwen2-shaped model of a million parameters. The part of the pretrained
-model is played by one trained from scratch on other problems (one to five operations, vanilla answers); it has seen no
+model is played by one trained from scratch on other problems (three to five operations, vanilla answers); it has seen no
 injected behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage.
 
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
@@ -31,8 +31,8 @@ from minibridge.tokenizer import Tokenizer, train_toy
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 ARMS = ("vanilla", "bridge")
-SCALE = replace(igsm.TOY, redundant=0)  # SFT, RL and test problems; the base has seen redundant quantities too
-TESTS = {"id": (5, 5), "ood": (7, 7)}  # op counts of the two test sets
+SCALE = replace(igsm.TOY, redundant=0)  # of all toy problems, those of the base too
+TESTS = {"id": (6, 6), "ood": (8, 8)}  # op counts of the two test sets
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Toy:
     out: str = option("runs/toy", "run folder")
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
     seed: int = option(0, "seed of problems, training and sampling")
-    ops: tuple[int, int] = option((5, 5), "operations of the SFT and RL problems")
-    sft_rows: int = option(1500, "SFT examples of each arm")
+    ops: tuple[int, int] = option((6, 6), "operations of the SFT and RL problems")
+    sft_rows: int = option(1000, "SFT examples of each arm")
     sft_epochs: float = option(2.0, "passes over them")
     sft_learning_rate: float = option(1e-3, "peak, then a cosine")
     rl_steps: int = option(24, "rollout batches")
     rl_prompts: int = option(16, "prompts of a rollout batch")
     rl_samples: int = option(8, "answers sampled for each prompt")
-    rl_learning_rate: float = option(1e-4, "after three steps of warm-up")
+    rl_learning_rate: float = option(2e-4, "after three steps of warm-up")
     test_problems: int = option(400, "problems of each test set", least=2)
     max_new_tokens: int = option(400, "longest answer, in tokens")
 
