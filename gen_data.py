@@ -94,9 +94,10 @@ def main(config: Config):
     rows, ops, _ = SPLITS[config.split]
     behaviors = None
     custom = traces.Behaviors(config.subgoal, config.analysis, config.reflection)
-    if config.arm != "custom" and custom != traces.VANILLA:
-        raise InputError(f"arm: --subgoal, --analysis and --reflection are for --arm custom, not {config.arm}")
-    if config.split in ("sft", "base"):
+    answered = config.split in ("sft", "base")
+    if custom != traces.VANILLA and not (answered and config.arm == "custom"):
+        raise InputError("arm: --subgoal, --analysis and --reflection are for --arm custom of --split sft or base")
+    if answered:
         behaviors = ARMS.get(config.arm, custom)
     count = rows if config.count is None else config.count
     scale = SCALES[config.scale]

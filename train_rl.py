@@ -24,7 +24,7 @@ from torch import Tensor
 from minibridge import checkpoint
 from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
-from minibridge.data import Prompt, index_stream, load_prompts
+from minibridge.data import Prompt, index_stream, load_prompts, prompt_limit
 from minibridge.grpo import group_advantages, grpo_loss
 from minibridge.model import Decoder
 from minibridge.optim import adamw, learning_rate, open_model, pick_device, resume_point, update
@@ -47,14 +47,15 @@ class Config:
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
     warmup: int = option(0, "rollout batches of linear warm-up", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
-    clip: float = option(1.0, "largest gradient norm", least=0)
-    clip_low: float = option(0.2, "ratios below 1 - clip_low are clipped", least=0)
+    clip: float = option(1.0, "largest gradient norm", least=1e-6)
+    clip_low: float = option(0.2, "ratios below 1 - clip_low are clipped", least=0, most=1)
     clip_high: float = option(0.2, "ratios above 1 + clip_high are clipped", least=0)
     kl_coef: float = option(0.001, "weight of the k3 estimate of KL(policy | reference)", least=0)
-    kl_threshold: float | None = option(None, "drop rollouts whose mean k3 reaches this (the paper's Llama runs: 0.15)")
+    kl_threshold: float | None = option(None, "drop rollouts whose mean k3 reaches this (the paper's Llama runs: 0.15)",
+                                       least=0)
     entropy_coef: float = option(0.001, "weight of the entropy bonus")
-    format_scale: float = option(0.0, "extra reward of a well-formed answer (the paper's Llama runs: 0.05)")
-    temperature: float = option(1.0, "of sampling and of the loss alike")
+    format_scale: float = option(0.0, "extra reward of a well-formed answer (the paper's Llama runs: 0.05)", least=0)
+    temperature: float = option(1.0, "of sampling and of the loss alike", least=1e-3)
     max_prompt: int = option(1024, "longest prompt, in tokens; a longer one is an error")
     max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
     rows: int = option(256, "answers decoded at the same time", least=1)
@@ -134,20 +135,18 @@ def show(groups: list[list[Episode]]):
 
 
 def main(config: Config):
-    if config.temperature <= 0:
-        raise InputError(f"temperature: must be above 0, not {config.temperature:g}")
     device, saved = pick_device(config.device), resume_point(config)
     model, tokenizer = open_model(config.model, device, config.dtype)
     with_reference = config.kl_coef or config.kl_threshold is not None
     reference = open_model(config.model, device, config.dtype)[0] if with_reference else None
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
-    prompts = load_prompts(config.data, tokenizer, config.max_prompt)
-    held_out = load_prompts(config.val, tokenizer, config.max_prompt) if config.val else []
+    limit = prompt_limit(model, config.max_prompt, config.max_new_tokens)
+    prompts = load_prompts(config.data, tokenizer, limit)
+    held_out = load_prompts(config.val, tokenizer, limit) if config.val else []
+    if len(prompts) < config.prompts:
+        raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
     if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
         raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
-    if longest > model.config.max_position_embeddings:
-        raise InputError(f"max_new_tokens: the longest prompt and answer, {longest} tokens, exceed the model's "
-                         f"max_position_embeddings {model.config.max_position_embeddings}")
     generator = torch.Generator(device).manual_seed(config.seed)
     state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "generator": generator.get_state()}
     generator.set_state(state["generator"])

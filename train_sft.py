@@ -30,15 +30,15 @@ class Config:
     data: str = option(REQUIRED, "JSONL file of SFT examples")
     out: str = option(REQUIRED, "run folder")
     val: str | None = option(None, "JSONL file of SFT examples held out for the validation loss")
-    epochs: float = option(5.0, "passes over the data")
+    epochs: float = option(5.0, "passes over the data", most=1e6)
     batch_size: int = option(128, "examples of one optimizer step", least=1)
     micro_tokens: int = option(16384, "padded tokens in memory at once; changes speed, never results")
     learning_rate: float = option(5e-6, "peak learning rate", least=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
     warmup: int = option(0, "steps of linear warm-up", least=0)
-    beta2: float = option(0.95, "AdamW's second beta; the first is 0.9")
+    beta2: float = option(0.95, "AdamW's second beta; the first is 0.9", least=0, most=0.999999)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
-    clip: float = option(1.0, "largest gradient norm", least=0)
+    clip: float = option(1.0, "largest gradient norm", least=1e-6)
     max_length: int = option(2048, "longest example, in tokens", least=1)
     truncate: bool = option(False, "cut longer examples on the right, as the authors do; otherwise they are an error")
     whole_chat: bool = option(False, "train on system and user turns too, as the authors do")
@@ -87,6 +87,11 @@ def main(config: Config):
     optimizer = adamw(model, (0.9, config.beta2), config.weight_decay)
     examples = load_sft(config.data, tokenizer, config.max_length, config.whole_chat, config.truncate)
     held_out = load_sft(config.val, tokenizer, config.max_length, config.whole_chat, config.truncate) if config.val else []
+    if len(examples) < config.batch_size:
+        raise InputError(f"batch_size: {config.batch_size}, but {config.data} has only {len(examples)} rows")
+    if (longest := max(len(example.ids) for example in examples + held_out)) > model.config.max_position_embeddings:
+        raise InputError(f"max_length: an example of {longest} tokens exceeds the model's max_position_embeddings "
+                         f"{model.config.max_position_embeddings}")
     steps = round(config.epochs * len(batches(len(examples), config.batch_size, config.seed, 0)))
     if steps < 1:
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")

@@ -128,13 +128,22 @@ def save(
 def _write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None):
     dtype = dtype or model.lm_head_weight.dtype
     weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})  # older transformers want it
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise InputError(f"{folder.parent}: weights not finite, {broken[0]} among them; not saved")
+    _write_tensors(folder / WEIGHTS, weights, {"format": "pt"})  # older transformers want the metadata
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private; a server under another user could not read it
     _write_json(folder / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
     if tokenizer is not None:
         tokenizer.save(folder)
         ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         _write_json(folder / "generation_config.json", ids)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # a full disk, mostly
+        raise InputError(f"{path.parent.parent}: not saved ({error})") from None
 
 
 def _write_json(path: Path, data: dict) -> None:
@@ -193,7 +202,7 @@ def save_training(
     numbers = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     with _replacing(Path(folder)) as aside:
         _write_model(model, aside, tokenizer, dtype=None)
-        save_file(tensors, aside / TRAINING_TENSORS)
+        _write_tensors(aside / TRAINING_TENSORS, tensors)
         _write_json(aside / TRAINING, numbers)
 
 

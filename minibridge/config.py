@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 REQUIRED = dataclasses.MISSING  # default of an option that the command line must give
+MOST = 2**53  # largest number of any option: JSON readers keep whole numbers exactly up to here
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
 
 
@@ -44,10 +45,11 @@ class InputError(Exception):
     """What a user can mend, mostly a wrong file or flag; the message is one line that names the file, field or line."""
 
 
-def option(default: Any, help: str, choices: Sequence | None = None, least: float | None = None) -> Any:
-    """A dataclass field with its line of --help; `parse` refuses a number below `least`, and one that is not finite.
-    `Literal[...]` as the field's type also gives choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+def option(default: Any, help: str, choices: Sequence | None = None, least: float | None = None,
+           most: float = MOST) -> Any:
+    """A dataclass field with its line of --help; `parse` refuses a number below `least` or above `most`, one that is
+    not finite, and an empty text. `Literal[...]` as the field's type also gives choices."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,12 +70,28 @@ def parse(cls: type, argv: Sequence[str] | None = None) -> Any:
         parser.add_argument("--" + field.name.replace("_", "-"), **_argument(field, hints[field.name]))
     config = cls(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(cls):
-        value, least = getattr(config, field.name), field.metadata.get("least")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{field.name}: {value} is not a finite number")
-        if least is not None and value is not None and value < least:
-            raise InputError(f"{field.name}: must be at least {least}, not {value}")
+        _check(field, getattr(config, field.name))
     return config
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    least, most = field.metadata.get("least"), field.metadata.get("most", MOST)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{field.name}: {value} is not a finite number")
+    if isinstance(value, (int, float)) and (value > most or least is not None and value < least):
+        bound = f"at most {most}" if value > most else f"at least {least}"
+        raise InputError(f"{field.name}: must be {bound}, not {value}")
+    if isinstance(value, str) and (not value or not _encodable(value)):
+        raise InputError(f"{field.name}: {value!r} is " + ("not UTF-8" if value else "empty"))
+
+
+def _encodable(text: str) -> bool:
+    """Whether UTF-8 can hold it: not with half of a surrogate pair, which JSON escapes and file names can smuggle in."""
+    try:
+        text.encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
@@ -114,9 +132,9 @@ def _reader(hint: Any, choices: Sequence | None) -> tuple[Callable[[str], Any], 
 
 def parse_range(word: str) -> tuple[int, int]:
     """"15-20" -> (15, 20), both ends included; "20" -> (20, 20)."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+    match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", word)
     if not match:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number or a range such as 15-20")
+        raise argparse.ArgumentTypeError(f"{word[:40]!r} is not a whole number or a range such as 15-20")
     low, high = int(match[1]), int(match[2] or match[1])
     if low > high:
         raise argparse.ArgumentTypeError(f"the range {word} is empty: {low} is larger than {high}")
@@ -134,6 +152,9 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
 
     The user's mistakes end in one line on stderr, ours in a traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a console of few characters shows the others as escapes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(parse(cls, argv))
         return 0
@@ -173,6 +194,8 @@ def _read_object(line: bytes, where: str) -> dict:
         raise InputError(f"{where}: not readable JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object but {type(row).__name__}")
+    if b"\\u" in line and not _encodable(json.dumps(row, ensure_ascii=False)):
+        raise InputError(f"{where}: half of a surrogate pair, which is no text")
     return row
 
 
@@ -189,11 +212,15 @@ def _write_whole(path: str | Path, text: str) -> None:
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path}: not a file that can be replaced")
     aside = Path(f"{path}.part")
-    with open(aside, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:  # a full disk's error does not name the file
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: not written ({error.strerror})") from None
 
 
 def _line(row: dict) -> str:

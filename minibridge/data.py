@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minibridge.config import InputError, read_jsonl
+from minibridge.model import Decoder
 from minibridge.tokenizer import Tokenizer
 
 
@@ -78,11 +79,24 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int) -> lis
     return prompts
 
 
+def prompt_limit(model: Decoder, max_prompt: int, max_new_tokens: int) -> int:
+    """Longest prompt, in tokens, after which an answer of `max_new_tokens` still has positions in the model."""
+    room = model.config.max_position_embeddings - max_new_tokens
+    if room < 1:
+        raise InputError(f"max_new_tokens: {max_new_tokens} leave no room for a prompt in the model's "
+                         f"max_position_embeddings {model.config.max_position_embeddings}")
+    return min(max_prompt, room)
+
+
 def _records(path: str | Path) -> list[tuple[str, dict]]:
     """("path:line", record) for every line; an empty file is an InputError."""
     records = [(f"{path}:{number}", record) for number, record in enumerate(read_jsonl(path), start=1)]
     if not records:
         raise InputError(f"{path}: no lines in it")
+    for where, record in records:
+        for field, kind in (("id", str), ("task", str), ("num_ops", int)):  # copied into every line written about it
+            if record.get(field) is not None and type(record[field]) is not kind:
+                raise InputError(f"{where}: field {field!r} must be {'a string' if kind is str else 'a whole number'}")
     return records
 
 
@@ -135,7 +149,7 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[int
     pieces: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if lengths[index] > max_tokens:
-            raise InputError(f"{lengths[index]} tokens do not fit a micro-batch of {max_tokens} tokens")
+            raise InputError(f"micro_tokens: a row of {lengths[index]} tokens does not fit into {max_tokens}")
         # The first row of a piece is its longest.
         if pieces and (len(pieces[-1]) + 1) * lengths[pieces[-1][0]] <= max_tokens:
             pieces[-1].append(index)

@@ -18,7 +18,7 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
-from minibridge.data import load_prompts
+from minibridge.data import load_prompts, prompt_limit
 from minibridge.optim import open_model, pick_device
 from minibridge.rollout import lines, rollout
 
@@ -95,7 +95,7 @@ def rescore(path: str) -> list[Scored]:
     groups: dict[int, list[dict]] = {}
     for number, line in enumerate(read_jsonl(path), 1):
         for field, kind in (("group", int), ("answer", str), ("text", str), ("num_ops", int)):
-            if not isinstance(line.get(field), kind) and not (field == "num_ops" and line.get(field) is None):
+            if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
         groups.setdefault(line["group"], []).append(line)
     if not groups:
@@ -106,11 +106,13 @@ def rescore(path: str) -> list[Scored]:
 
 def sample(config: Config) -> list[dict]:
     """The answers of a model, as JSONL lines."""
+    if 0 < config.temperature < 1e-3:
+        raise InputError(f"temperature: {config.temperature:g} is too small to sample at; 0 is greedy")
     if config.temperature == 0 and config.samples > 1:
         raise InputError("samples: greedy answers are all the same; set --temperature")
     device = pick_device(config.device)
     model, tokenizer = open_model(config.model, device, config.dtype)
-    prompts = load_prompts(config.data, tokenizer, config.max_prompt)
+    prompts = load_prompts(config.data, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
     generator = torch.Generator(device).manual_seed(config.seed)
     return lines(rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
                          temperature=config.temperature, rows=config.rows, generator=generator))
@@ -123,6 +125,8 @@ def main(config: Config):
         if Path(config.out).is_dir():
             raise InputError(f"out: {config.out} is a folder")
         write_jsonl(config.out, sample(config))
+    elif config != Config(rescore=config.rescore):
+        raise InputError("rescore: no other option goes with it")
     print(table(rescore(config.rescore or config.out)))
 
 

@@ -36,8 +36,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def open_model(folder: str, device: torch.device, dtype: str) -> tuple[Decoder, Tokenizer]:
     """The fp32 model and the tokenizer of a Hugging Face folder; `dtype` as in `pick_dtype`."""
-    tokenizer = Tokenizer.load(folder)
     model = checkpoint.load(folder, torch.float32, device)
+    tokenizer = Tokenizer.load(folder)
     model.compute_dtype = pick_dtype(dtype, device)
     if (largest := max(tokenizer.tokenizer.get_vocab().values())) >= model.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has a token {largest}, "
@@ -49,8 +49,12 @@ def resume_point(config: Any) -> Path | None:
     """The checkpoint a script goes on from, None to begin. InputError if --resume meets other settings, or if without it
     the run folder holds an earlier run, whose results would be lost or be taken for this one's."""
     saved = checkpoint.latest(Path(config.out) / "checkpoints")
+    if saved and not (Path(config.out) / "run.json").exists():
+        raise InputError(f"{config.out}: holds checkpoints, but no run.json to say of which run")
     if config.resume:
         same_settings(config.out, config, but=MAY_CHANGE)
+        if not saved and (Path(config.out) / "run.json").exists():
+            print(f"{config.out}: no checkpoint yet, so the run begins anew", flush=True)
     elif saved or (Path(config.out) / "model").exists():
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
     return saved

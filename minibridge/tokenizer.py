@@ -33,6 +33,9 @@ PIECES = (
 )
 
 
+PROBE = "<think>\n- Let k be 7 * (8 - 5) = 21.\n"  # a text that every tokenizer must keep whole
+
+
 @dataclass(frozen=True)
 class Chat:
     """The literal text of one chat format; `header` holds {role}."""
@@ -98,9 +101,6 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, chat: str):
         self.tokenizer = tokenizer
         self.chat = CHATS[chat]
-        # Some published files switch these on, and would cut or pad texts without a word.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         ids = (tokenizer.token_to_id(token) for token in (self.chat.end_of_turn, self.chat.end_of_text))
         self.stop_ids = tuple(token_id for token_id in ids if token_id is not None)
         self.end_of_turn_id = tokenizer.token_to_id(self.chat.end_of_turn)
@@ -116,8 +116,13 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             raise InputError(f"{path}: not a tokenizer file ({error})") from None
+        # Some published files switch these on, and would cut or pad texts without a word.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         for name, chat in CHATS.items():
-            if all(tokenizer.token_to_id(token) is not None for token in (chat.marker, chat.end_of_turn)):
+            if all(_is_token(tokenizer, token) for token in (chat.marker, chat.end_of_turn)):
+                if tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids) != PROBE:
+                    raise InputError(f"{path}: decoding the ids of a text does not give the text back")
                 return cls(tokenizer, name)
         raise InputError(f"{path}: unknown chat format (no <|im_start|> and no <|start_header_id|> in it)")
 
@@ -174,6 +179,12 @@ class Tokenizer:
         }
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _is_token(tokenizer: tokenizers.Tokenizer, token: str) -> bool:
+    """Whether `token` is in the vocabulary and, standing in a text, becomes that one id."""
+    number = tokenizer.token_to_id(token)
+    return number is not None and tokenizer.encode(token, add_special_tokens=False).ids == [number]
 
 
 def train_toy(texts: list[str], vocab_size: int) -> Tokenizer:

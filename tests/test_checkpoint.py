@@ -255,6 +255,25 @@ def test_other_folders_are_not_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_broken_model_is_not_saved(folder):
+    model, before = checkpoint.load(folder), (folder / checkpoint.WEIGHTS).read_bytes()
+    with torch.no_grad():
+        model.lm_head_weight[3, 1] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        checkpoint.save(model, folder)
+    assert (folder / checkpoint.WEIGHTS).read_bytes() == before
+
+
+def test_a_full_disk_is_named_by_the_folder(folder, monkeypatch):
+    def full(*arguments, **keywords):
+        raise checkpoint.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match=f"^{folder.parent}.*No space left"):
+        checkpoint.save(make(), folder)
+    assert checkpoint.load(folder)
+
+
 def failing(*arguments, **keywords):
     raise KeyboardInterrupt
 

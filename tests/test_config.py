@@ -55,9 +55,23 @@ def test_a_single_number_is_a_range():
     assert parse(Config, ["--data", "x", "--ops", "20"]).ops == (20, 20)
 
 
-@pytest.mark.parametrize("word", ["20-15", "a-b", "1-", "1-2-3", "-5", "1.5"])
+@pytest.mark.parametrize("word", ["20-15", "a-b", "1-", "1-2-3", "-5", "1.5", "9" * 5000])
 def test_bad_range_names_the_flag(capsys, word):
-    assert "--ops" in one_line_error(capsys, "--data", "x", f"--ops={word}")
+    error = one_line_error(capsys, "--data", "x", f"--ops={word}")
+    assert "--ops" in error and len(error) < 200
+
+
+@pytest.mark.parametrize("value, reason", [("", "empty"), ("caf\udce9", "not UTF-8")])
+def test_a_text_that_is_none_is_refused(capsys, value, reason):
+    assert reason in one_line_error(capsys, "--data", value)
+
+
+def test_a_console_of_few_characters_shows_escapes():
+    code = "from minibridge.config import run_main; from tests.test_config import Config; " \
+           "run_main(lambda config: print('caf\u00e9'), Config, ['--data', 'x'])"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "ascii"}, text=True,
+                          capture_output=True)
+    assert done.stdout == "caf\\xe9\n", done.stderr
 
 
 def test_empty_range_says_why(capsys):
@@ -191,6 +205,7 @@ def test_a_kill_during_the_write_leaves_the_old_file(tmp_path, monkeypatch):
     (b'{"a": 1}\n\n', 2, "blank line"),
     (b'{"a": 1}\n{"a": 2}\n[3]\n', 3, "not a JSON object but list"),
     (b'{"a": 1}\n{"a": "\xff"}\n', 2, "not UTF-8"),
+    (b'{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}\n', 2, "half of a surrogate pair"),
 ])
 def test_bad_line_is_named(tmp_path, content, line, reason):
     path = tmp_path / "rows.jsonl"

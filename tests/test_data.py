@@ -181,5 +181,5 @@ def test_micro_batches_are_not_smaller_than_needed():
 
 
 def test_micro_batch_that_cannot_fit():
-    with pytest.raises(InputError, match="31 tokens .* 30 tokens"):
+    with pytest.raises(InputError, match="micro_tokens: .* 31 tokens .* 30"):
         micro_batches([Example([0] * 31, [1] * 31)], 30)

@@ -105,7 +105,7 @@ def test_greedy_run_and_its_rescore(toy, guesser, tmp_path, capsys):
     for mine, line in zip(saved, asked, strict=True):
         assert all(mine[field] == line[field] for field in ("answer", "id", "num_ops"))
     assert {f"{line['num_ops']} ops" for line in asked} < set(cells(printed))
-    assert run("--rescore", out, "--out", tmp_path / "unused") == 0
+    assert run("--rescore", out) == 0
     assert capsys.readouterr().out == printed
 
 
@@ -140,6 +140,7 @@ LINE = {"group": 0, "answer": "6", "text": ""}
     ("{", "not valid JSON"), ("[]", "not a JSON object"),
     ('{"answer": "6", "text": ""}', "'group' must be a int"),
     ('{"group": 0, "answer": 6, "text": ""}', "'answer' must be a str"),
+    ('{"group": true, "answer": "6", "text": ""}', "'group' must be a int"),
     ('{"group": 0, "answer": "6"}', "'text'")])
 def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     path = tmp_path / "eval.jsonl"
@@ -157,11 +158,13 @@ def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     ("--rescore {empty}", "{empty}: no lines"),
     ("--model {model} --data {rl} --out {out} --samples 2", "--temperature"),
     ("--model {model} --data {rl} --out {out} --samples 0", "samples: must be at least 1"),
-    ("--model {model} --data {rl} --out {out} --max-prompt 20", "{rl}:1: a prompt of"),
-    ("--model {model} --data {rl} --out {out} --max-new-tokens 1000", "max_position_embeddings 1024"),
-    ("--model {model}/no --data {rl} --out {out}", "{model}/no/tokenizer.json: no such file"),
-    ("--model {model} --data {model}/no --out {out}", "{model}/no: No such file"),
-    ("--model {model} --data {sft} --out {out}", "{sft}:1: field 'prompt'"),
+    ("--model {model} --data {rl} --out {out} --max-new-tokens 8 --max-prompt 20", "{rl}:1: a prompt of"),
+    ("--model {model} --data {rl} --out {out} --max-new-tokens 1000", "{rl}:1: a prompt of"),
+    ("--model {model} --data {rl} --out {out} --temperature 1e-40", "temperature: 1e-40 is too small"),
+    ("--rescore {rl} --samples 2", "rescore: no other option"),
+    ("--model {model}/no --data {rl} --out {out}", "{model}/no: no such folder"),
+    ("--model {model} --data {model}/no --out {out} --max-new-tokens 8", "{model}/no: No such file"),
+    ("--model {model} --data {sft} --out {out} --max-new-tokens 8", "{sft}:1: field 'prompt'"),
     ("--model {model} --data {rl} --out {out} --device nosuch", "device 'nosuch'"),
     ("--modle {model}", "--modle"),
 ])

@@ -298,7 +298,7 @@ def test_old_and_new_rope_fields_are_read_alike():
 @pytest.mark.parametrize("changes, words", [
     (dict(model_type="gpt2"), "model_type 'gpt2'"),
     (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
-    (dict(vocab_size=None), "vocab_size must be a positive integer, not None"),
+    (dict(vocab_size=None), "vocab_size must be a positive integer below 2**31, not None"),
     (dict(num_hidden_layers=0), "num_hidden_layers"),
     (dict(intermediate_size=1.5), "intermediate_size"),
     (dict(num_attention_heads=True), "num_attention_heads"),
@@ -311,6 +311,12 @@ def test_old_and_new_rope_fields_are_read_alike():
     (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
     (dict(rope_scaling=dict(type="linear", factor=4.0)), "linear"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
+    (dict(vocab_size=10**12), "vocab_size must be a positive integer below 2**31"),
+    (dict(rope_theta=float("nan")), "rope_theta"),
+    (dict(rope_scaling=dict(factor=8.0)), "rope scaling"),
+    (dict(tie_word_embeddings="false"), "tie_word_embeddings must be true or false, not 'false'"),
+    (dict(quantization_config=dict(bits=4)), "quantized"),
+    (dict(layer_types="full_attention"), "full attention"),
     (dict(model_type="qwen2", use_sliding_window=True), "sliding window"),
     (dict(model_type="qwen2", layer_types=["full_attention", "sliding_attention"]), "sliding window"),
 ])

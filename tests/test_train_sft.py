@@ -233,7 +233,7 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, whole, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--model {folder}/no", "{folder}/no/tokenizer.json: no such file"),
+    ("--model {folder}/no", "{folder}/no: no such folder"),
     ("--data {folder}/no", "{folder}/no: No such file"),
     ("--data {empty}", "{empty}: no lines"),
     ("--data {rl}", "{rl}:1: field 'messages'"),
@@ -243,12 +243,15 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, whole, tmp_path, monkeyp
     ("--epochs 0", "epochs: must be above 0, not 0"),
     ("--epochs -1", "epochs: must be above 0, not -1"),
     ("--epochs many", "--epochs"),
-    ("--batch-size 13", "a batch of 13 cannot be made from 12 examples"),
+    ("--batch-size 13", "batch_size: 13, but {sft} has only 12 rows"),
     ("--batch-size 0", "batch_size: must be at least 1"),
-    ("--micro-tokens 100", "do not fit a micro-batch of 100 tokens"),
+    ("--micro-tokens 100", "tokens does not fit into 100"),
     ("--device nosuch", "device 'nosuch'"),
     ("--schedule linear", "--schedule"),
     ("--lr 1", "--lr"),
+    ("--beta2 1", "beta2: must be at most 0.999999"),
+    ("--epochs 1e300", "epochs: must be at most"),
+    ("--clip 0", "clip: must be at least"),
 ])
 def test_wrong_input_is_one_line(toy, tmp_path, capsys, flags, message):
     names = {"folder": toy.folder, "sft": toy.sft, "rl": toy.rl, "empty": tmp_path / "empty"}
