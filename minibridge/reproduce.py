@@ -4,16 +4,19 @@
     python -m minibridge.reproduce base     makes the toy base model anew, into --out (an hour of two cores); it
                                             comes with the package, in minibridge/toy_base
 
-What is shrunk: six operations where the paper has fifteen to twenty, no quantity that is not needed, four small
-categories of one-word names, values below 50, a Qwen2-shaped model of a million parameters. The part of the pretrained
-model is played by one trained from scratch on other problems (three to five operations, vanilla answers); it has seen no
+What is shrunk: five operations where the paper has fifteen to twenty, no quantity that is not needed, four small
+categories of one-word names, which formulas use as they are (no letters), values below 50, no KL and no entropy term, a
+Qwen2-shaped model of a million parameters. The part of the pretrained model is played by one trained from scratch on other
+problems of three to five operations, solved in bare equations: it has seen no answer worded like those of the arms, no
 injected behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage.
 
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
 interrupted run is continued by the same command.
 """
 import csv
+import itertools
 import math
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,12 +30,14 @@ import train_sft
 from minibridge import checkpoint, evaluate, igsm, traces
 from minibridge.config import Run, option, read_jsonl, run_main, same_settings, write_jsonl
 from minibridge.model import Decoder, ModelConfig
+from minibridge.optim import open_model
 from minibridge.tokenizer import Tokenizer, train_toy
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 ARMS = ("vanilla", "bridge")
-SCALE = replace(igsm.TOY, redundant=0)  # of all toy problems, those of the base too
-TESTS = {"id": (6, 6), "ood": (8, 8)}  # op counts of the two test sets
+SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems, those of the base too
+TESTS = {"id": (5, 5), "ood": (6, 6)}  # op counts of the two test sets
+DECODINGS = ("greedy", "sampled")
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,17 @@ class Toy:
     out: str = option("runs/toy", "run folder")
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
     seed: int = option(0, "seed of problems, training and sampling")
-    ops: tuple[int, int] = option((6, 6), "operations of the SFT and RL problems")
-    sft_rows: int = option(1000, "SFT examples of each arm")
-    sft_epochs: float = option(2.0, "passes over them")
-    sft_learning_rate: float = option(1e-3, "peak, then a cosine")
-    rl_steps: int = option(24, "rollout batches")
-    rl_prompts: int = option(16, "prompts of a rollout batch")
-    rl_samples: int = option(8, "answers sampled for each prompt")
-    rl_learning_rate: float = option(2e-4, "after three steps of warm-up")
+    ops: tuple[int, int] = option((5, 5), "operations of the SFT and RL problems")
+    sft_rows: int = option(1200, "SFT examples of each arm", least=1)
+    sft_epochs: float = option(2.0, "passes over them", most=1e6)
+    sft_learning_rate: float = option(1e-3, "peak, then a cosine", least=0)
+    rl_steps: int = option(40, "rollout batches", least=1)
+    rl_prompts: int = option(16, "prompts of a rollout batch", least=1)
+    rl_samples: int = option(8, "answers sampled for each prompt", least=2)
+    rl_learning_rate: float = option(1.5e-4, "peak, after five steps of warm-up, then a cosine", least=0)
     test_problems: int = option(400, "problems of each test set", least=2)
-    max_new_tokens: int = option(400, "longest answer, in tokens")
+    test_samples: int = option(3, "answers to each at temperature 1, beside the greedy one", least=1)
+    max_new_tokens: int = option(320, "longest answer, in tokens", least=1)
 
 
 # --- toy: the comparison -------------------------------------------------------------------------------------
@@ -59,8 +65,9 @@ class Toy:
 def main_toy(config: Toy):
     out = Path(config.out)
     same_settings(out, config, but=("out",))
+    open_model(config.base, torch.device("cpu"), "auto")  # a broken folder is an error now, not after the problems
+    run = Run(out, config)  # before any file of this seed, so that another seed's cannot join them
     make_data(config, out)
-    run = Run(out, config)
     for arm in ARMS:
         if announce_if_missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
             train_sft.main(sft_config(config, out, arm))
@@ -99,52 +106,54 @@ def make_data(config: Toy, out: Path):
 def sft_config(config: Toy, out: Path, arm: str) -> train_sft.Config:
     return train_sft.Config(
         model=config.base, data=str(out / f"sft_{arm}.jsonl"), out=str(out / f"sft_{arm}"), epochs=config.sft_epochs,
-        batch_size=32, micro_tokens=4096, learning_rate=config.sft_learning_rate, schedule="cosine", warmup=10,
+        batch_size=32, micro_tokens=8192, learning_rate=config.sft_learning_rate, schedule="cosine", warmup=10,
         max_length=1024, save_every=25, log_every=25, resume=True, seed=config.seed, device="cpu")
 
 
 def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
     return train_rl.Config(
         model=str(out / f"sft_{arm}" / "model"), data=str(out / "rl.jsonl"), out=str(out / f"rl_{arm}"),
-        steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=3,
-        learning_rate=config.rl_learning_rate, max_prompt=400, max_new_tokens=config.max_new_tokens, rows=128,
+        steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=5, schedule="cosine",
+        learning_rate=config.rl_learning_rate, kl_coef=0.0, entropy_coef=0.0, max_prompt=400, max_new_tokens=config.max_new_tokens, rows=128,
         micro_tokens=8192, save_every=10, resume=True, seed=config.seed, device="cpu")
 
 
 def answer_tests(config: Toy, out: Path, name: str):
-    """Greedy answers of one model to both test sets."""
-    for which in TESTS:
-        answers = out / f"{name}_{which}.jsonl"
-        if announce_if_missing(answers, f"test of {name}, {which}"):
+    """Answers of one model to both test sets: the greedy ones, and those it gives at the temperature RL trains it at."""
+    settings = {"greedy": {}, "sampled": {"samples": config.test_samples, "temperature": 1.0, "seed": config.seed}}
+    for which, decoding in itertools.product(TESTS, DECODINGS):
+        answers = out / f"{name}_{which}_{decoding}.jsonl"
+        if announce_if_missing(answers, f"test of {name}, {which}, {decoding}"):
             write_jsonl(answers, evaluate.sample(evaluate.Config(
                 model=str(out / name / "model"), data=str(out / f"test_{which}.jsonl"), max_new_tokens=config.max_new_tokens,
-                rows=400, device="cpu")))
+                rows=400, device="cpu", **settings[decoding])))
 
 
 def results_table(out: Path) -> str:
-    """The table of the paper: greedy accuracy in % before and after RL, and the gain with its 95% interval, from paired
-    differences over problems (one seed: the spread over seeds is not in it)."""
-    lines = ["| arm | test | after SFT | after RL | RL gain | 95% interval | answer not 0, gain | tokens per answer |",
-             "|---|---|---|---|---|---|---|---|"]
+    """The table of the paper: accuracy in % before and after RL, and the gain with its 95% interval, from paired
+    differences over problems (one seed: the spread over seeds is not in it). The paper's is the greedy accuracy; RL raises
+    the expected accuracy of sampled answers, so that stands beside it."""
+    lines = ["| arm | test | answers | after SFT | after RL | RL gain | 95% interval | answer not 0, gain | tokens |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for which, (ops, _) in TESTS.items():
-        for arm in ARMS:
-            before, after = (evaluate.rescore(str(out / f"{stage}_{arm}_{which}.jsonl")) for stage in ("sft", "rl"))
+        for decoding, arm in itertools.product(DECODINGS, ARMS):
+            paths = [str(out / f"{stage}_{arm}_{which}_{decoding}.jsonl") for stage in ("sft", "rl")]
+            before, after = map(evaluate.rescore, paths)
             gain, reach = paired_gain(before, after)
             nonzero = paired_gain(*([p for p in tested if p.answer != "0"] for tested in (before, after)))[0]
-            lengths = [sum(len(line["ids"]) for line in rows) / len(rows) for rows in
-                       (read_jsonl(out / f"{stage}_{arm}_{which}.jsonl") for stage in ("sft", "rl"))]
+            lengths = [sum(len(line["ids"]) for line in rows) / len(rows) for rows in map(read_jsonl, paths)]
             share = evaluate.accuracy(before), evaluate.accuracy(after)
-            lines.append(f"| {arm} | {which}, {ops} ops | {share[0]:.1%} | {share[1]:.1%} "
+            lines.append(f"| {arm} | {which}, {ops} ops | {decoding} | {share[0]:.1%} | {share[1]:.1%} "
                          f"| {gain:+.1%} | {gain - reach:+.1%} to {gain + reach:+.1%} | {nonzero:+.1%} "
                          f"| {lengths[0]:.0f} -> {lengths[1]:.0f} |")
         constant, luck = evaluate.best_constant(before)
-        lines.append(f"| always {constant} | {which}, {ops} ops | {luck:.1%} | | | | | |")
+        lines.append(f"| always {constant} | {which}, {ops} ops | | {luck:.1%} | | | | | |")
     return "\n".join(lines)
 
 
 def paired_gain(before: list[evaluate.Scored], after: list[evaluate.Scored]) -> tuple[float, float]:
-    """Mean change in correctness over the same problems, and the half width of its 95% interval."""
-    changes = [b.correct[0] - a.correct[0] for a, b in zip(before, after, strict=True)]
+    """Mean change in accuracy over the same problems, and the half width of its 95% interval."""
+    changes = [evaluate.accuracy([b]) - evaluate.accuracy([a]) for a, b in zip(before, after, strict=True)]
     mean = sum(changes) / len(changes)
     variance = sum((change - mean) ** 2 for change in changes) / (len(changes) - 1)
     return mean, 1.96 * math.sqrt(variance / len(changes))
@@ -152,7 +161,7 @@ def paired_gain(before: list[evaluate.Scored], after: list[evaluate.Scored]) -> 
 
 def write_curves(out: Path):
     """The training curves of both arms, one row a step, for a spreadsheet or a plot."""
-    names = ("accuracy", "length", "common_answer", "dead_groups", "entropy", "kl", "grad_norm")
+    names = ("accuracy", "length", "common_answer", "dead_groups", "entropy", "grad_norm")
     with open(out / "curves.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("arm", "step", *names))
@@ -179,7 +188,7 @@ def main_base(config: Base):
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "train.jsonl").exists():
-        with ProcessPoolExecutor(2) as pool:
+        with ProcessPoolExecutor(2, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
             parts = list(pool.map(base_rows, *zip(*sorted(BASE_ROWS.items(), reverse=True))))
         write_jsonl(out / "val.jsonl", [row for part in parts for row in part[-100:]])
         write_jsonl(out / "train.jsonl", [row for part in parts for row in part[:-100]])
@@ -199,13 +208,16 @@ def main_base(config: Base):
 
 
 def base_rows(ops: int, rows: int) -> list[dict]:
-    problems = gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1)
-    return [gen_data.record(problem, 0, traces.VANILLA, igsm.TOY.letters) for problem in problems]
+    lines = []
+    for problem in gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1):
+        line = gen_data.record(problem, seed=0)
+        lines.append({"messages": [*line.pop("prompt"), {"role": "assistant", "content": traces.equations(problem)}], **line})
+    return lines
 
 
 def base_tokenizer():
-    """Trained on every wording there is, those of the injected behaviors too: a tokenizer is no knowledge of them, and
-    without it their sentences would fall into letters."""
+    """Trained on every wording of the answers to come: a tokenizer is no knowledge of them, and without it their
+    sentences would fall into letters."""
     rows = [gen_data.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), igsm.TOY.letters)
             for problem in gen_data.problems("base", 2000, (4, 5), SCALE, seed=0, balance=0.1)]
     return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], vocab_size=1024)
@@ -216,6 +228,6 @@ COMMANDS = {"toy": (main_toy, Toy), "base": (main_base, Base)}
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
-        print(f"{__doc__}\nerror: the first argument must be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: the first argument must be one of {', '.join(COMMANDS)}; each has a --help", file=sys.stderr)
         sys.exit(2)
     sys.exit(run_main(*COMMANDS[name], sys.argv[2:]))

@@ -133,17 +133,18 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0) -> list[
 
 
 def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA, letters: str = string.ascii_letters) -> str:
-    """A worked answer; every node gets one of `letters`. Raises InputError when there are more nodes than letters."""
+    """A worked answer; every node gets one of `letters`, or, without letters (""), keeps its own name in the formulas.
+    Raises InputError when there are more nodes than letters."""
     wording, reflecting, analysing = (random.Random(rng.getrandbits(64)) for _ in range(3))
     nodes = [*problem.order, *problem.redundant]
-    if len(nodes) > len(letters):
+    if letters and len(nodes) > len(letters):
         raise InputError(f"problem {problem.id}: {len(nodes)} nodes, but only {len(letters)} letters")
-    names = dict(zip(nodes, wording.sample(letters, len(nodes))))
+    names = dict(zip(nodes, wording.sample(letters, len(nodes)) if letters else (phrase(problem.nodes[key]) for key in nodes)))
     named: set[str] = set()
     steps = []
     for key, missing in plan(problem, reflecting, behaviors.reflection):
         node = problem.nodes[key]
-        parts = [_introduce(problem, key, names[key], wording, again=key in named)]
+        parts = [_introduce(problem, key, letters and names[key], wording, again=key in named)]
         named.add(key)
         if restated(node, analysing, behaviors.analysis):
             parts.append(wording.choice(RESTATE).format(expression=describe(node.expr, problem.nodes)))
@@ -153,15 +154,29 @@ def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA,
         else:
             parts.append(compute(node.expr, names[key], names, problem.values, behaviors.subgoal))
         steps.append("- " + " ".join(parts))
-    value = problem.answer
-    return "\n".join([OPENING + wording.choice(OPENINGS), *steps, wording.choice(CLOSINGS).format(value=value),
-                      "</think>", "<answer>", f"The answer is \\boxed{{{value}}}.", "</answer>"])
+    return OPENING + "\n".join([wording.choice(OPENINGS), *steps, wording.choice(CLOSINGS).format(value=problem.answer),
+                                _result(problem)])
+
+
+def equations(problem: Problem) -> str:
+    """A solution in bare equations without letters, one way of writing it: what the toy's base model learns from.
+    "- each Fir's Cafe = 6 * each Elm's Shop = 6 * 8 = 48." """
+    names = {key: phrase(node) for key, node in problem.nodes.items()}
+    steps = ["- " + compute(problem.nodes[key].expr, names[key], names, problem.values, subgoal=False)
+             for key in problem.order]
+    return OPENING + "\n".join([*steps, _result(problem)])
+
+
+def _result(problem: Problem) -> str:
+    return f"</think>\n<answer>\nThe answer is \\boxed{{{problem.answer}}}.\n</answer>"
 
 
 def _introduce(problem: Problem, key: str, letter: str, wording: random.Random, again: bool) -> str:
-    """The words before a formula: which node, and the letter it gets or already has."""
+    """The words before a formula: which node, and the letter it gets or already has, if it has one."""
     node = problem.nodes[key]
-    if isinstance(node.expr, int):
+    if not letter:
+        templates = (wording.choice(STATED if isinstance(node.expr, int) else SELECT),)
+    elif isinstance(node.expr, int):
         templates = (wording.choice(STATED), wording.choice(NAME))
     elif again:
         templates = (wording.choice(SELECT), wording.choice(REMIND))

@@ -16,7 +16,7 @@ from minibridge.evaluate import Scored
 def finished(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("reproduce") / "run"
     config = reproduce.Toy(out=str(out), base=toy.model, ops=(2, 3), sft_rows=32, sft_epochs=1.0, rl_steps=2, rl_prompts=2,
-                           rl_samples=2, test_problems=24, max_new_tokens=24)
+                           rl_samples=2, test_problems=24, test_samples=3, max_new_tokens=24)
     reproduce.main_toy(config)
     return config, out
 
@@ -28,9 +28,10 @@ def test_every_stage_leaves_its_result(finished):
         assert len(list((out / f"rl_{arm}" / "rollouts").iterdir())) == 2
         for stage in ("sft", "rl"):
             for test in reproduce.TESTS:
-                assert len(read_jsonl(out / f"{stage}_{arm}_{test}.jsonl")) == 24
+                assert len(read_jsonl(out / f"{stage}_{arm}_{test}_greedy.jsonl")) == 24
+                assert len(read_jsonl(out / f"{stage}_{arm}_{test}_sampled.jsonl")) == 24 * 3
     table = (out / "table.md").read_text()
-    assert table.count("| vanilla |") == table.count("| bridge |") == len(reproduce.TESTS)
+    assert table.count("| vanilla |") == table.count("| bridge |") == 2 * len(reproduce.TESTS)
     assert len((out / "curves.csv").read_text().splitlines()) == 1 + 2 * len(reproduce.ARMS)
 
 
@@ -66,12 +67,17 @@ def test_other_settings_are_refused_by_name(finished):
 
 
 def test_paired_gain_by_hand():
-    """Changes +1, 0, 0, -1, +1: mean 1/5, variance (0.64 + 0.04 + 0.04 + 1.44 + 0.64) / 4 = 0.7."""
+    """Changes +1, 0, 0, -1, +1: mean 1/5, variance (0.64 + 0.04 + 0.04 + 1.44 + 0.64) / 4 = 0.7. Twice the same answer to
+    a problem, or one of two right before and after, changes nothing."""
     right = [(False, True), (True, True), (False, False), (True, False), (False, True)]
     before, after = ([Scored("1", 8, [pair[i]]) for pair in right] for i in range(2))
     gain, reach = reproduce.paired_gain(before, after)
     assert gain == pytest.approx(0.2)
     assert reach == pytest.approx(1.96 * (0.7 / 5) ** 0.5)
+    twice = [[Scored(s.answer, s.num_ops, s.correct * 2) for s in scored] for scored in (before, after)]
+    assert reproduce.paired_gain(*twice) == pytest.approx((gain, reach))
+    half = [Scored("1", 8, [True, False]), Scored("1", 8, [False, True])]
+    assert reproduce.paired_gain(half, half[::-1]) == (0, 0)
 
 
 def test_the_shipped_base_is_small_and_opens():

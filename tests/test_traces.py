@@ -488,3 +488,38 @@ def test_named_arms():
     assert (VANILLA, BRIDGE) == (Behaviors(False, 0, 0.0), Behaviors(True, 2, 0.1))
     assert str(VANILLA) == "subgoal=0 analysis=0 reflection=0"
     assert str(BRIDGE) == "subgoal=1 analysis=2 reflection=0.1"
+
+
+# --- quantities under their own names ------------------------------------------------------------------
+
+
+def spelled(chain, names):
+    """The links of a step with every letter written out as the quantity's name."""
+    return " = ".join(re.sub(r"[A-Za-z]", lambda found: names[found[0]], link) for link in chain) + "."
+
+
+@pytest.mark.parametrize("behaviors", COMBINATIONS, ids=str)
+def test_without_letters_formulas_hold_the_names(problems, behaviors):
+    """Step for step the answer with letters, its letters spelled out; no sentence gives or recalls a letter."""
+    for number, problem in enumerate(problems[:40]):
+        lettered = traces.answer(problem, random.Random(number), behaviors)
+        steps, lines = list(read_steps(problem, lettered)), traces.answer(problem, random.Random(number), behaviors, letters="")
+        names = {step.letter: traces.phrase(problem.nodes[step.key]) for step in steps}
+        lines = [line for line in lines.split("\n") if line.startswith("- ")]
+        assert len(lines) == len(steps)
+        for step, line in zip(steps, lines):
+            assert names[step.letter] in line.replace("Each", "each")
+            assert bool(step.locked) == (" known" in line or "unknown" in line)
+            assert step.locked or line.endswith(spelled(step.chain, names))
+            assert not re.search(r"(?<!')\b[b-zB-Z]\b", line)
+
+
+def test_bare_equations_are_the_vanilla_formulas_and_nothing_else(problems):
+    for number, problem in enumerate(problems[:100]):
+        steps = list(read_steps(problem, traces.answer(problem, random.Random(number))))
+        names = {step.letter: traces.phrase(problem.nodes[step.key]) for step in steps}
+        expected = [f"- {spelled(step.chain, names)}" for step in steps]
+        text = traces.equations(problem)
+        assert text.startswith("<think>\n- ") and well_formed(text.removeprefix("<think>\n"))
+        assert [line for line in text.split("\n") if line.startswith("- ")] == expected
+        assert extract(text) == str(problem.answer)
