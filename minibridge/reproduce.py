@@ -114,8 +114,8 @@ def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
     return train_rl.Config(
         model=str(out / f"sft_{arm}" / "model"), data=str(out / "rl.jsonl"), out=str(out / f"rl_{arm}"),
         steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=5, schedule="cosine",
-        learning_rate=config.rl_learning_rate, kl_coef=0.0, entropy_coef=0.0, max_prompt=400, max_new_tokens=config.max_new_tokens, rows=128,
-        micro_tokens=8192, save_every=10, resume=True, seed=config.seed, device="cpu")
+        learning_rate=config.rl_learning_rate, kl_coef=0.0, entropy_coef=0.0, max_prompt=400,
+        max_new_tokens=config.max_new_tokens, rows=128, micro_tokens=8192, save_every=10, resume=True, seed=config.seed, device="cpu")
 
 
 def answer_tests(config: Toy, out: Path, name: str):
@@ -211,7 +211,8 @@ def base_rows(ops: int, rows: int) -> list[dict]:
     lines = []
     for problem in gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1):
         line = gen_data.record(problem, seed=0)
-        lines.append({"messages": [*line.pop("prompt"), {"role": "assistant", "content": traces.equations(problem)}], **line})
+        solved = {"role": "assistant", "content": traces.equations(problem)}
+        lines.append({"messages": [*line.pop("prompt"), solved], **line})
     return lines
 
 

@@ -139,7 +139,7 @@ def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA,
     nodes = [*problem.order, *problem.redundant]
     if letters and len(nodes) > len(letters):
         raise InputError(f"problem {problem.id}: {len(nodes)} nodes, but only {len(letters)} letters")
-    names = dict(zip(nodes, wording.sample(letters, len(nodes)) if letters else (phrase(problem.nodes[key]) for key in nodes)))
+    names = dict(zip(nodes, wording.sample(letters, len(nodes)))) if letters else own_names(problem)
     named: set[str] = set()
     steps = []
     for key, missing in plan(problem, reflecting, behaviors.reflection):
@@ -161,10 +161,14 @@ def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA,
 def equations(problem: Problem) -> str:
     """A solution in bare equations without letters, one way of writing it: what the toy's base model learns from.
     "- each Fir's Cafe = 6 * each Elm's Shop = 6 * 8 = 48." """
-    names = {key: phrase(node) for key, node in problem.nodes.items()}
+    names = own_names(problem)
     steps = ["- " + compute(problem.nodes[key].expr, names[key], names, problem.values, subgoal=False)
              for key in problem.order]
     return OPENING + "\n".join([*steps, _result(problem)])
+
+
+def own_names(problem: Problem) -> dict[str, str]:
+    return {key: phrase(node) for key, node in problem.nodes.items()}
 
 
 def _result(problem: Problem) -> str:

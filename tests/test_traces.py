@@ -502,10 +502,10 @@ def spelled(chain, names):
 def test_without_letters_formulas_hold_the_names(problems, behaviors):
     """Step for step the answer with letters, its letters spelled out; no sentence gives or recalls a letter."""
     for number, problem in enumerate(problems[:40]):
-        lettered = traces.answer(problem, random.Random(number), behaviors)
-        steps, lines = list(read_steps(problem, lettered)), traces.answer(problem, random.Random(number), behaviors, letters="")
+        steps = list(read_steps(problem, traces.answer(problem, random.Random(number), behaviors)))
+        text = traces.answer(problem, random.Random(number), behaviors, letters="")
         names = {step.letter: traces.phrase(problem.nodes[step.key]) for step in steps}
-        lines = [line for line in lines.split("\n") if line.startswith("- ")]
+        lines = [line for line in text.split("\n") if line.startswith("- ")]
         assert len(lines) == len(steps)
         for step, line in zip(steps, lines):
             assert names[step.letter] in line.replace("Each", "each")
