@@ -43,7 +43,7 @@ class Config:
     ops: tuple[int, int] | None = option(None, "operations of a problem, as 15-20 or 20; none: the paper's for the split")
     scale: Literal["paper", "toy"] = option("paper", "size of structures, values and vocabulary")
     balance: float = option(1.0, "largest share of the rows that one answer may have")
-    seed: int = option(0, "seed of everything random")
+    seed: int = option(0, "seed of everything random", least=0)
 
 
 def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, seed: int,

@@ -149,6 +149,8 @@ def main(config: Config):
         raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
     generator = torch.Generator(device).manual_seed(config.seed)
     state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "generator": generator.get_state()}
+    if "generator" not in state:
+        raise InputError(f"{saved}: not a checkpoint of train_rl.py")
     generator.set_state(state["generator"])
     run = Run(config.out, config, device=str(device), steps=config.steps, resume_step=state["step"] + 1 if saved else None)
     (run.path / "rollouts").mkdir(exist_ok=True)

@@ -45,7 +45,7 @@ class Toy:
     """One line a stage; see train_sft.py and train_rl.py for what the numbers mean."""
     out: str = option("runs/toy", "run folder")
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
-    seed: int = option(0, "seed of problems, training and sampling")
+    seed: int = option(0, "seed of problems, training and sampling", least=0)
     ops: tuple[int, int] = option((5, 5), "operations of the SFT and RL problems")
     sft_rows: int = option(1200, "SFT examples of each arm", least=1)
     sft_epochs: float = option(2.0, "passes over them", most=1e6)
