@@ -24,10 +24,10 @@ from torch import Tensor
 from minibridge import checkpoint
 from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
-from minibridge.data import Prompt, index_stream, load_prompts, prompt_limit
+from minibridge.data import Prompt, index_stream, load_prompts
 from minibridge.grpo import group_advantages, grpo_loss
 from minibridge.model import Decoder
-from minibridge.optim import adamw, learning_rate, open_model, pick_device, resume_point, update
+from minibridge.optim import adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, update
 from minibridge.policy import MicroBatch, pack, score
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.tokenizer import Tokenizer

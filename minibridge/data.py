@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from minibridge.config import InputError, read_jsonl
-from minibridge.model import Decoder
 from minibridge.tokenizer import Tokenizer
 
 
@@ -77,15 +76,6 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int) -> lis
             raise InputError(f"{where}: a prompt of {len(ids)} tokens, more than the {max_prompt} allowed")
         prompts.append(Prompt(ids, record["answer"], record))
     return prompts
-
-
-def prompt_limit(model: Decoder, max_prompt: int, max_new_tokens: int) -> int:
-    """Longest prompt, in tokens, after which an answer of `max_new_tokens` still has positions in the model."""
-    room = model.config.max_position_embeddings - max_new_tokens
-    if room < 1:
-        raise InputError(f"max_new_tokens: {max_new_tokens} leave no room for a prompt in the model's "
-                         f"max_position_embeddings {model.config.max_position_embeddings}")
-    return min(max_prompt, room)
 
 
 def _records(path: str | Path) -> list[tuple[str, dict]]:

@@ -18,8 +18,8 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
-from minibridge.data import load_prompts, prompt_limit
-from minibridge.optim import open_model, pick_device
+from minibridge.data import load_prompts
+from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
 
 

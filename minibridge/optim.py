@@ -1,4 +1,4 @@
-"""What the training scripts share: opening a model, where to resume, the optimizer, the learning rate, one clipped step."""
+"""What the scripts share: opening a model, the room for a prompt, where to resume, the optimizer, its rate, one clipped step."""
 import math
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,15 @@ def open_model(folder: str, device: torch.device, dtype: str) -> tuple[Decoder, 
         raise InputError(f"{folder}: the tokenizer has a token {largest}, "
                          f"the model's vocab_size is {model.config.vocab_size}")
     return model, tokenizer
+
+
+def prompt_limit(model: Decoder, max_prompt: int, max_new_tokens: int) -> int:
+    """Longest prompt, in tokens, after which an answer of `max_new_tokens` still has positions in the model."""
+    room = model.config.max_position_embeddings - max_new_tokens
+    if room < 1:
+        raise InputError(f"max_new_tokens: {max_new_tokens} leave no room for a prompt in the model's "
+                         f"max_position_embeddings {model.config.max_position_embeddings}")
+    return min(max_prompt, room)
 
 
 def resume_point(config: Any) -> Path | None:
