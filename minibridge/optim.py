@@ -1,4 +1,4 @@
-"""What the scripts share: opening a model, the room for a prompt, where to resume, the optimizer, its rate, one clipped step."""
+"""What the scripts share: opening a model, room for a prompt, where to resume, the optimizer, its rate, a clipped step."""
 import math
 from pathlib import Path
 from typing import Any

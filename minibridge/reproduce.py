@@ -115,7 +115,8 @@ def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
         model=str(out / f"sft_{arm}" / "model"), data=str(out / "rl.jsonl"), out=str(out / f"rl_{arm}"),
         steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=5, schedule="cosine",
         learning_rate=config.rl_learning_rate, kl_coef=0.0, entropy_coef=0.0, max_prompt=400,
-        max_new_tokens=config.max_new_tokens, rows=128, micro_tokens=8192, save_every=10, resume=True, seed=config.seed, device="cpu")
+        max_new_tokens=config.max_new_tokens, rows=128, micro_tokens=8192, save_every=10, resume=True,
+        seed=config.seed, device="cpu")
 
 
 def answer_tests(config: Toy, out: Path, name: str):
