@@ -32,7 +32,7 @@ class Config:
     val: str | None = option(None, "JSONL file of SFT examples held out for the validation loss")
     epochs: float = option(5.0, "passes over the data", most=1e6)
     batch_size: int = option(128, "examples of one optimizer step", least=1)
-    micro_tokens: int = option(16384, "padded tokens in memory at once; changes speed, never results")
+    micro_tokens: int = option(16384, "padded tokens in memory at once; changes speed, never results", least=1)
     learning_rate: float = option(5e-6, "peak learning rate", least=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
     warmup: int = option(0, "steps of linear warm-up", least=0)
@@ -95,7 +95,7 @@ def main(config: Config):
     steps = round(config.epochs * len(batches(len(examples), config.batch_size, config.seed, 0)))
     if steps < 1:
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
-    micro_batches(examples, config.micro_tokens)  # a too long example is an error now, not at its step
+    micro_batches(examples + held_out, config.micro_tokens)  # a too long example is an error now, not at its step
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     run = Run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None)
 

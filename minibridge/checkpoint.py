@@ -129,7 +129,7 @@ def _write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None, dtyp
     dtype = dtype or model.lm_head_weight.dtype
     weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise InputError(f"{folder.parent}: weights not finite, {broken[0]} among them; not saved")
+        raise InputError(f"{folder.parent}: a model was not saved, as {dtype} not all of {broken[0]} is finite")
     _write_tensors(folder / WEIGHTS, weights, {"format": "pt"})  # older transformers want the metadata
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private; a server under another user could not read it
     _write_json(folder / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
@@ -143,7 +143,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # a full disk, mostly
-        raise InputError(f"{path.parent.parent}: not saved ({error})") from None
+        raise InputError(f"{path.parent.parent}: a model was not saved there ({error})") from None
 
 
 def _write_json(path: Path, data: dict) -> None:

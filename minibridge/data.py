@@ -23,6 +23,9 @@ from minibridge.config import InputError, read_jsonl
 from minibridge.tokenizer import Tokenizer
 
 
+COPIED = {"id": (str, int), "task": (str, int), "num_ops": (int,)}  # into every line written about a prompt
+
+
 @dataclass(frozen=True)
 class Example:
     """One row to train on: `mask[t]` is 1 where token t is to be learned; both of the same length."""
@@ -71,9 +74,13 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int) -> lis
         messages = _messages(record, "prompt", ("user",), where)
         if not isinstance(record.get("answer"), str):
             raise InputError(f"{where}: field 'answer' must be a string")
+        for field, kinds in COPIED.items():
+            if record.get(field) is not None and type(record[field]) not in kinds:
+                raise InputError(f"{where}: field {field!r} must be a {' or '.join(kind.__name__ for kind in kinds)}")
         ids = tokenizer.encode_prompt(messages)
         if len(ids) > max_prompt:
-            raise InputError(f"{where}: a prompt of {len(ids)} tokens, more than the {max_prompt} allowed")
+            raise InputError(f"{where}: a prompt of {len(ids)} tokens, more than the {max_prompt} that max_prompt, or "
+                             f"max_new_tokens and the model's positions, allow")
         prompts.append(Prompt(ids, record["answer"], record))
     return prompts
 
@@ -83,10 +90,6 @@ def _records(path: str | Path) -> list[tuple[str, dict]]:
     records = [(f"{path}:{number}", record) for number, record in enumerate(read_jsonl(path), start=1)]
     if not records:
         raise InputError(f"{path}: no lines in it")
-    for where, record in records:
-        for field, kind in (("id", str), ("task", str), ("num_ops", int)):  # copied into every line written about it
-            if record.get(field) is not None and type(record[field]) is not kind:
-                raise InputError(f"{where}: field {field!r} must be {'a string' if kind is str else 'a whole number'}")
     return records
 
 

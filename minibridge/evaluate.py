@@ -31,7 +31,7 @@ class Config:
     rescore: str | None = option(None, "JSONL file of saved answers, instead of a model")
     samples: int = option(1, "answers for each prompt", least=1)
     temperature: float = option(0.0, "0: greedy", least=0)
-    max_prompt: int = option(1024, "longest prompt, in tokens")
+    max_prompt: int = option(1024, "longest prompt, in tokens", least=1)
     max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
     rows: int = option(256, "answers decoded at the same time", least=1)
     seed: int = option(0, "seed of sampling", least=0)

@@ -21,7 +21,6 @@ from minibridge.config import InputError
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
-LARGEST = 2**31
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -52,9 +51,9 @@ class ModelConfig:
         numbers |= {name: self.rope_scaling.get(name) for name in LLAMA3_SCALING} if self.rope_scaling else {}
         for name, value in numbers.items():
             kinds = (int,) if name in SIZES else (int, float)
-            if type(value) not in kinds or not 0 < value < LARGEST:  # no NaN, no infinity
-                kind = "integer" if name in SIZES else "number"
-                raise InputError(f"{name} must be a positive {kind} below 2**31, not {str(value)[:40]}")
+            if type(value) not in kinds or not 0 < value < (2**31 if name in SIZES else 1e30):  # no NaN, no infinity
+                kind = "integer below 2**31" if name in SIZES else "number"
+                raise InputError(f"{name} must be a positive {kind}, not {str(value)[:40]}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -116,7 +115,7 @@ def _rope_from_hf(data: dict) -> dict:
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise InputError(f"rope_scaling must be an object, not {rope!r}")
-    kind = rope.get("rope_type", rope.get("type")) if rope.keys() - {"rope_theta"} else "default"
+    kind = rope.get("rope_type", rope.get("type")) if rope.keys() - {"rope_theta", "partial_rotary_factor"} else "default"
     if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"rope scaling {rope!r} is not supported, only 'llama3'")
     scaling = {name: rope.get(name) for name in LLAMA3_SCALING} if kind == "llama3" else None

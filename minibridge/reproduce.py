@@ -1,7 +1,7 @@
 """The paper's comparison from an empty folder to its table, at toy scale.
 
     python -m minibridge.reproduce toy      problems -> SFT (vanilla, BRIDGE) -> GRPO -> accuracy before and after
-    python -m minibridge.reproduce base     makes the toy base model anew, into --out (an hour of two cores); it
+    python -m minibridge.reproduce base     makes the toy base model anew, into --out (40 minutes of two cores); it
                                             comes with the package, in minibridge/toy_base
 
 What is shrunk: five operations where the paper has fifteen to twenty, no quantity that is not needed, four small
@@ -30,14 +30,15 @@ import train_sft
 from minibridge import checkpoint, evaluate, igsm, traces
 from minibridge.config import Run, option, read_jsonl, run_main, same_settings, write_jsonl
 from minibridge.model import Decoder, ModelConfig
-from minibridge.optim import open_model
+from minibridge.optim import open_model, prompt_limit
 from minibridge.tokenizer import Tokenizer, train_toy
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 ARMS = ("vanilla", "bridge")
 SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems, those of the base too
-TESTS = {"id": (5, 5), "ood": (6, 6)}  # op counts of the two test sets
+TESTS = ("id", "ood")
 DECODINGS = ("greedy", "sampled")
+SFT_BATCH, MAX_PROMPT = 32, 400  # rows of an SFT step; tokens of a prompt
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class Toy:
     out: str = option("runs/toy", "run folder")
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
     seed: int = option(0, "seed of problems, training and sampling", least=0)
-    ops: tuple[int, int] = option((5, 5), "operations of the SFT and RL problems")
-    sft_rows: int = option(1200, "SFT examples of each arm", least=1)
-    sft_epochs: float = option(2.0, "passes over them", most=1e6)
+    ops: tuple[int, int] = option((5, 5), "operations of the SFT, RL and in-distribution test problems")
+    ood_ops: tuple[int, int] = option((6, 6), "operations of the out-of-distribution test problems")
+    sft_rows: int = option(1200, "SFT examples of each arm", least=SFT_BATCH)
+    sft_epochs: float = option(2.0, "passes over them", least=1, most=1e6)
     sft_learning_rate: float = option(1e-3, "peak, then a cosine", least=0)
     rl_steps: int = option(40, "rollout batches", least=1)
     rl_prompts: int = option(16, "prompts of a rollout batch", least=1)
@@ -65,7 +67,8 @@ class Toy:
 def main_toy(config: Toy):
     out = Path(config.out)
     same_settings(out, config, but=("out",))
-    open_model(config.base, torch.device("cpu"), "auto")  # a broken folder is an error now, not after the problems
+    base, _ = open_model(config.base, torch.device("cpu"), "auto")  # what cannot work is an error now
+    prompt_limit(base, MAX_PROMPT, config.max_new_tokens)
     run = Run(out, config)  # before any file of this seed, so that another seed's cannot join them
     make_data(config, out)
     for arm in ARMS:
@@ -75,7 +78,7 @@ def main_toy(config: Toy):
             train_rl.main(rl_config(config, out, arm))
         for stage in ("sft", "rl"):
             answer_tests(config, out, f"{stage}_{arm}")
-    text = results_table(out)
+    text = results_table(config, out)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     write_curves(out)
     run.finish()
@@ -92,7 +95,8 @@ def make_data(config: Toy, out: Path):
     """Both arms get the same SFT problems. No answer is more frequent than 5%, so that none is a shortcut."""
     sets = [("sft", config.ops, config.sft_rows, {f"sft_{arm}": gen_data.ARMS[arm] for arm in ARMS}),
             ("rl", config.ops, config.rl_steps * config.rl_prompts, {"rl": None})]
-    sets += [("test", ops, config.test_problems, {f"test_{name}": None}) for name, ops in TESTS.items()]
+    sets += [("test", ops, config.test_problems, {f"test_{name}": None})
+             for name, ops in zip(TESTS, (config.ops, config.ood_ops))]
     for split, ops, rows, files in sets:
         if all((out / f"{name}.jsonl").exists() for name in files):
             continue
@@ -106,7 +110,7 @@ def make_data(config: Toy, out: Path):
 def sft_config(config: Toy, out: Path, arm: str) -> train_sft.Config:
     return train_sft.Config(
         model=config.base, data=str(out / f"sft_{arm}.jsonl"), out=str(out / f"sft_{arm}"), epochs=config.sft_epochs,
-        batch_size=32, micro_tokens=8192, learning_rate=config.sft_learning_rate, schedule="cosine", warmup=10,
+        batch_size=SFT_BATCH, micro_tokens=8192, learning_rate=config.sft_learning_rate, schedule="cosine", warmup=10,
         max_length=1024, save_every=25, log_every=25, resume=True, seed=config.seed, device="cpu")
 
 
@@ -114,7 +118,7 @@ def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
     return train_rl.Config(
         model=str(out / f"sft_{arm}" / "model"), data=str(out / "rl.jsonl"), out=str(out / f"rl_{arm}"),
         steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=5, schedule="cosine",
-        learning_rate=config.rl_learning_rate, kl_coef=0.0, entropy_coef=0.0, max_prompt=400,
+        learning_rate=config.rl_learning_rate, kl_coef=0.0, entropy_coef=0.0, max_prompt=MAX_PROMPT,
         max_new_tokens=config.max_new_tokens, rows=128, micro_tokens=8192, save_every=10, resume=True,
         seed=config.seed, device="cpu")
 
@@ -130,13 +134,14 @@ def answer_tests(config: Toy, out: Path, name: str):
                 rows=400, device="cpu", **settings[decoding])))
 
 
-def results_table(out: Path) -> str:
+def results_table(config: Toy, out: Path) -> str:
     """The table of the paper: accuracy in % before and after RL, and the gain with its 95% interval, from paired
     differences over problems (one seed: the spread over seeds is not in it). The paper's is the greedy accuracy; RL raises
     the expected accuracy of sampled answers, so that stands beside it."""
     lines = ["| arm | test | answers | after SFT | after RL | RL gain | 95% interval | answer not 0, gain | tokens |",
              "|---|---|---|---|---|---|---|---|---|"]
-    for which, (ops, _) in TESTS.items():
+    for which, (low, high) in zip(TESTS, (config.ops, config.ood_ops)):
+        ops = f"{which}, {low} ops" if low == high else f"{which}, {low}-{high} ops"
         for decoding, arm in itertools.product(DECODINGS, ARMS):
             paths = [str(out / f"{stage}_{arm}_{which}_{decoding}.jsonl") for stage in ("sft", "rl")]
             before, after = map(evaluate.rescore, paths)
@@ -144,11 +149,11 @@ def results_table(out: Path) -> str:
             nonzero = paired_gain(*([p for p in tested if p.answer != "0"] for tested in (before, after)))[0]
             lengths = [sum(len(line["ids"]) for line in rows) / len(rows) for rows in map(read_jsonl, paths)]
             share = evaluate.accuracy(before), evaluate.accuracy(after)
-            lines.append(f"| {arm} | {which}, {ops} ops | {decoding} | {share[0]:.1%} | {share[1]:.1%} "
+            lines.append(f"| {arm} | {ops} | {decoding} | {share[0]:.1%} | {share[1]:.1%} "
                          f"| {gain:+.1%} | {gain - reach:+.1%} to {gain + reach:+.1%} | {nonzero:+.1%} "
                          f"| {lengths[0]:.0f} -> {lengths[1]:.0f} |")
         constant, luck = evaluate.best_constant(before)
-        lines.append(f"| always {constant} | {which}, {ops} ops | | {luck:.1%} | | | | | |")
+        lines.append(f"| always {constant} | {ops} | | {luck:.1%} | | | | | |")
     return "\n".join(lines)
 
 

@@ -33,7 +33,8 @@ PIECES = (
 )
 
 
-PROBE = "<think>\n- Let k be 7 * (8 - 5) = 21.\n"  # a text that every tokenizer must keep whole
+# A text that every tokenizer must keep whole. One whose tags are special tokens would lose them in decoding.
+PROBE = "<think>\n- Let k be Mill's Pot. k = 7 * (8 - 5) = 21.\n</think>\n<answer>\nThe answer is \\boxed{21}.\n</answer>"
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ class Tokenizer:
         tokenizer.no_padding()
         for name, chat in CHATS.items():
             if all(_is_token(tokenizer, token) for token in (chat.marker, chat.end_of_turn)):
-                if tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids) != PROBE:
-                    raise InputError(f"{path}: decoding the ids of a text does not give the text back")
+                back = tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids)
+                if back != PROBE:
+                    raise InputError(f"{path}: {PROBE!r} comes back from its ids as {back!r}")
                 return cls(tokenizer, name)
         raise InputError(f"{path}: unknown chat format (no <|im_start|> and no <|start_header_id|> in it)")
 

@@ -2,6 +2,7 @@
 
     question(problem, rng)            the conditions in random order, then what is asked
     answer(problem, rng, behaviors)   a solution in the layout of `answer.py`, one "- " line per step
+    equations(problem)                a solution in bare equations, for the toy's base model
 
 The behaviors of the paper (arXiv 2505.18917, section 4), written once over `Problem`:
     reflection  exploration: with probability p try a node out of turn; if a parent is still unknown, notice, go back
@@ -9,7 +10,7 @@ The behaviors of the paper (arXiv 2505.18917, section 4), written once over `Pro
     subgoal     exploitation: reduce a formula one operation at a time
 The answer is made in two hops: `plan` decides which node is tried when, `answer` puts each attempt into words.
 Three random streams are split off the one given (wording, reflection, analysis), so that two arms of one seed
-use the same letters for the same nodes.
+use the same letters (if any) for the same nodes.
 """
 import random
 import string

@@ -101,6 +101,18 @@ def test_bad_answer_is_named_by_line(tokenizer, write, answer):
         load_prompts(write(RL, RL | {"answer": answer}), tokenizer, 500)
 
 
+@pytest.mark.parametrize("change, fine", [
+    ({"id": 7}, True), ({"id": None}, True), ({"id": [["deep"]]}, False), ({"task": {}}, False),
+    ({"num_ops": 5}, True), ({"num_ops": "5"}, False), ({"num_ops": True}, False)])
+def test_what_is_copied_into_results_must_be_plain(tokenizer, write, change, fine):
+    path = write(RL, RL | change)
+    if fine:
+        assert load_prompts(path, tokenizer, 500)[1].record == RL | change
+    else:
+        with pytest.raises(InputError, match=f"rows.jsonl:2: field '{next(iter(change))}'"):
+            load_prompts(path, tokenizer, 500)
+
+
 def test_missing_opening_is_named_by_line(tokenizer, write):
     bare = {"messages": [USER, {"role": "assistant", "content": "7"}]}
     with pytest.raises(InputError, match="rows.jsonl:2: .*<think>"):

@@ -159,7 +159,7 @@ def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     ("--model {model} --data {rl} --out {out} --samples 2", "--temperature"),
     ("--model {model} --data {rl} --out {out} --samples 0", "samples: must be at least 1"),
     ("--model {model} --data {rl} --out {out} --max-new-tokens 8 --max-prompt 20", "{rl}:1: a prompt of"),
-    ("--model {model} --data {rl} --out {out} --max-new-tokens 1000", "{rl}:1: a prompt of"),
+    ("--model {model} --data {rl} --out {out} --max-new-tokens 1000", "more than the 24 that max_prompt, or"),
     ("--model {model} --data {rl} --out {out} --temperature 1e-40", "temperature: 1e-40 is too small"),
     ("--rescore {rl} --samples 2", "rescore: no other option"),
     ("--model {model}/no --data {rl} --out {out}", "{model}/no: no such folder"),

@@ -313,6 +313,7 @@ def test_old_and_new_rope_fields_are_read_alike():
     (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
     (dict(vocab_size=10**12), "vocab_size must be a positive integer below 2**31"),
     (dict(rope_theta=float("nan")), "rope_theta"),
+    (dict(rms_norm_eps=float("inf")), "rms_norm_eps"),
     (dict(rope_scaling=dict(factor=8.0)), "rope scaling"),
     (dict(tie_word_embeddings="false"), "tie_word_embeddings must be true or false, not 'false'"),
     (dict(quantization_config=dict(bits=4)), "quantized"),

@@ -66,6 +66,14 @@ def test_other_settings_are_refused_by_name(finished):
     assert json.loads((out / "run.json").read_text())["config"]["seed"] == 0
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"max_new_tokens": 1024}, "max_new_tokens: 1024 leave no room"), ({"base": "no/such"}, "no/such: no such folder")])
+def test_what_cannot_work_is_refused_before_any_file(finished, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        reproduce.main_toy(dataclasses.replace(finished[0], out=str(tmp_path / "run"), **change))
+    assert not (tmp_path / "run").exists()
+
+
 def test_paired_gain_by_hand():
     """Changes +1, 0, 0, -1, +1: mean 1/5, variance (0.64 + 0.04 + 0.04 + 1.44 + 0.64) / 4 = 0.7. Twice the same answer to
     a problem, or one of two right before and after, changes nothing."""
@@ -84,4 +92,4 @@ def test_the_shipped_base_is_small_and_opens():
     files = [path for path in reproduce.TOY_BASE.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     model = load(reproduce.TOY_BASE)
-    assert model.config.max_position_embeddings >= 900  # the longest prompt and answer of the comparison
+    assert model.config.max_position_embeddings >= reproduce.MAX_PROMPT + reproduce.Toy().max_new_tokens

@@ -1,5 +1,7 @@
 """Tokenizer: the boundary between prompt and completion, the mask, the chat formats, files."""
 
+import json
+
 import pytest
 import tokenizers
 
@@ -164,6 +166,26 @@ def test_broken_file(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_tags_that_decoding_would_drop_are_refused(tokenizer, tmp_path):
+    """As special tokens they would vanish from every decoded answer, and none would be well formed."""
+    tokenizer.save(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_special_tokens(["</think>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="tokenizer.json.*comes back"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_marker_that_falls_into_pieces_is_no_chat_format(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != tokenizer.chat.marker]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert tokenizer.chat.marker in data["model"]["vocab"]
+    with pytest.raises(InputError, match="chat format"):
         Tokenizer.load(tmp_path)
 
 

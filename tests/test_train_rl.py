@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train_rl
 from conftest import make_model, metrics, weights, without_times
@@ -346,6 +347,15 @@ def test_interrupted_run_leaves_a_good_checkpoint(toy, guesser, whole, tmp_path,
     assert same_run(tmp_path, whole)
 
 
+def test_a_checkpoint_of_sft_is_refused(toy, guesser, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    path = out / "checkpoints" / "step_2" / checkpoint.TRAINING_TENSORS
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith("state/")}, path)
+    assert long(toy, guesser, out, "--resume") == 2
+    assert "step_2: not a checkpoint of train_rl.py" in capsys.readouterr().err
+
+
 def test_a_folder_with_checkpoints_is_not_begun_again(toy, guesser, whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -381,7 +391,7 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path
     ("--updates 0", "updates: must be at least 1"),
     ("--prompts 9", "prompts: 9 of a batch, but {rl} has only 8 rows"),
     ("--prompts 0", "prompts: must be at least 1"),
-    ("--max-new-tokens 1000", "{rl}:1: a prompt of"),
+    ("--max-new-tokens 1000", "more than the 24 that max_prompt, or max_new_tokens and"),
     ("--max-new-tokens 1024", "max_new_tokens: 1024 leave no room for a prompt"),
     ("--kl-threshold -1", "kl_threshold: must be at least 0"),
     ("--clip-low 1.5", "clip_low: must be at most 1"),

@@ -196,9 +196,38 @@ def test_interrupted_run_is_resumed_bit_for_bit(toy, whole, tmp_path, monkeypatc
     assert without_times(metrics(tmp_path)) == without_times(metrics(whole))
 
 
-def test_resume_without_a_checkpoint_starts_at_the_beginning(toy, whole, tmp_path):
-    assert train(toy, tmp_path, SETTINGS, "--resume") == 0
-    assert weights(tmp_path / "model") == weights(whole / "model")
+def test_resume_without_a_checkpoint_starts_at_the_beginning(toy, whole, tmp_path, capsys):
+    assert train(toy, tmp_path / "new", SETTINGS, "--resume") == 0
+    assert weights(tmp_path / "new" / "model") == weights(whole / "model")
+    assert "begins anew" not in capsys.readouterr().out  # nothing was there to go on from
+    died = tmp_path / "died"
+    died.mkdir()
+    shutil.copy(whole / "run.json", died)
+    assert train(toy, died, SETTINGS, "--resume") == 0
+    assert f"{died}: no checkpoint yet, so the run begins anew" in capsys.readouterr().out
+    assert weights(died / "model") == weights(whole / "model")
+
+
+def test_checkpoints_without_the_record_of_their_run_are_refused(toy, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "run.json").unlink()
+    assert train(toy, out, SETTINGS, "--resume --seed 7") == 2
+    assert f"{out}: holds checkpoints, but no run.json" in capsys.readouterr().err
+
+
+def test_validation_row_that_fits_no_micro_batch_is_found_before_training(toy, tmp_path, capsys):
+    """Found at the last step, it would cost the whole run."""
+    rows = sorted(read_jsonl(toy.sft), key=lambda row: len(str(row["messages"])))
+    write_jsonl(tmp_path / "short.jsonl", rows[:6])
+    write_jsonl(tmp_path / "long.jsonl", rows[-1:])
+    longest, shortest = (max(len(example.ids) for example in load_sft(tmp_path / name, toy.tokenizer, 1024))
+                         for name in ("long.jsonl", "short.jsonl"))
+    assert shortest < longest
+    assert train(toy, tmp_path / "run", f"--val {tmp_path / 'long.jsonl'} --micro-tokens {longest - 1}",
+                 data=tmp_path / "short.jsonl") == 2
+    assert f"micro_tokens: a row of {longest} tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_folder_with_checkpoints_is_not_begun_again(toy, whole, tmp_path, capsys):
