@@ -36,7 +36,7 @@ from minibridge.tokenizer import Tokenizer, train_toy
 TOY_BASE = Path(__file__).parent / "toy_base"
 ARMS = ("vanilla", "bridge")
 SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems, those of the base too
-TESTS = ("id", "ood")
+TESTS = {"id": "ops", "ood": "ood_ops"}  # the test sets, and the settings that hold their op ranges
 DECODINGS = ("greedy", "sampled")
 SFT_BATCH, MAX_PROMPT = 32, 400  # rows of an SFT step; tokens of a prompt
 
@@ -95,8 +95,7 @@ def make_data(config: Toy, out: Path):
     """Both arms get the same SFT problems. No answer is more frequent than 5%, so that none is a shortcut."""
     sets = [("sft", config.ops, config.sft_rows, {f"sft_{arm}": gen_data.ARMS[arm] for arm in ARMS}),
             ("rl", config.ops, config.rl_steps * config.rl_prompts, {"rl": None})]
-    sets += [("test", ops, config.test_problems, {f"test_{name}": None})
-             for name, ops in zip(TESTS, (config.ops, config.ood_ops))]
+    sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": None}) for name, ops in TESTS.items()]
     for split, ops, rows, files in sets:
         if all((out / f"{name}.jsonl").exists() for name in files):
             continue
@@ -140,7 +139,8 @@ def results_table(config: Toy, out: Path) -> str:
     the expected accuracy of sampled answers, so that stands beside it."""
     lines = ["| arm | test | answers | after SFT | after RL | RL gain | 95% interval | answer not 0, gain | tokens |",
              "|---|---|---|---|---|---|---|---|---|"]
-    for which, (low, high) in zip(TESTS, (config.ops, config.ood_ops)):
+    for which, setting in TESTS.items():
+        low, high = getattr(config, setting)
         ops = f"{which}, {low} ops" if low == high else f"{which}, {low}-{high} ops"
         for decoding, arm in itertools.product(DECODINGS, ARMS):
             paths = [str(out / f"{stage}_{arm}_{which}_{decoding}.jsonl") for stage in ("sft", "rl")]
