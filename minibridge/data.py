@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minibridge.answer import check_scoring
 from minibridge.config import InputError, read_jsonl
 from minibridge.tokenizer import Tokenizer
 
@@ -38,6 +39,11 @@ class Prompt:
     ids: list[int]
     answer: str
     record: dict
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error up to which an answer counts as right; 0: it must be the very text."""
+        return self.record.get("tolerance", 0.0)
 
 
 def load_sft(
@@ -69,8 +75,7 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int) -> lis
     prompts = []
     for where, record in _records(path):
         messages = _messages(record, "prompt", ("user",), where)
-        if not isinstance(record.get("answer"), str):
-            raise InputError(f"{where}: field 'answer' must be a string")
+        check_scoring(record, where)
         ids = tokenizer.encode_prompt(messages)
         if len(ids) > max_prompt:
             raise InputError(f"{where}: a prompt of {len(ids)} tokens, more than the {max_prompt} allowed")
