@@ -15,7 +15,7 @@ import hashlib
 import json
 import operator
 import random
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property
@@ -63,6 +63,16 @@ def evaluate(expr: Expr, values: dict[str, Number], finish: Callable[[Number], N
 def leaves(expr: Expr) -> list[Number | str]:
     """Constants and node keys of an expression, left to right, repeats included."""
     return [leaf for arg in expr[1:] for leaf in leaves(arg)] if isinstance(expr, tuple) else [expr]
+
+
+def topological_order(parents: Mapping[str, Sequence[str]], rng: random.Random) -> tuple[str, ...]:
+    """A random order of the keys in which every key comes after its parents, all of them keys too; there is no cycle."""
+    solved, waiting = {}, list(parents)  # a dict keeps the order and finds its keys quickly
+    while waiting:
+        key = rng.choice([key for key in waiting if all(parent in solved for parent in parents[key])])
+        waiting.remove(key)
+        solved[key] = True
+    return tuple(solved)
 
 
 @dataclass(frozen=True)
@@ -166,15 +176,10 @@ class Problem:
         """The parents of a node that are not solved yet; the node is locked while there are any."""
         return [parent for parent in self.nodes[key].parents if parent not in solved]
 
-    def topological_order(self, rng: random.Random, keys: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    def topological_order(self, rng: random.Random, keys: Sequence[str] | None = None) -> tuple[str, ...]:
         """Another solving order of the necessary nodes, or of `keys`: Kahn's algorithm, a random ready node at each
         turn. (Every order has positive probability, but they are not equally likely.)"""
-        solved, waiting = {}, list(keys or self.order)  # a dict keeps the order and finds its keys quickly
-        while waiting:
-            key = rng.choice([key for key in waiting if not self.missing(key, solved)])
-            waiting.remove(key)
-            solved[key] = True
-        return tuple(solved)
+        return topological_order({key: self.nodes[key].parents for key in keys or self.order}, rng)
 
     @cached_property
     def id(self) -> str:
