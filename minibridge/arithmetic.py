@@ -14,7 +14,7 @@ import itertools
 import random
 
 from minibridge.config import InputError
-from minibridge.dag import UNARY, Expr, Node, Number, Problem, evaluate, leaves, topological_order
+from minibridge.dag import UNARY, Expr, Node, Number, Problem, evaluate, topological_order
 
 VARIANTS = {"6op": ("+", "-", "*", "/", "sqrt", "square"), "int": ("+", "-", "*")}
 TOLERANCE = 1e-4  # of the score, and the most that rounding may move the answer

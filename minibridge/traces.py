@@ -66,7 +66,8 @@ class Behaviors:
             raise InputError(f"reflection: {self.reflection} is not a probability")
 
     def __str__(self) -> str:
-        return f"subgoal={int(self.subgoal)} analysis={self.analysis} reflection={self.reflection:g}" + " strict=1" * self.strict
+        text = f"subgoal={int(self.subgoal)} analysis={self.analysis} reflection={self.reflection:g}"
+        return text + " strict=1" if self.strict else text
 
 
 VANILLA = Behaviors()
@@ -104,9 +105,8 @@ def condition(node: Node, nodes: dict[str, Node]) -> str:
 
 
 def closing_question(problem: Problem) -> str:
-    target = problem.nodes[problem.target]
-    asked = f"How many {target.item} does each {target.owner} have?" if target.item else f"What is the value of {target.owner}?"
-    return problem.ask or asked
+    owner, item = problem.nodes[problem.target].owner, problem.nodes[problem.target].item
+    return problem.ask or (f"How many {item} does each {owner} have?" if item else f"What is the value of {owner}?")
 
 
 def phrase(node: Node) -> str:
@@ -175,7 +175,8 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0, strict: 
 # --- the answer ----------------------------------------------------------------------------------------------
 
 
-def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA, letters: str = string.ascii_letters) -> str:
+def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA,
+           letters: str = string.ascii_letters) -> str:
     """A worked answer; every node gets one of `letters`. Raises InputError when there are more nodes than letters."""
     wording, reflecting, analysing = (random.Random(rng.getrandbits(64)) for _ in range(3))
     names = _names(problem, wording, letters)
@@ -214,10 +215,11 @@ def _introduce(problem: Problem, key: str, letter: str, wording: random.Random, 
     """The words before a formula: which node, and the letter it gets or already has; of a node that is its own symbol,
     only which."""
     node = problem.nodes[key]
+    stated = STATED[1:] if node.text else STATED  # a name of the user's may be a plural: "the pupils is 27"
     if problem.symbolic:
-        templates = (wording.choice(STATED if isinstance(node.expr, Number) else SELECT),)
+        templates = (wording.choice(stated if isinstance(node.expr, Number) else SELECT),)
     elif isinstance(node.expr, Number):
-        templates = (wording.choice(STATED), wording.choice(NAME))
+        templates = (wording.choice(stated), wording.choice(NAME))
     elif again:
         templates = (wording.choice(SELECT), wording.choice(REMIND))
     elif wording.random() < 0.5:

@@ -56,8 +56,7 @@ def written(row):
 
 def test_arms_hold_the_same_problems_in_other_words(make):
     arms = {arm: make("--arm", arm, "--count", "25") for arm in ("vanilla", "bridge")}
-    arms["custom"] = make("--arm", "custom", "--subgoal", "--analysis", "4", "--reflection", "0.3",
-                          "--count", "25")
+    arms["custom"] = make("--arm", "bridge", "--analysis", "4", "--reflection", "0.3", "--count", "25")
     for vanilla, bridge, custom in zip(*arms.values(), strict=True):
         for key in ("answer", "task", "num_ops", "id", "problem"):
             assert vanilla[key] == bridge[key] == custom[key]
@@ -212,7 +211,8 @@ def test_summary_on_the_console(tmp_path, capsys):
     rows, text = read_jsonl(out), capsys.readouterr().out
     assert rows[0]["prompt"][1]["content"] in text and text.endswith(f"{out}: 40 rows\n")
     answer, times = Counter(row["answer"] for row in rows).most_common(1)[0]
-    assert f"commonest answer: {answer}, {times / 40:.1%} of the rows" in text
+    zeros = sum(row["answer"] == "0" for row in rows)
+    assert f"commonest answer: {answer}, {times / 40:.1%} of the rows; answer 0: {zeros / 40:.1%}\n" in text
     assert all(f"{ops}: {count}" in text for ops, count in Counter(row["num_ops"] for row in rows).items())
 
 
@@ -231,8 +231,8 @@ def test_summary_on_the_console(tmp_path, capsys):
     (["--split", "train"], "split"),
     (["--arm", "gold"], "arm"),
     (["--scale", "huge"], "scale"),
-    (["--arm", "custom", "--analysis", "5"], "analysis"),
-    (["--arm", "custom", "--reflection", "1.1"], "reflection"),
+    (["--arm", "bridge", "--analysis", "5"], "analysis"),
+    (["--arm", "reflection", "--reflection", "1.1"], "reflection"),
 ])
 def test_wrong_arguments_end_in_one_line(fails, argv, named):
     assert named in fails(*argv)
