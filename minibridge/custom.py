@@ -13,7 +13,7 @@ statement  the sentence that tells it; left out where the reader has to infer th
            the file, and then `ask` are the question
 target     the name of the quantity asked for. Nodes it does not need are redundant premises
 
-Every operation is rounded to four decimals, half up (see `dag`): with thirds, prefer `total * 2 / 3` to a node for one
+Every operation is rounded to four decimals (see `dag`): with thirds, prefer `total * 2 / 3` to a node for one
 third. A problem with a division or a decimal number is scored with a relative tolerance of 1e-4, any other exactly.
 docs/own_problems.jsonl is an example.
 """

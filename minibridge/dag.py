@@ -6,7 +6,7 @@ An expression is one of
     (op, arg, arg, ...)     op in + - * /, applied from left to right, or sqrt, square; arguments are expressions
 so that it prints, hashes and serialises as it stands. A node's parents are the nodes its expression names.
 
-Whole numbers stay exact. Whatever is not whole is rounded to four decimals, half up, after every single operation:
+Whole numbers stay exact. Whatever is not whole is rounded to four decimals, halves away from zero, after every operation:
 what an answer prints is what it goes on computing with, so its steps can be checked from the text alone.
 
 The graph knows nothing of text: sentences and worked answers are made from it in `traces`.
@@ -32,7 +32,7 @@ PLACES = Decimal("0.0001")
 
 
 def rounded(number: Number) -> Number:
-    """To four decimals, half up; an int where nothing is left behind the point."""
+    """To four decimals, halves away from zero; an int where nothing is left behind the point."""
     if isinstance(number, int):
         return number
     number = number.quantize(PLACES, ROUND_HALF_UP)
