@@ -12,6 +12,7 @@ the benchmark.
 """
 import itertools
 import random
+from collections.abc import Iterable
 
 from minibridge.config import InputError
 from minibridge.dag import UNARY, Expr, Node, Number, Problem, evaluate, topological_order
@@ -40,28 +41,31 @@ def draw(rng: random.Random, depth: int = 5, redundant: tuple[int, int] = (0, 8)
         raise InputError(f"depth: must be at least 2, not {depth}")
     for _ in range(MAX_DRAWS):
         problem = attempt(rng, depth, redundant, variant, links)
-        if problem is not None and LEAST <= problem.answer < BELOW and problem.drift <= TOLERANCE \
-                and all(abs(value) < LARGEST for value in problem.values.values()):
+        if problem is not None:
             return problem
     raise InputError(f"depth: no problem of {depth} levels in {MAX_DRAWS} draws")
 
 
 def attempt(rng: random.Random, depth: int, redundant: tuple[int, int], variant: str, links: int) -> Problem | None:
-    """One draw, before any filter; None where a value cannot be computed."""
+    """One draw; None where a value cannot be computed or a filter rejects it (the redundant trees are too small to)."""
     numbers = itertools.count()
     try:
         needed = _link(rng, _grow(rng, numbers, VARIANTS[variant], depth), links)
-        others = [_grow(rng, numbers, VARIANTS[variant], 2) for _ in range(rng.randint(*redundant))]
-        tree = {key: vertex for part in (needed, *others) for key, vertex in part.items()}
-        names = dict(zip(tree, rng.sample(NAMES, len(tree))))
-        nodes = [Node(names[key], "", _expression(vertex, names)) for key, vertex in tree.items()]
-        order = topological_order({node.key: node.parents for node in nodes[:len(needed)]}, rng)
-        ops = sum(max(1, len(vertex) - 2) for vertex in needed.values() if isinstance(vertex, tuple))
-        task, tolerance = ("arithmetic-int", 0.0) if variant == "int" else ("arithmetic", TOLERANCE)
-        return Problem(task, {node.key: node for node in nodes}, order,
-                       tuple(node.key for node in nodes[len(needed):]), ops, tolerance)
-    except (InputError, ArithmeticError):
+        order = topological_order({key: _children(vertex) for key, vertex in needed.items()}, rng)
+        values = _values(needed, order)
+    except ArithmeticError:
         return None
+    if not LEAST <= values[order[-1]] < BELOW or max(map(abs, values.values())) >= LARGEST:
+        return None
+    others = [_grow(rng, numbers, VARIANTS[variant], 2) for _ in range(rng.randint(*redundant))]
+    tree = {key: vertex for part in (needed, *others) for key, vertex in part.items()}
+    names = dict(zip(tree, rng.sample(NAMES, len(tree))))
+    nodes = [Node(names[key], "", _expression(vertex, names)) for key, vertex in tree.items()]
+    ops = sum(max(1, len(_children(vertex)) - 1) for vertex in needed.values() if isinstance(vertex, tuple))
+    task, tolerance = ("arithmetic-int", 0.0) if variant == "int" else ("arithmetic", TOLERANCE)
+    problem = Problem(task, {node.key: node for node in nodes}, tuple(names[key] for key in order),
+                      tuple(node.key for node in nodes[len(needed):]), ops, tolerance)
+    return problem if problem.drift <= TOLERANCE else None
 
 
 def _grow(rng: random.Random, numbers: itertools.count, operations: tuple[str, ...], depth: int) -> Tree:
@@ -72,7 +76,7 @@ def _grow(rng: random.Random, numbers: itertools.count, operations: tuple[str, .
     tree, children = {}, []
     for place in range(1 if op in UNARY else 2):
         child = _grow(rng, numbers, operations, depth - 1)
-        while not _allowed(op, place, list(_values(child).values())[-1]):
+        while op in ("/", "sqrt") and not _allowed(op, place, list(_values(child, child).values())[-1]):
             child = _grow(rng, numbers, operations, depth - 1)
         tree |= child
         children.append(list(child)[-1])
@@ -87,7 +91,7 @@ def _allowed(op: str, place: int, value: Number) -> bool:
 def _link(rng: random.Random, tree: Tree, links: int) -> Tree:
     """Each operation but roots and squares takes one more child, `links` times: the first of a random order of all nodes
     that closes no cycle and, by its value before any link, is a possible divisor where it has to be one."""
-    values, tree = _values(tree), dict(tree)
+    values, tree = _values(tree, tree), dict(tree)
     for key, vertex in tree.items():
         if isinstance(vertex, tuple) and vertex[0] not in UNARY:
             child = next((other for other in rng.sample(list(tree), len(tree)) if key not in _below(tree, other)
@@ -104,15 +108,19 @@ def _below(tree: Tree, key: str) -> set[str]:
         current = waiting.pop()
         if current not in found:
             found.add(current)
-            waiting += tree[current][1:] if isinstance(tree[current], tuple) else ()
+            waiting += _children(tree[current])
     return found
 
 
-def _values(tree: Tree) -> dict[str, Number]:
-    """Of a fresh tree."""
+def _children(vertex: int | tuple) -> tuple[str, ...]:
+    return vertex[1:] if isinstance(vertex, tuple) else ()
+
+
+def _values(tree: Tree, order: Iterable[str]) -> dict[str, Number]:
+    """Of all nodes; `order` is one to compute them in."""
     values: dict[str, Number] = {}
-    for key, vertex in tree.items():
-        values[key] = evaluate(_expression(vertex), values)
+    for key in order:
+        values[key] = evaluate(_expression(tree[key]), values)
     return values
 
 

@@ -60,7 +60,7 @@ def test_bad_formulas(text):
 
 
 def test_long_formulas_are_refused_before_they_are_deep():
-    for text in ("(" * 10**6, "a + " * 10**5, "9" * 10**6):
+    for text in ("(" * 10**5, "a + " * 10**4, "9" * 10**5):
         with pytest.raises(InputError) as error:
             parse(text)
         assert len(str(error.value)) < 200
