@@ -47,7 +47,8 @@ def test_behaviors_of_an_arm(arguments, behaviors):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (("gold",), "'gold'"), (("",), "arm"), (("subgoal+subgoal",), "arm"), (("subgoal+",), "arm"), (("bridge+subgoal",), "arm"),
+    (("gold",), "'gold'"), (("",), "arm"), (("subgoal+subgoal",), "arm"), (("subgoal+",), "arm"),
+    (("bridge+subgoal",), "arm"),
     (("vanilla", 2), "analysis"), (("vanilla", None, .1), "reflection"), (("subgoal", 2), "analysis"),
     (("rc-aug", None, 0.0), "reflection"), (("vanilla", None, None, True), "strict"),
     (("subgoal+analysis", None, None, True), "strict"), (("prompts", 2), "analysis"), (("bridge", 7), "analysis"),

@@ -1,5 +1,6 @@
 """Problems from a file: formulas parsed, problems built and asked, every mistake named with its line and node."""
 
+import itertools
 import json
 import random
 from decimal import Decimal
@@ -43,7 +44,8 @@ def read(tmp_path):
     ("2 * Ann's apples", ("*", 2, "Ann's apples")),
     ("a+b*c-d", ("-", ("+", "a", ("*", "b", "c")), "d")),
     ("a - b - c", ("-", "a", "b", "c")), ("a - (b - c)", ("-", "a", ("-", "b", "c"))),
-    ("a / b / c", ("/", "a", "b", "c")), ("a / (b * c)", ("/", "a", ("*", "b", "c"))), ("a * b / c", ("/", ("*", "a", "b"), "c")),
+    ("a / b / c", ("/", "a", "b", "c")), ("a / (b * c)", ("/", "a", ("*", "b", "c"))),
+    ("a * b / c", ("/", ("*", "a", "b"), "c")),
     ("(a + b) * (c + 1)", ("*", ("+", "a", "b"), ("+", "c", 1))), ("a + b + c", ("+", "a", "b", "c")),
     ("((a))", "a"), ("a * -2", ("*", "a", -2)), ("a - -2", ("-", "a", -2)), ("3 pens", "3 pens"), ("10%", "10%"),
     ("__import__", "__import__"),
@@ -52,8 +54,9 @@ def test_parse(text, expr):
     assert parse(text) == expr
 
 
-@pytest.mark.parametrize("text", ["", "  ", "a +", "* a", "a + * b", "(a", "a)", "()", "a b (c)", "(a) b", "a - - b", "-a", "+1",
-                                  "a ** b", "a // b", "3 (4)", "1234567890", "0.12345", "-", "(" * 30 + "a", "a" + " + a" * 50])
+@pytest.mark.parametrize("text", [
+    "", "  ", "a +", "* a", "a + * b", "(a", "a)", "()", "a b (c)", "(a) b", "a - - b", "-a", "+1", "a ** b", "a // b",
+    "3 (4)", "1234567890", "0.12345", "-", "(" * 30 + "a", "a" + " + a" * 50])
 def test_bad_formulas(text):
     with pytest.raises(InputError, match="formula: "):
         parse(text)
@@ -125,7 +128,7 @@ def test_tolerance_where_something_may_be_rounded(read, formulas, tolerance):
 def test_letters_bound_the_size_unless_names_are_words(read):
     def chain(name, size):
         names = [name.format(i) for i in range(size)]
-        nodes = [node(names[0], "1", "It is 1.")] + [node(b, f"{a} + 1") for a, b in zip(names, names[1:])]
+        nodes = [node(names[0], "1", "It is 1.")] + [node(b, f"{a} + 1") for a, b in itertools.pairwise(names)]
         return {"nodes": nodes, "target": names[-1], "ask": "How many?"}
 
     assert read(chain("box {}", 52), chain("box{}", 300))[1].answer == 300
@@ -164,7 +167,8 @@ def nodes(*changed):
     (nodes(ANN, BEN, TOTAL, {"formula": "1"}), ["number 4", "name"]),
     (nodes(ANN, BEN, TOTAL, "x"), ["number 4", "object"]),
     (nodes(ANN, node("Ben's apples", "999999999 + 1", "So."), TOTAL), ["node \"Ben's apples\"", "1000000000"]),
-    (nodes(node("Ann's apples", "1 / 3", "So."), BEN, node("the total", "Ann's apples / 1000")), ["node 'the total'", "rounding"]),
+    (nodes(node("Ann's apples", "1 / 3", "So."), BEN, node("the total", "Ann's apples / 1000")),
+     ["node 'the total'", "rounding"]),
     (nodes(), ["target", "'the total'"]),
     (GOOD | {"target": "nobody"}, ["target", "'nobody'"]), (GOOD | {"target": 3}, ["'target'"]),
     (GOOD | {"ask": ""}, ["ask"]), (GOOD | {"ask": "a\nb"}, ["ask"]), (GOOD | {"answer": "15"}, ["'answer'"]),

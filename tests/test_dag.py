@@ -118,6 +118,7 @@ def test_structure_forgets_names_and_order_and_nothing_else():
     shorter = {name: expr for name, expr in EXPRESSIONS.items() if name != "r"}
     changes = {"a": 4}, {"c": ("-", "b", "a")}, {"c": ("+", "a", "b")}, {"r": ("+", 1, "c")}
     different = [build(), build(order="abc"), build(shorter, redundant=""),
+                 build(EXPRESSIONS | {"s": EXPRESSIONS["r"]}, redundant="rs"),  # the same condition twice
                  *(build(EXPRESSIONS | change) for change in changes)]
     assert len({problem.structure for problem in different}) == len(different)
 
