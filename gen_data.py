@@ -159,28 +159,29 @@ def main(config: Config):
     rows = rows[:config.rows]
     write_jsonl(config.out, rows)
     print(summary(rows))
+    if config.split in ("sft", "base"):
+        print(matched_steps(len(rows), len(drawn)), end="")
     print(f"{config.out}: {len(rows)} rows")
 
 
 def summary(lines: list[dict]) -> str:
-    """One row in full, and the counts that matter: op counts, the commonest answer (what a constant guess would earn), and
-    for a file with several rows a problem how long to train on it."""
+    """One row in full, and the counts that matter: op counts, the commonest answer (what a constant guess would earn)."""
     conversation = "\n".join(message["content"] for message in lines[0].get("messages") or lines[0]["prompt"])
     ops = ", ".join(f"{ops}: {count}" for ops, count in sorted(Counter(line["num_ops"] for line in lines).items()))
     answers = Counter(line["answer"] for line in lines)
     common, times = answers.most_common(1)[0]
     shares = f"commonest answer: {common}, {times / len(lines):.1%} of the rows; answer 0: {answers['0'] / len(lines):.1%}"
-    return "\n".join([conversation, "", f"operations: {ops}", shares, *matched_steps(lines)])
+    return f"{conversation}\n\noperations: {ops}\n{shares}"
 
 
-def matched_steps(lines: list[dict]) -> list[str]:
-    """A line on the epochs of train_sft.py that take as many steps as one row a problem would, if there are more."""
-    distinct = len({line["id"] for line in lines})
-    steps, epoch = EPOCHS * (distinct // BATCH), len(lines) // BATCH
-    if "messages" not in lines[0] or not steps or distinct == len(lines):
-        return []
-    return [(f"optimizer steps: in batches of {BATCH}, {EPOCHS} epochs of one row a problem would be {steps} steps; "
-             f"for as many on these rows: --epochs {steps / epoch:.4f}")]
+def matched_steps(rows: int, problems: int) -> str:
+    """A line on the epochs of train_sft.py in which `rows` rows take as many steps as one row a problem would; "" where
+    that is no question."""
+    steps, epoch = EPOCHS * (problems // BATCH), rows // BATCH
+    if not steps or not epoch or rows == problems:
+        return ""
+    return (f"optimizer steps: in batches of {BATCH}, {EPOCHS} epochs of one row a problem are {steps} steps; "
+            f"for as many on these rows: --epochs {steps / epoch:.4f}\n")
 
 
 if __name__ == "__main__":

@@ -257,14 +257,19 @@ def test_epochs_that_match_the_steps_of_the_plain_arm():
     import train_sft
     default = train_sft.Config(model="", data="", out="")
     assert (gen_data.BATCH, gen_data.EPOCHS) == (default.batch_size, default.epochs)
-    for problems, rows in ((2000, 8000), (300, 1200), (1000, 2000), (2000, 5000)):
-        lines = [{"messages": [], "id": i % problems, "answer": "1", "num_ops": 1} for i in range(rows)]
-        (line,) = gen_data.matched_steps(lines)
+    for problems, rows in ((2000, 8000), (300, 1200), (1000, 2000), (2000, 5000), (2000, 1100)):
+        line = gen_data.matched_steps(rows, problems)
         plain = round(default.epochs * (problems // 128))
         assert f" {plain} steps" in line and round(float(line.split("--epochs ")[1]) * (rows // 128)) == plain
-    assert gen_data.matched_steps(lines[:2000]) == []  # one row a problem
-    assert gen_data.matched_steps(lines[:50] * 4) == []  # not one batch
-    assert gen_data.matched_steps([{"prompt": [], "id": i // 4} for i in range(2000)]) == []
+    assert gen_data.matched_steps(2000, 2000) == ""  # one row a problem, or as many by --rows
+    assert gen_data.matched_steps(400, 100) == gen_data.matched_steps(100, 400) == ""  # not one batch
+
+
+def test_epochs_are_printed_for_the_augmented_arms(tmp_path, capsys):
+    for arm, rows, printed in (("rc-aug", "none", True), ("rc-aug", "128", False), ("vanilla", "none", False)):
+        argv = ["--arm", arm, "--count", "128", "--rows", rows, "--scale", "toy", "--ops", "2", "--out", str(tmp_path / "x")]
+        assert run_main(gen_data.main, gen_data.Config, argv) == 0
+        assert ("--epochs 1.2500\n" in capsys.readouterr().out) == printed
 
 
 def test_line_orders(make):
