@@ -1,63 +1,101 @@
-"""Write problems as JSON lines: SFT examples with chosen behaviors, RL prompts, validation and test sets.
+"""Write problems as JSON lines: SFT examples of any arm, RL prompts, validation and test sets.
 
     python gen_data.py --split sft --arm bridge --out data/sft_bridge.jsonl
-    python gen_data.py --split sft --arm vanilla --out data/sft_vanilla.jsonl
+    python gen_data.py --split sft --arm subgoal+reflection --reflection 0.2 --out data/sft_ablation.jsonl
+    python gen_data.py --split sft --arm rc-aug --out data/sft_rc.jsonl              # 4 rows a problem; --rows 2000 caps
     python gen_data.py --split rl --out data/rl.jsonl
     python gen_data.py --split test --ops 25 --out data/test_ood.jsonl
+    python gen_data.py --task arithmetic --split test --redundant 20-22 --out data/arithmetic_ood.jsonl
+    python gen_data.py --problems docs/own_problems.jsonl --split sft --arm bridge --out data/own.jsonl
 
-The problems of a split depend on the seed, the split, the op range, the scale, the count and the balance, never on the
-arm: two arms hold the same problems in the same order, with the same `id`, in other words. No problem structure stands
-in two splits.
+The problems of a split depend on the task, its sizes, the seed, the split, the count and the balance, never on the arm: two
+arms hold the same problems in the same order, with the same `id`, in other words. No problem structure stands in two splits.
+`minibridge/arms.py` says what the arms are, `minibridge/custom.py` how a file of your own problems is written.
 SFT lines hold "messages", all others "prompt", in the form TRL reads.
+
+An augmented arm has 4 rows a problem, so 4 times the optimizer steps of the plain one at equal epochs. Match them by rows
+(--rows 2000: the first 500 problems in their 4 forms), or by steps (fewer epochs: the number is printed).
+--rollouts FILE keeps the problems that a model gets right in --keep percent of its answers, for any split and arm.
 """
 import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from minibridge import igsm, traces
-from minibridge.answer import chat
+from minibridge import arithmetic, custom, igsm, traces
+from minibridge.arms import ARMS, AUGMENTED, augmented, behaviors_of, middling, own_answers, read_rollouts, record
 from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.dag import Problem
 
-ARMS = {"vanilla": traces.VANILLA, "bridge": traces.BRIDGE}
+__all__ = ["ARMS", "arithmetic_problems", "problems", "record", "summary"]  # for other scripts; two are of `arms`
 SCALES = {"paper": igsm.PAPER, "toy": igsm.TOY}
 # Rows and op range of the paper's splits, and the share of all structures (in tenths) that a split may draw from.
 SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
           "val": (500, (21, 25), range(8, 9)), "test": (500, (20, 20), range(9, 10))}
+DEPTHS = {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}  # of arithmetic trees; rows and shares as above
+REDUNDANT = (0, 8)
+VARIANTS = {"arithmetic": "6op", "arithmetic-int": "int"}
+FITS = {"igsm": ("ops", "scale", "balance"), "arithmetic": ("depth", "redundant", "balance"), "own": ()}  # which options
 PATIENCE = 20_000  # candidates without a new problem before giving up
+BATCH, EPOCHS = 128, 5  # train_sft.py's defaults
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = option(REQUIRED, "JSONL file to write")
+    task: Literal["igsm", "arithmetic", "arithmetic-int"] = option(
+        "igsm", "arithmetic: six operations, four decimals; arithmetic-int: + - * of whole numbers")
+    problems: str | None = option(None, "JSONL file of your own problems, instead of a task")
     split: Literal["sft", "rl", "val", "test", "base"] = option("sft", "which disjoint part of all problems to draw from")
-    arm: Literal["vanilla", "bridge", "custom"] = option("bridge", "behaviors of the answers; custom: the three flags below")
-    subgoal: bool = option(False, "custom arm: reduce formulas one operation at a time")
-    analysis: int = option(0, "custom arm: level 0..4 of restating conditions")
-    reflection: float = option(0.0, "custom arm: probability of trying a node out of turn")
-    count: int | None = option(None, "rows; none: the paper's (2000 sft, 10000 rl, 500 val and test)")
-    ops: tuple[int, int] | None = option(None, "operations of a problem, as 15-20 or 20; none: the paper's for the split")
-    scale: Literal["paper", "toy"] = option("paper", "size of structures, values and vocabulary")
-    balance: float = option(1.0, "largest share of the rows that one answer may have")
+    arm: str = option("bridge", "of SFT rows: vanilla, bridge, subgoal+reflection (any of the three), pp-aug, rc-aug, "
+                                "own-answers, prompts")
+    analysis: int | None = option(None, "level 0..4 of restating conditions; none: 2 in arms that have it")
+    reflection: float | None = option(None, "probability of trying a node out of turn; none: 0.1 in arms that have it")
+    strict: bool = option(False, "the paper's Algorithm 1, with --reflection for every probability; see traces.Behaviors")
+    count: int | None = option(None, "problems; none: the paper's (2000 sft, 10000 rl, 500 val and test), or all your own")
+    rows: int | None = option(None, "most rows to write; none: all", least=1)
+    ops: tuple[int, int] | None = option(None, "igsm: operations, as 15-20 or 20; none: the paper's for the split")
+    scale: Literal["paper", "toy"] = option("paper", "igsm: size of structures, values and vocabulary")
+    depth: int | None = option(None, "arithmetic: levels of the tree; none: the paper's, 4 for sft, 5 for rl, val and test")
+    redundant: tuple[int, int] | None = option(None, "arithmetic: unneeded premises; none: 0-8 (20-22 is the OOD test)")
+    lines: traces.Lines | None = option(None, "order of the conditions; none: random, of your own problems as given")
+    balance: float = option(1.0, "largest share of the problems that one answer may have")
+    rollouts: str | None = option(None, "JSONL file of a model's answers to these problems: keep those of middling accuracy")
+    keep: tuple[int, int] = option((20, 80), "percent of right rollouts that a problem is kept for")
     seed: int = option(0, "seed of everything random", least=0)
 
 
 def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, seed: int,
              balance: float = 1.0) -> list[Problem]:
-    """`count` different problems of a split. Candidate number i comes from its own random stream, so the result does
+    """`count` different iGSM problems of a split. Candidate number i comes from its own random stream, so the result does
     not depend on how many candidates are drawn at a time. Raises InputError when the filters leave too few."""
+    streams = (random.Random(f"{seed}/{split}/{ops[0]}-{ops[1]}/{i}") for i in itertools.count())
+    drawn = ((problem, problem.structure) for problem in (igsm.draw(stream, ops, scale) for stream in streams))
+    return _chosen(drawn, split, count, balance, f"ops {ops[0]}-{ops[1]}")
+
+
+def arithmetic_problems(split: str, count: int, variant: str, depth: int, redundant: tuple[int, int], seed: int,
+                        balance: float = 1.0) -> list[Problem]:
+    """The same of arithmetic problems. Two that differ only in redundant premises are of the same split."""
+    sizes = f"{variant} {depth} {redundant[0]}-{redundant[1]}"
+    streams = (random.Random(f"{seed}/{split}/{sizes}/{i}") for i in itertools.count())
+    drawn = ((problem, problem.core) for problem in (arithmetic.draw(s, depth, redundant, variant) for s in streams))
+    return _chosen(drawn, split, count, balance, f"depth {depth}")
+
+
+def _chosen(drawn: Iterable[tuple[Problem, str]], split: str, count: int, balance: float, sizes: str) -> list[Problem]:
+    """The first `count` different problems whose hash belongs to the split, one answer taking at most its share."""
     if count < 1 or not 0 < balance <= 1:
         raise InputError("count: must be at least 1" if count < 1 else "balance: must be above 0 and at most 1")
     kept: list[Problem] = []
     seen: set[str] = set()
-    answers: Counter[int] = Counter()
+    answers: Counter = Counter()
     quota = max(1, int(balance * count))
     newest = 0
-    for number, problem in _candidates(split, ops, scale, seed):
+    for number, problem in _of_split(drawn, split):
         if problem.id not in seen and answers[problem.answer] < quota:
             seen.add(problem.id)
             answers[problem.answer] += 1
@@ -67,53 +105,83 @@ def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, se
             return kept
         if number - newest > PATIENCE:
             raise InputError(f"count: no more than {len(kept)} of {count} problems found for split {split}, "
-                             f"ops {ops[0]}-{ops[1]}, balance {balance:g}")
+                             f"{sizes}, balance {balance:g}")
 
 
-def _candidates(split: str, ops: tuple[int, int], scale: igsm.Scale, seed: int) -> Iterator[tuple[int, Problem]]:
-    """(i, problem of stream i) for those whose structure belongs to the split."""
-    for i in itertools.count():
-        problem = igsm.draw(random.Random(f"{seed}/{split}/{ops[0]}-{ops[1]}/{i}"), ops, scale)
-        if int(problem.structure, 16) % 10 in SPLITS[split][2]:
-            yield i, problem
+def _of_split(drawn: Iterable[tuple[Problem, str]], split: str) -> Iterator[tuple[int, Problem]]:
+    for number, (problem, key) in enumerate(drawn):
+        if int(key, 16) % 10 in SPLITS[split][2]:
+            yield number, problem
 
 
-def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = None,
-           letters: str = igsm.PAPER.letters) -> dict:
-    """One line: an SFT example rendered with `behaviors`, or an RL prompt when there are none. The wording of question
-    and answer comes from streams named after the problem, so it is the same in every file of one seed."""
-    question = traces.question(problem, random.Random(f"{seed}/{problem.id}/question"))
-    common = {"answer": str(problem.answer), "task": problem.task, "num_ops": problem.num_ops, "id": problem.id}
-    if behaviors is None:
-        return {"prompt": chat(question), **common, "problem": problem.to_dict()}
-    answer = traces.answer(problem, random.Random(f"{seed}/{problem.id}/answer"), behaviors, letters)
-    return {"messages": chat(question, answer), **common, "behaviors": str(behaviors), "problem": problem.to_dict()}
+def chosen_problems(config: Config) -> list[Problem]:
+    """What the command line asks for, before the arm. Raises InputError for an option that does not fit."""
+    kind = "own" if config.problems is not None else config.task.removesuffix("-int")
+    defaults = {field.name: field.default for field in fields(Config)}
+    for name in sum(FITS.values(), ()):
+        if name not in FITS[kind] and getattr(config, name) != defaults[name]:
+            raise InputError(f"{name}: does not apply to {'problems of your own' if kind == 'own' else config.task}")
+    if kind == "own":
+        if config.count is not None and config.count < 1:
+            raise InputError("count: must be at least 1")
+        return custom.read(config.problems)[:config.count]
+    count = SPLITS[config.split][0] if config.count is None else config.count
+    if kind == "igsm":
+        ops = config.ops or SPLITS[config.split][1]
+        return problems(config.split, count, ops, SCALES[config.scale], config.seed, config.balance)
+    depth = DEPTHS[config.split] if config.depth is None else config.depth
+    return arithmetic_problems(config.split, count, VARIANTS[config.task], depth, config.redundant or REDUNDANT, config.seed,
+                               config.balance)
 
 
 def main(config: Config):
-    rows, ops, _ = SPLITS[config.split]
-    behaviors = None
-    custom = traces.Behaviors(config.subgoal, config.analysis, config.reflection)
-    answered = config.split in ("sft", "base")
-    if custom != traces.VANILLA and not (answered and config.arm == "custom"):
-        raise InputError("arm: --subgoal, --analysis and --reflection are for --arm custom of --split sft or base")
-    if answered:
-        behaviors = ARMS.get(config.arm, custom)
-    count = rows if config.count is None else config.count
-    scale = SCALES[config.scale]
-    drawn = problems(config.split, count, config.ops or ops, scale, config.seed, config.balance)
-    lines = [record(problem, config.seed, behaviors, scale.letters) for problem in drawn]
-    write_jsonl(config.out, lines)
-    print(summary(lines))
-    print(f"{config.out}: {len(lines)} rows")
+    behaviors = behaviors_of(config.arm, config.analysis, config.reflection, config.strict)
+    if config.split not in ("sft", "base"):
+        behaviors = None
+    elif config.arm == "own-answers" and config.rollouts is None:
+        raise InputError("arm: own-answers needs --rollouts")
+    drawn = chosen_problems(config)
+    rollouts = {} if config.rollouts is None else read_rollouts(config.rollouts)
+    if config.rollouts is not None:
+        drawn = middling(drawn, rollouts, config.keep)
+    order = config.lines or ("random" if config.problems is None else "given")
+    letters = SCALES[config.scale].letters
+    rows: list[dict] = []
+    for problem in drawn:
+        if config.split in ("sft", "base") and config.arm in AUGMENTED:
+            rows += augmented(config.arm, problem, config.seed, letters, order)
+        elif config.split in ("sft", "base") and config.arm == "own-answers":
+            rows += own_answers(problem, config.seed, rollouts[problem.id], order)
+        else:
+            rows.append(record(problem, config.seed, behaviors, letters, order))
+    if not rows:
+        raise InputError("rollouts: no right and well-formed answer among those of the kept problems")
+    rows = rows[:config.rows]
+    write_jsonl(config.out, rows)
+    print(summary(rows))
+    if config.split in ("sft", "base"):
+        print(matched_steps(len(rows), len(drawn)), end="")
+    print(f"{config.out}: {len(rows)} rows")
 
 
 def summary(lines: list[dict]) -> str:
     """One row in full, and the counts that matter: op counts, the commonest answer (what a constant guess would earn)."""
     conversation = "\n".join(message["content"] for message in lines[0].get("messages") or lines[0]["prompt"])
     ops = ", ".join(f"{ops}: {count}" for ops, count in sorted(Counter(line["num_ops"] for line in lines).items()))
-    common, times = Counter(line["answer"] for line in lines).most_common(1)[0]
-    return f"{conversation}\n\noperations: {ops}\ncommonest answer: {common}, {times / len(lines):.1%} of the rows"
+    answers = Counter(line["answer"] for line in lines)
+    common, times = answers.most_common(1)[0]
+    shares = f"commonest answer: {common}, {times / len(lines):.1%} of the rows; answer 0: {answers['0'] / len(lines):.1%}"
+    return f"{conversation}\n\noperations: {ops}\n{shares}"
+
+
+def matched_steps(rows: int, problems: int) -> str:
+    """A line on the epochs of train_sft.py in which `rows` rows take as many steps as one row a problem would; "" where
+    that is no question."""
+    steps, epoch = EPOCHS * (problems // BATCH), rows // BATCH
+    if not steps or not epoch or rows == problems:
+        return ""
+    return (f"optimizer steps: in batches of {BATCH}, {EPOCHS} epochs of one row a problem are {steps} steps; "
+            f"for as many on these rows: --epochs {steps / epoch:.4f}\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ An assistant turn is
     </answer>
 The prompt ends with OPENING, so a completion starts right after it, in training, sampling and evaluation alike.
 """
+import math
+import re
+
+from minibridge.config import InputError
+
 OPENING = "<think>\n"
 SYSTEM = "Reason step by step inside <think> </think>, then give the result inside <answer> </answer>."
 
@@ -38,11 +43,32 @@ def well_formed(completion: str) -> bool:
             and rest.count("<answer>") == rest.count("</answer>") == 1)
 
 
-def reward(completion: str, answer: str, format_scale: float = 0.0) -> float:
+def number(text: str) -> float | None:
+    """The value of a plain decimal such as "-3" or "0.25"; None for anything else, and for more than 32 characters."""
+    return float(text) if len(text) <= 32 and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text) else None
+
+
+def reward(completion: str, answer: str, format_scale: float = 0.0, tolerance: float = 0.0) -> float:
     """1 for the right answer else 0, plus format_scale for a well-formed completion."""
-    return correct(completion, answer) + format_scale * well_formed(completion)
+    return correct(completion, answer, tolerance) + format_scale * well_formed(completion)
 
 
-def correct(completion: str, answer: str) -> bool:
-    """Whether the box holds exactly the answer's text; blanks around it are forgiven (the authors' code does not)."""
-    return extract(completion) == answer
+def correct(completion: str, answer: str, tolerance: float = 0.0) -> bool:
+    """Whether the box holds exactly the answer's text; blanks around it are forgiven (the authors' code does not).
+    With a tolerance, whether it holds a plain decimal of no larger relative error."""
+    text = extract(completion)
+    if not tolerance or text is None:
+        return text == answer
+    given, right = number(text), number(answer)
+    return given is not None and right is not None and abs(given - right) <= tolerance * abs(right)
+
+
+def check_scoring(record: dict, where: str) -> None:
+    """Raise InputError when a record's "answer" or its optional "tolerance" cannot be scored by `correct`."""
+    right, tolerance = record.get("answer"), record.get("tolerance", 0.0)
+    if not isinstance(right, str):
+        raise InputError(f"{where}: field 'answer' must be a string")
+    if type(tolerance) not in (int, float) or not 0 <= tolerance < math.inf:
+        raise InputError(f"{where}: field 'tolerance' must be a number of at least 0")
+    if tolerance and number(right) is None:
+        raise InputError(f"{where}: with a tolerance, the answer must be a number, not {right!r}")

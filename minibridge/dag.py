@@ -1,56 +1,94 @@
 """A problem as a directed acyclic graph of quantities, evaluated once when it is made.
 
 An expression is one of
-    int                     a constant the problem states
-    str                     the key of another node, "Owner's Item"
-    (op, arg, arg, ...)     op in + - *, applied from left to right; arguments are expressions
+    int or Decimal          a constant the problem states
+    str                     the key of another node, "Owner's Item" or just its name
+    (op, arg, arg, ...)     op in + - * /, applied from left to right, or sqrt, square; arguments are expressions
 so that it prints, hashes and serialises as it stands. A node's parents are the nodes its expression names.
+
+Whole numbers stay exact. Whatever is not whole is rounded to four decimals, halves away from zero, after every operation:
+what an answer prints is what it goes on computing with, so its steps can be checked from the text alone.
 
 The graph knows nothing of text: sentences and worked answers are made from it in `traces`.
 """
 import hashlib
 import json
+import operator
 import random
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 
 from minibridge.config import InputError
 
-Expr = int | str | tuple
-OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+Number = int | Decimal
+Expr = int | Decimal | str | tuple
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": lambda a, b: Decimal(a) / b,
+             "sqrt": lambda a: Decimal(a).sqrt(), "square": lambda a: a * a}
+UNARY = ("sqrt", "square")
+PLACES = Decimal("0.0001")
 
 
-def evaluate(expr: Expr, values: dict[str, int]) -> int:
-    """Value of an expression, given the values of the nodes it names."""
-    if isinstance(expr, int):
+def rounded(number: Number) -> Number:
+    """To four decimals, halves away from zero; an int where nothing is left behind the point."""
+    if isinstance(number, int):
+        return number
+    number = number.quantize(PLACES, ROUND_HALF_UP)
+    return int(number) if number == number.to_integral_value() else number.normalize()
+
+
+def operate(op: str, *args: Number, finish: Callable[[Number], Number] = rounded) -> Number:
+    """One operation, of two numbers or of one. Raises ArithmeticError for a zero divisor, for the root of a negative
+    number, and for results of more than 24 digits that are not whole."""
+    return finish(OPERATORS[op](*args))
+
+
+def evaluate(expr: Expr, values: dict[str, Number], finish: Callable[[Number], Number] = rounded) -> Number:
+    """Value of an expression, given the values of the nodes it names; `finish` is applied to every operation's result."""
+    if isinstance(expr, Number):
         return expr
     if isinstance(expr, str):
         return values[expr]
     op, first, *rest = expr
-    result = evaluate(first, values)
+    result = evaluate(first, values, finish)
+    if op in UNARY:
+        return operate(op, result, finish=finish)
     for arg in rest:
-        result = OPERATORS[op](result, evaluate(arg, values))
+        result = operate(op, result, evaluate(arg, values, finish), finish=finish)
     return result
 
 
-def leaves(expr: Expr) -> list[int | str]:
+def leaves(expr: Expr) -> list[Number | str]:
     """Constants and node keys of an expression, left to right, repeats included."""
     return [leaf for arg in expr[1:] for leaf in leaves(arg)] if isinstance(expr, tuple) else [expr]
 
 
+def topological_order(parents: Mapping[str, Sequence[str]], rng: random.Random) -> tuple[str, ...]:
+    """A random order of the keys in which every key comes after its parents, all of them keys too; there is no cycle."""
+    solved, waiting = {}, list(parents)  # a dict keeps the order and finds its keys quickly
+    while waiting:
+        key = rng.choice([key for key in waiting if all(parent in solved for parent in parents[key])])
+        waiting.remove(key)
+        solved[key] = True
+    return tuple(solved)
+
+
 @dataclass(frozen=True)
 class Node:
-    """One quantity, "each {owner}'s {item}". `stated` says whether the question spells its expression out:
-    an abstract quantity ("each School's Furniture") is left for the reader to infer from the structure."""
+    """One quantity: "each {owner}'s {item}", or, without an item, called {owner}. `stated` says whether the question
+    spells its expression out: an abstract quantity ("each School's Furniture") is left for the reader to infer from
+    the structure. `text` is the sentence that states it; empty: `traces` words the expression."""
     owner: str
     item: str
     expr: Expr
     stated: bool = True
+    text: str = ""
 
     @property
     def key(self) -> str:
-        return f"{self.owner}'s {self.item}"
+        return f"{self.owner}'s {self.item}" if self.item else self.owner
 
     @cached_property
     def parents(self) -> tuple[str, ...]:
@@ -59,7 +97,7 @@ class Node:
     @cached_property
     def degree(self) -> int:
         """In-degree, a stated constant counted as one more parent (as the op count of iGSM does)."""
-        return len(self.parents) + any(isinstance(leaf, int) for leaf in leaves(self.expr))
+        return len(self.parents) + any(isinstance(leaf, Number) for leaf in leaves(self.expr))
 
 
 @dataclass(frozen=True)
@@ -67,15 +105,19 @@ class Problem:
     """A question about the last node of `order`.
 
     nodes: every quantity by its key. order: the nodes the question needs, in one solving order, the asked one
-    last. redundant: the other nodes. num_ops: the op count the generator booked.
-    Raises InputError when the nodes form a cycle, name an unknown node, or `order` cannot be solved in turn.
+    last. redundant: the other nodes. num_ops: the op count the generator booked. tolerance: relative error up to which
+    an answer counts as right; 0: only its very text does. ask: the closing question; empty: `traces` words it.
+    Raises InputError when the nodes form a cycle, name an unknown node, cannot be computed, or when `order` cannot be
+    solved in turn.
     """
     task: str
     nodes: dict[str, Node]
     order: tuple[str, ...]
     redundant: tuple[str, ...]
     num_ops: int
-    values: dict[str, int] = field(init=False, repr=False, compare=False)
+    tolerance: float = 0.0
+    ask: str = ""
+    values: dict[str, Number] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         for key, node in self.nodes.items():
@@ -95,42 +137,71 @@ class Problem:
         for key in self.redundant:
             if key not in self.nodes or key in solved:
                 raise InputError(f"redundant: {key!r} is unknown or stands in order too")
-        values: dict[str, int] = {}
-        for key in solving:
-            values[key] = evaluate(self.nodes[key].expr, values)
-        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "values", self._evaluate(solving))
+
+    def _evaluate(self, keys: tuple[str, ...], finish: Callable[[Number], Number] = rounded) -> dict[str, Number]:
+        """Values of `keys`, which stand in a solving order."""
+        values: dict[str, Number] = {}
+        for key in keys:
+            try:
+                values[key] = evaluate(self.nodes[key].expr, values, finish)
+            except ArithmeticError:
+                raise InputError(f"node {key!r}: division by zero, root of a negative number, or too large") from None
+        return values
 
     @property
     def target(self) -> str:
         return self.order[-1]
 
     @property
-    def answer(self) -> int:
+    def answer(self) -> Number:
         return self.values[self.target]
 
-    def missing(self, key: str, solved: set[str]) -> list[str]:
+    @property
+    def symbolic(self) -> bool:
+        """Whether every name is one word, so that it can stand in a formula itself."""
+        return all(key.isidentifier() for key in self.nodes)
+
+    @property
+    def drift(self) -> float:
+        """Relative error that the rounding of every step has left in the answer (the exact one: to 28 digits)."""
+        try:
+            exact = self._evaluate(self.order, finish=lambda number: number)[self.target]
+        except InputError:  # a divisor or root that is on the safe side of 0 only after rounding
+            return float("inf")
+        error = abs(self.answer - exact)
+        return float(error / abs(Decimal(exact))) if exact else float("inf") if error else 0.0
+
+    def missing(self, key: str, solved: Container[str]) -> list[str]:
         """The parents of a node that are not solved yet; the node is locked while there are any."""
         return [parent for parent in self.nodes[key].parents if parent not in solved]
 
-    def topological_order(self, rng: random.Random) -> tuple[str, ...]:
-        """Another solving order of the necessary nodes: Kahn's algorithm, a random ready node at each turn.
-        (Every order has positive probability, but they are not equally likely.)"""
-        solved, waiting = [], list(self.order)
-        while waiting:
-            key = rng.choice([key for key in waiting if not self.missing(key, set(solved))])
-            waiting.remove(key)
-            solved.append(key)
-        return tuple(solved)
+    def topological_order(self, rng: random.Random, keys: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Another solving order of the necessary nodes, or of `keys`: Kahn's algorithm, a random ready node at each
+        turn. (Every order has positive probability, but they are not equally likely.)"""
+        return topological_order({key: self.nodes[key].parents for key in keys or self.order}, rng)
 
     @cached_property
     def id(self) -> str:
         """Hash of the problem with its names: the same for every wording and every arm that renders it."""
-        return _digest([self.target, sorted((key, node.expr) for key, node in self.nodes.items())])
+        return _digest([self.target, sorted((key, node.expr, node.text) if node.text else (key, node.expr)
+                                            for key, node in self.nodes.items())])
 
     @cached_property
     def structure(self) -> str:
         """Hash of the problem without its names and without the order of its nodes: two problems that differ
         only in what things are called are one structure. Splits are kept apart by it."""
+        digests = self._digests
+        return _digest([digests[self.target], sorted(digests.values())])
+
+    @property
+    def core(self) -> str:
+        """Hash of what the question needs, without names: the same with other redundant nodes beside it."""
+        return self._digests[self.target]
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        """Of each node, a hash of its expression with the parents' hashes in place of their names."""
         digests: dict[str, str] = {}
 
         def anonymous(expr: Expr):
@@ -143,23 +214,36 @@ class Problem:
                 digests[key] = _digest(anonymous(self.nodes[key].expr))
             return digests[key]
 
-        return _digest([digest(self.target), sorted(map(digest, self.nodes))])
+        return {key: digest(key) for key in self.nodes}
 
     def to_dict(self) -> dict:
-        nodes = [{"owner": n.owner, "item": n.item, "expr": n.expr, "stated": n.stated} for n in self.nodes.values()]
+        """In JSON's types; what stands at its default is left out, but for the fields every problem has."""
+        nodes = [{"owner": n.owner, "item": n.item, "expr": _json(n.expr), "stated": n.stated}
+                 | ({"text": n.text} if n.text else {}) for n in self.nodes.values()]
+        extra = {"tolerance": self.tolerance, "ask": self.ask}
         return {"task": self.task, "num_ops": self.num_ops, "nodes": nodes, "order": self.order,
-                "redundant": self.redundant}
+                "redundant": self.redundant} | {name: value for name, value in extra.items() if value}
 
     @classmethod
     def from_dict(cls, record: dict) -> "Problem":
-        nodes = [Node(n["owner"], n["item"], _tuples(n["expr"]), n["stated"]) for n in record["nodes"]]
+        nodes = [Node(n["owner"], n["item"], _expression(n["expr"]), n["stated"], n.get("text", ""))
+                 for n in record["nodes"]]
         return cls(record["task"], {node.key: node for node in nodes}, tuple(record["order"]),
-                   tuple(record["redundant"]), record["num_ops"])
+                   tuple(record["redundant"]), record["num_ops"], record.get("tolerance", 0.0), record.get("ask", ""))
 
 
-def _tuples(expr):
-    return tuple(map(_tuples, expr)) if isinstance(expr, list) else expr
+def _json(expr: Expr):
+    """Tuples become JSON's lists by themselves; a Decimal becomes a float, whose shortest text is the Decimal's own."""
+    if isinstance(expr, tuple):
+        return tuple(map(_json, expr))
+    return float(expr) if isinstance(expr, Decimal) else expr
+
+
+def _expression(value) -> Expr:
+    if isinstance(value, list):
+        return tuple(map(_expression, value))
+    return Decimal(str(value)) if isinstance(value, float) else value
 
 
 def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, default=float).encode()).hexdigest()[:16]

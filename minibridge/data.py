@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minibridge.answer import check_scoring
 from minibridge.config import InputError, read_jsonl
 from minibridge.tokenizer import Tokenizer
 
@@ -41,6 +42,11 @@ class Prompt:
     ids: list[int]
     answer: str
     record: dict
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error up to which an answer counts as right; 0: it must be the very text."""
+        return self.record.get("tolerance", 0.0)
 
 
 def load_sft(
@@ -72,8 +78,7 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int) -> lis
     prompts = []
     for where, record in _records(path):
         messages = _messages(record, "prompt", ("user",), where)
-        if not isinstance(record.get("answer"), str):
-            raise InputError(f"{where}: field 'answer' must be a string")
+        check_scoring(record, where)
         for field, kinds in COPIED.items():
             if record.get(field) is not None and type(record[field]) not in kinds:
                 raise InputError(f"{where}: field {field!r} must be a {' or '.join(kind.__name__ for kind in kinds)}")

@@ -94,14 +94,16 @@ def rescore(path: str) -> list[Scored]:
     """Score saved answers (of this module, or a step of rollouts) by today's rule."""
     groups: dict[int, list[dict]] = {}
     for number, line in enumerate(read_jsonl(path), 1):
-        for field, kind in (("group", int), ("answer", str), ("text", str), ("num_ops", int)):
+        answer.check_scoring(line, f"{path}:{number}")
+        for field, kind in (("group", int), ("text", str), ("num_ops", int)):
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
         groups.setdefault(line["group"], []).append(line)
     if not groups:
         raise InputError(f"{path}: no lines in it")
     return [Scored(group[0]["answer"], group[0].get("num_ops"),
-                   [answer.correct(line["text"], line["answer"]) for line in group]) for group in groups.values()]
+                   [answer.correct(line["text"], line["answer"], line.get("tolerance", 0.0)) for line in group])
+            for group in groups.values()]
 
 
 def sample(config: Config) -> list[dict]:

@@ -28,7 +28,7 @@ class Episode:
 
     def to_dict(self) -> dict:
         """Enough to score it again, and to train on it again."""
-        keep = {key: self.prompt.record[key] for key in ("id", "task", "num_ops") if key in self.prompt.record}
+        keep = {key: self.prompt.record[key] for key in ("id", "task", "num_ops", "tolerance") if key in self.prompt.record}
         return {**keep, "answer": self.prompt.answer, "text": self.text, "reward": self.reward, "correct": self.correct,
                 "well_formed": self.well_formed, "finish_reason": self.completion.finish_reason,
                 "ids": self.completion.ids, "logprobs": [round(logprob, 6) for logprob in self.completion.logprobs]}
@@ -49,8 +49,8 @@ def rollout(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], samples
 
 
 def score(prompt: Prompt, completion: Completion, text: str, format_scale: float = 0.0) -> Episode:
-    return Episode(prompt, completion, text, answer.correct(text, prompt.answer), answer.well_formed(text),
-                   answer.reward(text, prompt.answer, format_scale))
+    return Episode(prompt, completion, text, answer.correct(text, prompt.answer, prompt.tolerance),
+                   answer.well_formed(text), answer.reward(text, prompt.answer, format_scale, prompt.tolerance))
 
 
 def lines(groups: list[list[Episode]]) -> list[dict]:

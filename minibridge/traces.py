@@ -1,6 +1,6 @@
 """Problem -> question text and worked answer, with the injected behaviors as independent choices.
 
-    question(problem, rng)            the conditions in random order, then what is asked
+    question(problem, rng)            the conditions, in random order unless told otherwise, then what is asked
     answer(problem, rng, behaviors)   a solution in the layout of `answer.py`, one "- " line per step
     equations(problem)                a solution in bare equations, for the toy's base model
 
@@ -8,23 +8,28 @@ The behaviors of the paper (arXiv 2505.18917, section 4), written once over `Pro
     reflection  exploration: with probability p try a node out of turn; if a parent is still unknown, notice, go back
     analysis    exploitation: restate what the question says about the node before computing it
     subgoal     exploitation: reduce a formula one operation at a time
-The answer is made in two hops: `plan` decides which node is tried when, `answer` puts each attempt into words.
+in the variant of the authors' code or, `strict`, in that of the paper's Algorithm 1.
+The answer is made in two hops: `plan` decides which node is tried when, `answer` puts each attempt into words. Nodes get
+letters to compute with; where every name is one word, as in arithmetic, names stand in the formulas themselves.
 Three random streams are split off the one given (wording, reflection, analysis), so that two arms of one seed
 use the same letters (if any) for the same nodes.
 """
 import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from minibridge.answer import OPENING
 from minibridge.config import InputError
-from minibridge.dag import OPERATORS, Expr, Node, Problem
+from minibridge.dag import UNARY, Expr, Node, Number, Problem, leaves, operate
 
 # Probability of restating a condition, by the node's in-degree 1, 2, 3, 4, 5+ (constants count), for each level.
 ANALYSIS_LEVELS = ((0, 0, 0, 0, 0), (0, .1, .4, .8, 1), (.1, .4, .8, 1, 1), (.4, .8, 1, 1, 1), (1, 1, 1, 1, 1))
 REDUNDANT_SHARE = 0.3  # of the picks out of turn, when the problem has redundant nodes
 
+CONDITION = "The {kind} of {node} equals {expression}."
+OPERATIONS = {"+": "sum", "-": "difference", "*": "product", "/": "quotient", "sqrt": "square root", "square": "square"}
 OPENINGS = ("I will find one quantity at a time.", "Let me go step by step.", "I work it out one step at a time.")
 STATED = ("{node} is {value}.", "The text gives {node} as {value}.")
 SELECT = ("Next is {node}.", "Now take {node}.")
@@ -32,6 +37,7 @@ NAME = ("Call it {letter}.", "Write {letter} for it.", "Let it be {letter}.")
 SELECT_AND_NAME = ("Let {letter} be {node}.", "Let {letter} stand for {node}.", "Write {letter} for {node}.")
 REMIND = ("It is {letter} already.", "It has the letter {letter}.")
 RESTATE = ("It equals {expression}.", "The text says it equals {expression}.")
+QUOTE = ("The text says: {text}", "Recall: {text}")  # where the question has a sentence of its own for the node
 LOCKED = ("But {nodes} {verb} not known yet, so it must wait.", "Since {nodes} {verb} still unknown, go back.",
           "It needs {nodes}, which {verb} not known yet.")
 CLOSINGS = ("So the result is {value}.", "That gives {value}.")
@@ -39,10 +45,20 @@ CLOSINGS = ("So the result is {value}.", "That gives {value}.")
 
 @dataclass(frozen=True)
 class Behaviors:
-    """subgoal: reduce formulas stepwise. analysis: level 0..4 of ANALYSIS_LEVELS. reflection: probability p."""
+    """subgoal: reduce formulas stepwise. analysis: level 0..4 of ANALYSIS_LEVELS. reflection: probability p.
+
+    By default they act as in the authors' code: a pick out of turn may turn out solvable and is then solved; analysis
+    is drawn at failed attempts too, with a probability that grows with the in-degree; with `subgoal`, every formula is
+    reduced stepwise. strict=True is the paper's Algorithm 1, with p = `reflection` for everything:
+        exploration   a pick out of turn is made among the locked nodes alone (redundant: 3 in 10), so it always fails
+        exploitation  at each unlocked node one draw of probability p decides whether its condition is restated (if
+                      analysis > 0, whatever the level) and its formula reduced stepwise (if subgoal); else it is plain
+    so strict answers with p = 0 are vanilla ones.
+    """
     subgoal: bool = False
     analysis: int = 0
     reflection: float = 0.0
+    strict: bool = False
 
     def __post_init__(self):
         if self.analysis not in range(len(ANALYSIS_LEVELS)):
@@ -51,7 +67,8 @@ class Behaviors:
             raise InputError(f"reflection: {self.reflection} is not a probability")
 
     def __str__(self) -> str:
-        return f"subgoal={int(self.subgoal)} analysis={self.analysis} reflection={self.reflection:g}"
+        text = f"subgoal={int(self.subgoal)} analysis={self.analysis} reflection={self.reflection:g}"
+        return text + " strict=1" if self.strict else text
 
 
 VANILLA = Behaviors()
@@ -67,30 +84,46 @@ class Attempt(NamedTuple):
 # --- the question --------------------------------------------------------------------------------------------
 
 
-def question(problem: Problem, rng: random.Random) -> str:
-    """The stated conditions, one line each, uniformly shuffled, and the question on the last line."""
-    nodes = problem.nodes
-    lines = [f"The number of {phrase(node)} equals {describe(node.expr, nodes)}." for node in nodes.values() if node.stated]
-    rng.shuffle(lines)
-    target = nodes[problem.target]
-    return "\n".join([*lines, f"How many {target.item} does each {target.owner} have?"])
+Lines = Literal["random", "topological", "reversed", "given"]
+
+
+def question(problem: Problem, rng: random.Random, lines: Lines = "random") -> str:
+    """The stated conditions, one line each, and the question on the last line. `lines`: uniformly shuffled; in a random
+    solving order of all nodes, or that backwards; or in the order of the problem's own nodes."""
+    keys = list(problem.nodes)
+    if lines in ("topological", "reversed"):
+        keys = problem.topological_order(rng, keys)[::1 if lines == "topological" else -1]
+    conditions = [condition(problem.nodes[key], problem.nodes) for key in keys if problem.nodes[key].stated]
+    if lines == "random":
+        rng.shuffle(conditions)
+    return "\n".join([*conditions, closing_question(problem)])
+
+
+def condition(node: Node, nodes: dict[str, Node]) -> str:
+    """The sentence of the question that states a node."""
+    kind = "number" if node.item else "value"
+    return node.text or CONDITION.format(kind=kind, node=phrase(node), expression=describe(node.expr, nodes))
+
+
+def closing_question(problem: Problem) -> str:
+    owner, item = problem.nodes[problem.target].owner, problem.nodes[problem.target].item
+    return problem.ask or (f"How many {item} does each {owner} have?" if item else f"What is the value of {owner}?")
 
 
 def phrase(node: Node) -> str:
-    return f"each {node.owner}'s {node.item}"
+    return f"each {node.owner}'s {node.item}" if node.item else node.owner
 
 
 def describe(expr: Expr, nodes: dict[str, Node]) -> str:
     """An expression in the benchmark's words: "3 more than the difference of each A's B and each C's D"."""
-    if isinstance(expr, int):
+    if isinstance(expr, Number):
         return str(expr)
     if isinstance(expr, str):
         return phrase(nodes[expr])
     op, first, *rest = expr
-    if isinstance(first, int):
+    if isinstance(first, int) and op in "+*" and len(rest) == 1:
         return f"{first} {'more than' if op == '+' else 'times'} {describe(rest[0], nodes)}"
-    names = [phrase(nodes[arg]) for arg in expr[1:]]
-    return f"the {'sum' if op == '+' else 'difference'} of {listing(names)}"
+    return f"the {OPERATIONS[op]} of {listing([describe(arg, nodes) for arg in expr[1:]])}"
 
 
 def listing(names: list[str]) -> str:
@@ -100,12 +133,13 @@ def listing(names: list[str]) -> str:
 # --- the plan: which node is tried when ----------------------------------------------------------------------
 
 
-def plan(problem: Problem, rng: random.Random, reflection: float = 0.0) -> list[Attempt]:
+def plan(problem: Problem, rng: random.Random, reflection: float = 0.0, strict: bool = False) -> list[Attempt]:
     """Attempts in order. With reflection 0, every necessary node once, in the problem's order.
 
     Before each step but the first and the last, and never right after a failed attempt, with probability
     `reflection` a node is picked out of turn: a later necessary one, or (3 in 10) a redundant one. A pick whose
-    parents are all known is simply solved; one that is already solved is passed over in silence.
+    parents are all known is simply solved; one that is already solved is passed over in silence. `strict` picks among
+    locked nodes alone, and goes on in turn when there is none.
     """
     order, attempts, solved = problem.order, [], set()
 
@@ -116,17 +150,26 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0) -> list[
             solved.add(key)
         return not missing
 
+    def candidates(keys: Sequence[str]) -> Sequence[str]:
+        if strict:
+            return [key for key in keys if problem.missing(key, solved)]
+        if problem.task.startswith("arithmetic"):  # full of leaves, which are never locked
+            return [key for key in keys if problem.nodes[key].parents]
+        return keys
+
     i, went_well = 0, False
     while problem.target not in solved:  # every necessary node leads to it
+        pick = None
         if 0 < i < len(order) - 1 and went_well and rng.random() < reflection:
-            redundant = problem.redundant and rng.random() < REDUNDANT_SHARE
-            key = rng.choice(problem.redundant if redundant else order[i + 1:])
-            if key not in solved:
-                went_well = attempt(key)
-        else:
+            redundant = candidates(problem.redundant)
+            pool = redundant if redundant and rng.random() < REDUNDANT_SHARE else candidates(order[i + 1:])
+            pick = rng.choice(pool) if pool else None
+        if pick is None:
             if order[i] not in solved:
                 went_well = attempt(order[i])
             i += 1
+        elif pick not in solved:
+            went_well = attempt(pick)
     return attempts
 
 
@@ -134,26 +177,26 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0) -> list[
 
 
 def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA, letters: str = string.ascii_letters) -> str:
-    """A worked answer; every node gets one of `letters`, or, without letters (""), keeps its own name in the formulas.
-    Raises InputError when there are more nodes than letters."""
+    """A worked answer; every node gets one of `letters`. Without letters (""), and where all names are single words,
+    formulas call the nodes by their names. Raises InputError when there are more nodes than letters."""
     wording, reflecting, analysing = (random.Random(rng.getrandbits(64)) for _ in range(3))
-    nodes = [*problem.order, *problem.redundant]
-    if letters and len(nodes) > len(letters):
-        raise InputError(f"problem {problem.id}: {len(nodes)} nodes, but only {len(letters)} letters")
-    names = dict(zip(nodes, wording.sample(letters, len(nodes)))) if letters else own_names(problem)
+    letters = "" if problem.symbolic else letters
+    names = _lettered(problem, wording, letters) if letters else own_names(problem)
     named: set[str] = set()
     steps = []
-    for key, missing in plan(problem, reflecting, behaviors.reflection):
+    for key, missing in plan(problem, reflecting, behaviors.reflection, behaviors.strict):
         node = problem.nodes[key]
+        restate, stepwise = exploited(node, missing, analysing, behaviors)
         parts = [_introduce(problem, key, letters and names[key], wording, again=key in named)]
         named.add(key)
-        if restated(node, analysing, behaviors.analysis):
-            parts.append(wording.choice(RESTATE).format(expression=describe(node.expr, problem.nodes)))
+        if restate:
+            templates = QUOTE if node.text else RESTATE
+            parts.append(wording.choice(templates).format(expression=describe(node.expr, problem.nodes), text=node.text))
         if missing:
             unknown = listing([phrase(problem.nodes[parent]) for parent in missing])
             parts.append(wording.choice(LOCKED).format(nodes=unknown, verb="is" if len(missing) == 1 else "are"))
         else:
-            parts.append(compute(node.expr, names[key], names, problem.values, behaviors.subgoal))
+            parts.append(compute(node.expr, names[key], names, problem.values, stepwise))
         steps.append("- " + " ".join(parts))
     return OPENING + "\n".join([wording.choice(OPENINGS), *steps, wording.choice(CLOSINGS).format(value=problem.answer),
                                 _result(problem)])
@@ -176,13 +219,22 @@ def _result(problem: Problem) -> str:
     return f"</think>\n<answer>\nThe answer is \\boxed{{{problem.answer}}}.\n</answer>"
 
 
+def _lettered(problem: Problem, wording: random.Random, letters: str) -> dict[str, str]:
+    """A letter of its own for every node."""
+    nodes = [*problem.order, *problem.redundant]
+    if len(nodes) > len(letters):
+        raise InputError(f"problem {problem.id}: {len(nodes)} nodes, but only {len(letters)} letters")
+    return dict(zip(nodes, wording.sample(letters, len(nodes))))
+
+
 def _introduce(problem: Problem, key: str, letter: str, wording: random.Random, again: bool) -> str:
     """The words before a formula: which node, and the letter it gets or already has, if it has one."""
     node = problem.nodes[key]
+    stated = STATED[1:] if node.text else STATED  # a name of the user's may be a plural: "the pupils is 27"
     if not letter:
-        templates = (wording.choice(STATED if isinstance(node.expr, int) else SELECT),)
-    elif isinstance(node.expr, int):
-        templates = (wording.choice(STATED), wording.choice(NAME))
+        templates = (wording.choice(stated if isinstance(node.expr, Number) else SELECT),)
+    elif isinstance(node.expr, Number):
+        templates = (wording.choice(stated), wording.choice(NAME))
     elif again:
         templates = (wording.choice(SELECT), wording.choice(REMIND))
     elif wording.random() < 0.5:
@@ -190,7 +242,15 @@ def _introduce(problem: Problem, key: str, letter: str, wording: random.Random, 
     else:
         templates = (wording.choice(SELECT_AND_NAME),)
     text = " ".join(templates).format(node=phrase(node), letter=letter, value=problem.values[key])
-    return text[0].upper() + text[1:]
+    return text if problem.symbolic else text[0].upper() + text[1:]
+
+
+def exploited(node: Node, missing: Sequence[str], rng: random.Random, behaviors: Behaviors) -> tuple[bool, bool]:
+    """Whether this attempt restates the node's condition, and whether its formula is reduced stepwise."""
+    if not behaviors.strict:
+        return restated(node, rng, behaviors.analysis), behaviors.subgoal
+    injected = not missing and rng.random() < behaviors.reflection
+    return injected and behaviors.analysis > 0 and node.stated and bool(node.parents), injected and behaviors.subgoal
 
 
 def restated(node: Node, rng: random.Random, level: int) -> bool:
@@ -201,18 +261,18 @@ def restated(node: Node, rng: random.Random, level: int) -> bool:
     return rng.random() < ANALYSIS_LEVELS[level][min(node.degree, 5) - 1]
 
 
-def compute(expr: Expr, letter: str, letters: dict[str, str], values: dict[str, int], subgoal: bool) -> str:
+def compute(expr: Expr, name: str, names: dict[str, str], values: dict[str, Number], subgoal: bool) -> str:
     """"x = p * (q + r) = 3 * (4 + 5) = 3 * 9 = 27."; without subgoals the reductions in between are left out."""
-    chain = [letter] if isinstance(expr, int) else [letter, formula(expr, letters)]
-    numbers = substitute(expr, values)
-    while isinstance(numbers, tuple):
-        if len(chain) == 2 or subgoal:
-            chain.append(formula(numbers))
-        numbers = reduce_once(numbers)
-    return " = ".join([*chain, str(numbers)]) + "."
+    chain = [name, formula(expr, names)] if any(isinstance(leaf, str) for leaf in leaves(expr)) else [name]
+    numbers = [substitute(expr, values)]
+    while isinstance(numbers[-1], tuple):
+        numbers.append(reduce_once(numbers[-1]))
+    if not subgoal:
+        numbers = [numbers[0], *numbers[1:][-1:]]
+    return " = ".join([*chain, *map(formula, numbers)]) + "."
 
 
-def substitute(expr: Expr, values: dict[str, int]) -> Expr:
+def substitute(expr: Expr, values: dict[str, Number]) -> Expr:
     if isinstance(expr, tuple):
         return (expr[0], *(substitute(arg, values) for arg in expr[1:]))
     return values[expr] if isinstance(expr, str) else expr
@@ -220,20 +280,25 @@ def substitute(expr: Expr, values: dict[str, int]) -> Expr:
 
 def reduce_once(expr: tuple) -> Expr:
     """One operation less: the first nested group first, then from left to right.
-    3 * (4 + 5 + 6) -> 3 * (9 + 6);   2 * 3 + 4 * 5 -> 6 + 4 * 5."""
+    3 * (4 + 5 + 6) -> 3 * (9 + 6);   2 * 3 + 4 * 5 -> 6 + 4 * 5;   9 - (3 + 2) -> 9 - 5."""
     op, *args = expr
     for i, arg in enumerate(args):
         if isinstance(arg, tuple):
             return (op, *args[:i], reduce_once(arg), *args[i + 1:])
-    first = OPERATORS[op](args[0], args[1])
+    if op in UNARY:
+        return operate(op, *args)
+    first = operate(op, args[0], args[1])
     return (op, first, *args[2:]) if len(args) > 2 else first
 
 
-def formula(expr: Expr, letters: dict[str, str] | None = None) -> str:
-    """Infix text; a nested sum or difference stands in parentheses, negative numbers stand bare ("4 - -3")."""
+def formula(expr: Expr, names: dict[str, str] | None = None) -> str:
+    """Infix text; negative numbers stand bare ("4 - -3"), nested groups in parentheses, but for a product or quotient in
+    a sum or difference; roots and squares are written sqrt(x), square(x)."""
     if not isinstance(expr, tuple):
-        return letters[expr] if isinstance(expr, str) else str(expr)
+        return names[expr] if isinstance(expr, str) else str(expr)
     op, *args = expr
-    texts = [f"({formula(arg, letters)})" if isinstance(arg, tuple) and arg[0] in "+-" else formula(arg, letters)
-             for arg in args]
+    if op in UNARY:
+        return f"{op}({formula(args[0], names)})"
+    texts = [f"({formula(arg, names)})" if isinstance(arg, tuple) and (arg[0] in "+-" or arg[0] in "*/" and op in "*/")
+             else formula(arg, names) for arg in args]
     return f" {op} ".join(texts)

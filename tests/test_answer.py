@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from minibridge.answer import OPENING, SYSTEM, chat, extract, reward, well_formed
+from minibridge.answer import OPENING, SYSTEM, chat, check_scoring, correct, extract, reward, well_formed
+from minibridge.config import InputError
 
 GOOD = "3 + 4 = 7\n</think>\n<answer>\nThe answer is \\boxed{7}.\n</answer>"
 
@@ -42,6 +43,43 @@ def test_extract(text, content):
 def test_reward_is_an_exact_match(content, right):
     value = reward(f"so \\boxed{{{content}}}", "7")
     assert value == right and type(value) is float
+
+
+@pytest.mark.parametrize("content, right", [
+    ("0.3333", True), (" 0.3333\n", True), ("0.33333", True), ("0.33332", True), ("0.3334", False), ("0.3332", False),
+    ("0.33330000", True), ("-0.3333", False), ("1/3", False), (".3333", False), ("0,3333", False), ("3333e-4", False),
+    ("0.3333x", False), ("+0.3333", False), ("nan", False), ("inf", False), ("", False), ("0_0.3333", False),
+    ("\u0660.3333", False), ("00.3333", True), ("0.3333" + "0" * 30, False), ("9" * 400, False),
+])
+def test_a_tolerance_is_relative(content, right):
+    assert reward(f"so \\boxed{{{content}}}", "0.3333", tolerance=1e-4) == right
+
+
+@pytest.mark.parametrize("content, answer, right", [
+    ("400.03", "400", True), ("400.05", "400", False), ("399.97", "400", True), ("399.95", "400", False),
+    ("-400.03", "-400", True), ("400", "-400", False), ("0", "0", True), ("0.0", "0", True), ("0.0000001", "0", False),
+    ("401", "400", False),
+])
+def test_tolerance_around_other_answers(content, answer, right):
+    assert correct(f"\\boxed{{{content}}}", answer, 1e-4) == right
+    assert correct(f"\\boxed{{{content}}}", answer) == (content == answer)  # without one, the text counts
+    assert not correct(content, answer, 1e-4)
+
+
+@pytest.mark.parametrize("record, named", [
+    ({}, "'answer'"), ({"answer": 7}, "'answer'"), ({"answer": "7", "tolerance": "1"}, "'tolerance'"),
+    ({"answer": "7", "tolerance": -1}, "'tolerance'"), ({"answer": "7", "tolerance": True}, "'tolerance'"),
+    ({"answer": "7", "tolerance": float("nan")}, "'tolerance'"), ({"answer": "7", "tolerance": None}, "'tolerance'"),
+    ({"answer": "seven", "tolerance": 1e-4}, "'seven'"), ({"answer": "1/2", "tolerance": 1e-4}, "'1/2'"),
+])
+def test_records_that_cannot_be_scored(record, named):
+    with pytest.raises(InputError, match=f"^here: .*{named}"):
+        check_scoring(record, "here")
+
+
+def test_records_that_can_be_scored():
+    for record in ({"answer": "seven"}, {"answer": "x", "tolerance": 0}, {"answer": "-0.5", "tolerance": 1e-4}):
+        check_scoring(record, "here")
 
 
 def test_reward_without_a_box():
@@ -109,6 +147,7 @@ def test_megabytes_of_junk_take_linear_time(before, piece):
     text = before + piece * (MEGABYTES // len(piece)) + "!"
     start = time.process_time()
     reward(text, "7", 1.0)
+    reward(text, "7", 1.0, tolerance=1e-4)
     assert time.process_time() - start < 1.0
 
 

@@ -2,11 +2,12 @@
 
 import json
 import random
+from decimal import Decimal
 
 import pytest
 
 from minibridge.config import InputError
-from minibridge.dag import Node, Problem, evaluate, leaves
+from minibridge.dag import Node, Problem, evaluate, leaves, rounded
 
 # Nodes of the small problems below are named by one letter: "a" stands for the node "Crate a's Ball".
 EXPRESSIONS = {"a": 3, "b": 5, "c": ("-", "a", "b"), "d": ("*", 4, ("+", "b", "a")), "t": ("+", "c", "d"),
@@ -117,6 +118,7 @@ def test_structure_forgets_names_and_order_and_nothing_else():
     shorter = {name: expr for name, expr in EXPRESSIONS.items() if name != "r"}
     changes = {"a": 4}, {"c": ("-", "b", "a")}, {"c": ("+", "a", "b")}, {"r": ("+", 1, "c")}
     different = [build(), build(order="abc"), build(shorter, redundant=""),
+                 build(EXPRESSIONS | {"s": EXPRESSIONS["r"]}, redundant="rs"),  # the same condition twice
                  *(build(EXPRESSIONS | change) for change in changes)]
     assert len({problem.structure for problem in different}) == len(different)
 
@@ -130,3 +132,88 @@ def test_round_trip_through_json():
     assert list(again.nodes) == list(problem.nodes)  # what the wording of a question is shuffled from
     assert (again.id, again.structure, again.values) == (problem.id, problem.structure, problem.values)
     assert not again.nodes["Shelf's Toys"].stated and again.num_ops == 5
+
+
+# --- numbers that are not whole ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, text", [
+    ("0.12345", "0.1235"), ("-0.12345", "-0.1235"), ("0.12344999", "0.1234"), ("0.03125", "0.0313"), ("2.0", "2"),
+    ("-0.00004", "0"), ("0.00005", "0.0001"), ("1.99996", "2"), ("1E+3", "1000"), ("0.5000", "0.5"),
+    ("999999999.99994", "999999999.9999"),
+])
+def test_rounding_to_four_decimals(number, text):
+    result = rounded(Decimal(number))
+    assert str(result) == text and isinstance(result, int) == ("." not in text)
+
+
+def test_whole_numbers_stay_exact():
+    huge = 10**60 + 1
+    assert evaluate(("*", huge, huge, -1), {}) == -huge * huge
+
+
+@pytest.mark.parametrize("expr, text", [
+    (("/", 6, 3), "2"), (("/", 2, 3), "0.6667"), (("*", ("/", 2, 3), 3), "2.0001"), (("/", 2, 3, 3), "0.2222"),
+    (("/", 1, ("*", 2, 16)), "0.0313"), (("sqrt", 2), "1.4142"), (("sqrt", 16), "4"), (("sqrt", 0), "0"),
+    (("square", ("-", 1, 4)), "9"), (("square", ("/", 1, 3)), "0.1111"), (("-", Decimal("0.1"), Decimal("0.3")), "-0.2"),
+    (("+", Decimal("0.75"), "a", Decimal("0.25")), "8"),
+])
+def test_every_operation_is_rounded(expr, text):
+    result = evaluate(expr, {"a": 7})
+    assert str(result) == text and isinstance(result, int) == ("." not in text)
+
+
+@pytest.mark.parametrize("expr", [("/", 1, "z"), ("/", "z", "z"), ("sqrt", ("-", "z", 1)), ("/", 10**30, 7)])
+def test_what_cannot_be_computed_is_refused(expr):
+    nodes = {"z": Node("z", "", 0), "t": Node("t", "", expr)}
+    with pytest.raises(InputError, match="node 't'.*(zero|negative|large)"):
+        Problem("test", nodes, ("z", "t"), (), 1)
+
+
+@pytest.mark.parametrize("expr, drift", [
+    (("*", ("/", 2, 3), 3), .00005), (("+", 2, 3), 0), (("/", 1, 8), 0), (("*", ("/", 1, 30000), 30000), 1.0),
+    (("/", ("/", 1, 3), 1000), 1 - .0003 * 3000), (("-", 3, 3), 0),
+    (("-", ("*", 2, ("/", 1, 32)), ("/", 1, 16)), float("inf")),  # 0 but for rounding
+    (("/", 1, ("-", ("*", 2, ("/", 1, 32)), ("/", 1, 16))), float("inf")),
+])
+def test_drift_is_the_error_that_rounding_leaves(expr, drift):
+    assert Problem("test", {"t": Node("t", "", expr)}, ("t",), (), 1).drift == pytest.approx(drift, rel=1e-6)
+
+
+def test_round_trip_of_decimals_texts_and_tolerance():
+    nodes = [Node("a b", "", Decimal("0.0001"), True, "A text."), Node("t", "", ("/", "a b", ("*", Decimal("2.5"), 3)))]
+    problem = Problem("own", {node.key: node for node in nodes}, ("a b", "t"), (), 2, 1e-4, "How many?")
+    again = Problem.from_dict(json.loads(json.dumps(problem.to_dict())))
+    assert again == problem and (again.id, again.structure) == (problem.id, problem.structure)
+    assert isinstance(again.nodes["a b"].expr, Decimal) and again.nodes["a b"].text == "A text."
+    assert (again.tolerance, again.ask) == (1e-4, "How many?")
+
+
+def test_records_of_plain_problems_have_no_new_fields():
+    record = build().to_dict()
+    assert list(record) == ["task", "num_ops", "nodes", "order", "redundant"]
+    assert all(list(node) == ["owner", "item", "expr", "stated"] for node in record["nodes"])
+
+
+def test_known_hashes():
+    """They decide which split a problem is of, so they must not change with the code."""
+    assert (build().id, build().structure) == ("b88931c3bf0a8036", "3e35ea0939760b87")
+
+
+def test_a_text_is_part_of_the_problem_but_not_of_its_structure():
+    plain, told = (Problem("own", {"t": Node("t", "", 3, True, text)}, ("t",), (), 0) for text in ("", "It is 3."))
+    assert plain.id != told.id and plain.structure == told.structure
+
+
+def test_core_forgets_what_is_not_needed():
+    shorter = {name: expr for name, expr in EXPRESSIONS.items() if name != "r"}
+    same = [build(), build(owner="Box"), build(shorter, redundant=""), build(EXPRESSIONS | {"r": 1})]
+    assert len({problem.core for problem in same}) == 1
+    assert len({build().core, build(EXPRESSIONS | {"a": 4}).core, build(order="abc").core}) == 3
+
+
+def test_symbolic_when_every_name_is_one_word():
+    def named(*names):
+        return Problem("test", {name: Node(name, "", 1) for name in names}, names[-1:], names[:-1], 1).symbolic
+
+    assert named("abc", "x1", "rate_of") and not named("abc", "two words") and not named("Ann's") and not build().symbolic

@@ -119,6 +119,15 @@ def test_missing_opening_is_named_by_line(tokenizer, write):
         load_sft(write(SFT, bare), tokenizer, 500)
 
 
+def test_a_tolerance_comes_with_its_prompt(write, tokenizer):
+    (prompt,) = load_prompts(write(RL), tokenizer, 500)
+    assert prompt.tolerance == 0
+    (prompt,) = load_prompts(write(RL | {"tolerance": 1e-4}), tokenizer, 500)
+    assert prompt.tolerance == 1e-4
+    with pytest.raises(InputError, match=":1: .*'tolerance'"):
+        load_prompts(write(RL | {"tolerance": "little"}), tokenizer, 500)
+
+
 @pytest.mark.parametrize("load", [load_sft, load_prompts])
 @pytest.mark.parametrize("rows, message", [((), "rows.jsonl: no lines"), (("{",), "rows.jsonl:1: ")])
 def test_empty_and_broken_files(tokenizer, write, load, rows, message):

@@ -133,6 +133,12 @@ def test_rescore_looks_at_the_text(tmp_path):
     assert rescore(tmp_path / "x") == [Scored("6", 2, [True, False]), Scored("7", None, [False])]
 
 
+def test_saved_answers_are_scored_with_their_tolerance(tmp_path):
+    line = {"group": 0, "answer": "0.3333", "text": "\\boxed{0.33331}", "num_ops": 2}
+    write_jsonl(tmp_path / "x", [line, line | {"group": 1, "tolerance": 1e-4}, line | {"group": 2, "tolerance": 1e-6}])
+    assert [scored.correct for scored in rescore(tmp_path / "x")] == [[False], [True], [False]]
+
+
 LINE = {"group": 0, "answer": "6", "text": ""}
 
 
@@ -141,6 +147,7 @@ LINE = {"group": 0, "answer": "6", "text": ""}
     ('{"answer": "6", "text": ""}', "'group' must be a int"),
     ('{"group": 0, "answer": 6, "text": ""}', "'answer' must be a str"),
     ('{"group": true, "answer": "6", "text": ""}', "'group' must be a int"),
+    ('{"group": 0, "answer": "6", "text": "", "tolerance": "x"}', "'tolerance' must be a number"),
     ('{"group": 0, "answer": "6"}', "'text'")])
 def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     path = tmp_path / "eval.jsonl"

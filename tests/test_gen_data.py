@@ -13,10 +13,11 @@ import pytest
 import gen_data
 from minibridge import igsm, traces
 from minibridge.answer import OPENING, SYSTEM, extract
-from minibridge.config import InputError, read_jsonl, run_main
+from minibridge.config import InputError, read_jsonl, run_main, write_jsonl
 from minibridge.dag import Problem
 
 TOY = ("--scale", "toy", "--ops", "2-5")
+OWN = str(Path(gen_data.__file__).parent / "docs" / "own_problems.jsonl")
 
 
 @pytest.fixture
@@ -56,8 +57,7 @@ def written(row):
 
 def test_arms_hold_the_same_problems_in_other_words(make):
     arms = {arm: make("--arm", arm, "--count", "25") for arm in ("vanilla", "bridge")}
-    arms["custom"] = make("--arm", "custom", "--subgoal", "--analysis", "4", "--reflection", "0.3",
-                          "--count", "25")
+    arms["custom"] = make("--arm", "bridge", "--analysis", "4", "--reflection", "0.3", "--count", "25")
     for vanilla, bridge, custom in zip(*arms.values(), strict=True):
         for key in ("answer", "task", "num_ops", "id", "problem"):
             assert vanilla[key] == bridge[key] == custom[key]
@@ -148,6 +148,27 @@ def test_problems_of_a_split_differ(monkeypatch):
         gen_data.problems("base", len(mine) + 1, (2, 5), igsm.TOY, 0)
 
 
+@pytest.mark.parametrize("variant", ["6op", "int"])
+def test_no_arithmetic_structure_stands_in_two_splits(variant):
+    """Nor what is needed of one, whatever redundant premises stand beside it."""
+    cores, structures = ([{getattr(problem, name) for problem in
+                           gen_data.arithmetic_problems(split, 50, variant, 2, (0, 1), seed=0)} for split in gen_data.SPLITS]
+                         for name in ("core", "structure"))
+    for sets in (cores, structures):
+        assert len(set.union(*sets)) == sum(map(len, sets))
+    assert sum(map(len, cores)) < 5 * 50  # problems so small that they do repeat
+
+
+def test_arithmetic_splits_of_the_paper(make):
+    assert gen_data.DEPTHS == {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}
+    for split, depth in gen_data.DEPTHS.items():
+        for row in make("--task", "arithmetic-int", "--split", split, "--count", "1"):
+            problem = Problem.from_dict(row["problem"])
+            assert len(problem.order) == 2**depth - 1 and len(problem.redundant) <= 8 * 3
+    rows = make("--task", "arithmetic-int", "--split", "test", "--redundant", "20-22", "--count", "2")
+    assert all(60 <= len(Problem.from_dict(row["problem"]).redundant) <= 66 for row in rows)
+
+
 # --- reproducibility -----------------------------------------------------------------------------------
 
 
@@ -202,6 +223,91 @@ def test_balance_passes_over_rows_and_changes_none():
     assert places == sorted(places) and places[-1] >= 20
 
 
+# --- every arm of every task ---------------------------------------------------------------------------
+
+ARMS = ("vanilla", "bridge", "subgoal", "analysis+reflection", "pp-aug", "rc-aug", "prompts")
+
+
+@pytest.mark.parametrize("source", [("--task", "igsm", "--scale", "toy", "--ops", "4"), ("--task", "arithmetic"),
+                                    ("--task", "arithmetic-int", "--depth", "3"), ("--problems", OWN)])
+def test_every_arm_holds_the_same_problems(make, source):
+    rows = {arm: make("--arm", arm, "--count", "3", *source) for arm in ARMS}
+    plain = rows["vanilla"]
+    for arm, lines in rows.items():
+        forms = 4 if arm.endswith("aug") else 1
+        for place, row in enumerate(lines):
+            same = plain[place // forms]
+            assert all(row[key] == same[key] for key in ("id", "answer", "problem", "num_ops"))
+            assert row.get("tolerance") == same.get("tolerance")
+            messages = row["prompt"] if arm == "prompts" else row["messages"]
+            assert arm == "pp-aug" or messages[:2] == same["messages"][:2]
+        assert len(lines) == forms * len(plain)
+    strict = make("--arm", "bridge", "--strict", "--reflection", "0", "--count", "3", *source)
+    assert list(map(written, strict)) == list(map(written, plain))
+
+
+def test_rows_are_capped_problem_by_problem(make):
+    every = make("--arm", "rc-aug", "--count", "5", *TOY)
+    assert make("--arm", "rc-aug", "--count", "5", "--rows", "10", *TOY) == every[:10]
+    assert len(make("--arm", "vanilla", "--count", "5", "--rows", "99", *TOY)) == 5
+
+
+def test_epochs_that_match_the_steps_of_the_plain_arm():
+    """2,000 problems are 75 steps of 128 in 5 epochs; in train_sft.py's own arithmetic, 8,000 rows then take as many."""
+    import train_sft
+    default = train_sft.Config(model="", data="", out="")
+    assert (gen_data.BATCH, gen_data.EPOCHS) == (default.batch_size, default.epochs)
+    for problems, rows in ((2000, 8000), (300, 1200), (1000, 2000), (2000, 5000), (2000, 1100)):
+        line = gen_data.matched_steps(rows, problems)
+        plain = round(default.epochs * (problems // 128))
+        assert f" {plain} steps" in line and round(float(line.split("--epochs ")[1]) * (rows // 128)) == plain
+    assert gen_data.matched_steps(2000, 2000) == ""  # one row a problem, or as many by --rows
+    assert gen_data.matched_steps(400, 100) == gen_data.matched_steps(100, 400) == ""  # not one batch
+
+
+def test_epochs_are_printed_for_the_augmented_arms(tmp_path, capsys):
+    for arm, rows, printed in (("rc-aug", "none", True), ("rc-aug", "128", False), ("vanilla", "none", False)):
+        argv = ["--arm", arm, "--count", "128", "--rows", rows, "--scale", "toy", "--ops", "2", "--out", str(tmp_path / "x")]
+        assert run_main(gen_data.main, gen_data.Config, argv) == 0
+        assert ("--epochs 1.2500\n" in capsys.readouterr().out) == printed
+
+
+def test_line_orders(make):
+    def places(order):
+        (row,) = make("--task", "arithmetic", "--lines", order, "--count", "1", "--split", "rl")
+        return [line.split()[3] for line in row["prompt"][1]["content"].split("\n")[:-1]], Problem.from_dict(row["problem"])
+
+    (forward, problem), (backward, _) = places("topological"), places("reversed")
+    assert forward[::-1] == backward
+    assert all(forward.index(parent) < forward.index(key) for key in forward for parent in problem.nodes[key].parents)
+
+
+def test_rejection_sampling(make, tmp_path):
+    """Prompts of the SFT problems, "rollouts" to them, and then the rows of both kinds."""
+    prompts = make("--arm", "prompts", "--count", "12", *TOY)
+    lines = [{"group": i, "id": row["id"], "answer": row["answer"],
+              "text": f"{k}\n</think>\n<answer>\\boxed{{{row['answer'] if k < i % 3 else 'x'}}}</answer>"}
+             for i, row in enumerate(prompts) for k in range(2)]
+    write_jsonl(tmp_path / "rollouts.jsonl", lines)
+    given = ("--count", "12", *TOY, "--rollouts", str(tmp_path / "rollouts.jsonl"))
+    half = [row["id"] for row in prompts][1::3]
+    plain = make("--arm", "vanilla", "--count", "12", *TOY)
+    assert make("--arm", "vanilla", *given) == [row for row in plain if row["id"] in half]
+    assert [row["id"] for row in make("--arm", "own-answers", *given)] == half
+    both = make("--arm", "own-answers", "--keep", "1-100", *given)
+    assert Counter(row["id"] for row in both) == {row["id"]: i % 3 for i, row in enumerate(prompts) if i % 3}
+    assert all(row["messages"][:2] == prompt["prompt"] for row, prompt in zip(both, prompts[1::3][:1]))
+
+
+def test_own_problems(make):
+    sft, rl = make("--problems", OWN, "--arm", "bridge"), make("--problems", OWN, "--split", "rl")
+    assert [row["answer"] for row in sft] == [row["answer"] for row in rl] == ["61", "7.5", "19.65", "41"]
+    assert [row.get("tolerance") for row in rl] == [None, 1e-4, 1e-4, None]
+    assert question(sft[0]) == rl[0]["prompt"][1]["content"] and question(sft[0]).startswith("Mia has 14 stickers.\nLeo has")
+    assert {row["behaviors"] for row in sft} == {"subgoal=1 analysis=2 reflection=0.1"}
+    assert question(make("--problems", OWN, "--lines", "random", "--seed", "1")[0]) != question(sft[0])
+
+
 # --- the command line ----------------------------------------------------------------------------------
 
 
@@ -212,7 +318,8 @@ def test_summary_on_the_console(tmp_path, capsys):
     rows, text = read_jsonl(out), capsys.readouterr().out
     assert rows[0]["prompt"][1]["content"] in text and text.endswith(f"{out}: 40 rows\n")
     answer, times = Counter(row["answer"] for row in rows).most_common(1)[0]
-    assert f"commonest answer: {answer}, {times / 40:.1%} of the rows" in text
+    zeros = sum(row["answer"] == "0" for row in rows)
+    assert f"commonest answer: {answer}, {times / 40:.1%} of the rows; answer 0: {zeros / 40:.1%}\n" in text
     assert all(f"{ops}: {count}" in text for ops, count in Counter(row["num_ops"] for row in rows).items())
 
 
@@ -231,8 +338,25 @@ def test_summary_on_the_console(tmp_path, capsys):
     (["--split", "train"], "split"),
     (["--arm", "gold"], "arm"),
     (["--scale", "huge"], "scale"),
-    (["--arm", "custom", "--analysis", "5"], "analysis"),
-    (["--arm", "custom", "--reflection", "1.1"], "reflection"),
+    (["--task", "logic"], "task"),
+    (["--task", "arithmetic", "--ops", "5"], "ops"),
+    (["--task", "arithmetic", "--scale", "toy"], "scale"),
+    (["--task", "arithmetic", "--depth", "1"], "depth"),
+    (["--depth", "4"], "depth"),
+    (["--redundant", "2"], "redundant"),
+    (["--problems", OWN, "--ops", "5"], "ops"),
+    (["--problems", OWN, "--depth", "5"], "depth"),
+    (["--problems", OWN, "--balance", "0.5"], "balance"),
+    (["--problems", OWN, "--count", "0"], "count"),
+    (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--lines", "sorted"], "lines"),
+    (["--rows", "0"], "rows"),
+    (["--arm", "own-answers"], "--rollouts"),
+    (["--arm", "vanilla", "--strict"], "strict"),
+    (["--arm", "vanilla", "--reflection", "0.1"], "reflection"),
+    (["--rollouts", "nowhere.jsonl", "--count", "2"], "nowhere.jsonl"),
+    (["--arm", "bridge", "--analysis", "5"], "analysis"),
+    (["--arm", "reflection", "--reflection", "1.1"], "reflection"),
 ])
 def test_wrong_arguments_end_in_one_line(fails, argv, named):
     assert named in fails(*argv)

@@ -170,3 +170,13 @@ def test_lines_of_a_prompt_without_the_optional_fields():
     bare = Prompt([5], "6", {"prompt": [], "answer": "6"})
     (line,) = lines([[score(bare, Completion([7], [-1.0], "stop"), "")]])
     assert "id" not in line and "num_ops" not in line
+
+
+def test_a_tolerance_in_the_record_reaches_the_score():
+    """And the saved line, so that it can be scored again."""
+    def episode(**record):
+        return score(Prompt([5], "0.3333", record), Completion([7], [-0.5], "stop"), "\\boxed{0.33331}")
+
+    assert episode(tolerance=1e-4).correct and episode(tolerance=1e-4).reward == 1
+    assert episode(tolerance=1e-4).to_dict()["tolerance"] == 1e-4
+    assert not episode().correct and episode().reward == 0 and "tolerance" not in episode().to_dict()

@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 from collections import Counter, defaultdict
+from decimal import Decimal
 from math import sqrt
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -438,6 +439,115 @@ def test_failed_attempts_of_the_published_generator(problems, low, high, rate, s
     assert abs(without - none) <= 3 * sqrt(none * (1 - none) * (1 / 300 + 1 / len(chosen)))
 
 
+# --- the paper's Algorithm 1 ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
+def test_strict_picks_are_locked(problems, p):
+    picks = 0
+    for i, problem in enumerate(problems):
+        attempts, solved, previous = plan(problem, Finite(i), p, strict=True), set(), None
+        for key, missing in attempts:
+            turn = next(k for k in problem.order if k not in solved)
+            assert missing == tuple(k for k in problem.nodes[key].parents if k not in solved)
+            assert (key != turn) == bool(missing)  # out of turn means locked, and in turn means solved
+            if key != turn:
+                picks += 1
+                assert not (previous is None or previous.missing)
+                assert key in problem.redundant or problem.order.index(key) > problem.order.index(turn)
+            else:
+                solved.add(key)
+            previous = traces.Attempt(key, missing)
+        assert [key for key, missing in attempts if not missing] == list(problem.order)
+    assert (picks > 100) == (p > 0)
+
+
+def test_strict_picks_are_uniform_over_the_locked_nodes():
+    """"b" is next, "d" and "q" are as ready as "b": only "c", "t" and the redundant "r" are left to pick."""
+    expressions = {"a": 1, "b": ("+", 1, "a"), "d": 2, "c": ("+", 1, "b"), "t": ("+", "c", "d"), "q": 5, "r": ("+", "t", 1)}
+    n, rng = 4000, random.Random(0)
+    for redundant, p, shares in (("qr", 1.0, {"r": .3, "c": .35, "t": .35}), ("q", 1.0, {"c": .5, "t": .5}),
+                                 ("", .2, {"b": .8, "c": .1, "t": .1})):
+        used = {key: expr for key, expr in expressions.items() if key not in "qr" or key in redundant}
+        problem = build(used, "abdct", redundant)
+        second = Counter(name(plan(problem, rng, p, strict=True)[1]) for _ in range(n))
+        assert second.keys() == shares.keys()
+        for node, share in shares.items():
+            assert abs(second[node] / n - share) < 4 * sqrt(share * (1 - share) / n), (redundant, node)
+
+
+def test_strict_goes_on_in_turn_when_nothing_is_locked():
+    problem = build({"a": 1, "b": 2, "c": 3, "t": 4}, "abct")
+    assert [name(attempt) for attempt in plan(problem, random.Random(0), 1.0, strict=True)] == list("abct")
+
+
+@pytest.mark.parametrize("p, subgoal, analysis", [(.1, True, 2), (.3, True, 1), (.3, False, 4), (.3, True, 0), (1, True, 2)])
+def test_strict_exploitation_is_one_draw_for_each_unlocked_node(problems, p, subgoal, analysis):
+    drawn = []
+    for i, problem in enumerate(problems):
+        text = traces.answer(problem, random.Random(i), Behaviors(subgoal, analysis, p, strict=True))
+        for step in read_steps(problem, text):
+            node = problem.nodes[step.key]
+            assert not (step.locked and step.restated)  # a locked node is announced, no more
+            if step.locked or not node.stated or not node.parents or len(dag.leaves(node.expr)) < 3:
+                continue  # what is left could be both restated and reduced stepwise
+            stepwise, restated = len(step.chain) > 4, step.restated is not None
+            assert (stepwise or not subgoal or not restated) and (restated or not analysis or not stepwise)
+            drawn.append(stepwise or restated)
+    assert len(drawn) > 300
+    assert abs(mean(drawn) - p) <= 4 * sqrt(p * (1 - p) / len(drawn))
+
+
+def test_strict_answers_are_right(problems):
+    for i, problem in enumerate(problems[:60]):
+        text = traces.answer(problem, random.Random(i), Behaviors(False, 2, .3, strict=True))
+        execute(problem, text, False, random.Random(i))
+
+
+def test_strict_with_probability_0_is_vanilla(problems):
+    for i, problem in enumerate(problems[:20]):
+        strict = Behaviors(True, 4, 0.0, strict=True)
+        assert traces.answer(problem, random.Random(i), strict) == traces.answer(problem, random.Random(i), VANILLA)
+
+
+# --- other problems ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expr, text", [
+    (("-", ("-", "a", "b"), ("*", "a", "b")), "(p - q) - p * q"),
+    (("*", "a", ("/", "b", "a")), "p * (q / p)"),
+    (("/", ("*", "a", "b"), ("*", "b", "a")), "(p * q) / (q * p)"),
+    (("+", ("/", "a", "b"), ("sqrt", ("+", "a", 1))), "p / q + sqrt(p + 1)"),
+    (("square", ("-", "a", "b")), "square(p - q)"),
+])
+def test_formulas_are_in_parentheses_where_precedence_needs_them(expr, text):
+    assert traces.formula(expr, {"a": "p", "b": "q"}) == text
+
+
+@pytest.mark.parametrize("expr, text", [
+    (("-", "a", ("+", "b", "c")), "the difference of a and the sum of b and c"),
+    (("/", "a", ("*", "b", "c")), "the quotient of a and the product of b and c"),
+    (("*", "a", "b", "c"), "the product of a, b and c"),
+    (("sqrt", "a"), "the square root of a"), (("square", "b"), "the square of b"), (Decimal("0.5"), "0.5"),
+])
+def test_other_expressions_in_words(expr, text):
+    nodes = {key: Node(key, "", 1) for key in "abc"}
+    assert traces.describe(expr, nodes) == text
+    assert traces.condition(Node("d", "", expr), nodes) == f"The value of d equals {text}."
+
+
+def test_orders_of_the_conditions():
+    problem = build({"t": ("+", "a", "b"), "r": ("+", 1, "c"), "c": 3, "b": ("+", 1, "a"), "a": 1}, "abt", "cr")
+    seen = {lines: {tuple(line.split("Crate ")[1][0] for line in
+                          traces.question(problem, random.Random(seed), lines).split("\n")[:-1]) for seed in range(300)}
+            for lines in ("given", "topological", "reversed", "random")}
+    assert seen["given"] == {tuple("trcba")}
+    orders = {order for order in itertools.permutations("abtcr")
+              if order.index("a") < order.index("b") < order.index("t") and order.index("c") < order.index("r")}
+    assert seen["topological"] == orders and seen["reversed"] == {order[::-1] for order in orders}
+    assert len(seen["random"]) > 100
+
+
 # --- arms ----------------------------------------------------------------------------------------------
 
 
@@ -524,3 +634,4 @@ def test_bare_equations_are_the_vanilla_formulas_and_nothing_else(problems):
         assert text.startswith("<think>\n- ") and well_formed(text.removeprefix("<think>\n"))
         assert [line for line in text.split("\n") if line.startswith("- ")] == expected
         assert extract(text) == str(problem.answer)
+    assert str(Behaviors(True, 2, 0.1, strict=True)) == "subgoal=1 analysis=2 reflection=0.1 strict=1"

@@ -1,0 +1,118 @@
+"""The arms of the comparison: what rows an SFT file gets for each problem. RL files hold prompts, the same for every arm.
+
+    vanilla, bridge               plain answers; all three behaviors
+    subgoal+reflection, ...       the behaviors named: any one, or several joined by "+"
+    pp-aug                        premises permuted: the plain row, and 3 with the conditions of the question reshuffled
+    rc-aug                        reasoning chain: the plain row, and 3 answers in other topological orders, in fresh words
+    own-answers                   right answers that a model has given itself (rejection sampling), at most 4 a problem
+    prompts                       no answers: what such a model is asked
+
+Question and answer are worded by random streams named after the problem, so a problem's row is the same in every file of
+one seed, whatever else is in it.
+"""
+import random
+import string
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from minibridge import traces
+from minibridge.answer import OPENING, chat, check_scoring, correct, well_formed
+from minibridge.config import InputError, read_jsonl
+from minibridge.dag import Problem
+
+ARMS = {"vanilla": traces.VANILLA, "bridge": traces.BRIDGE}
+BEHAVIORS = ("subgoal", "analysis", "reflection")
+FORMS = 4  # rows of a problem in an augmented arm
+AUGMENTED = {"pp-aug": [(form, 0) for form in range(FORMS)], "rc-aug": [(0, form) for form in range(FORMS)]}
+
+
+def behaviors_of(arm: str, analysis: int | None = None, reflection: float | None = None,
+                 strict: bool = False) -> traces.Behaviors | None:
+    """What an arm injects; None when it has no answers of ours. `analysis` and `reflection` replace BRIDGE's level 2
+    and probability 0.1. Raises InputError for an unknown arm, and for a setting of a behavior it does not have."""
+    plain = arm in ("vanilla", *AUGMENTED)
+    parts = BEHAVIORS if arm == "bridge" else () if plain or arm in ("own-answers", "prompts") else arm.split("+")
+    if len(set(parts)) != len(parts) or not set(parts) <= set(BEHAVIORS):
+        raise InputError(f"arm: {arm!r} is none of vanilla, bridge, {', '.join(AUGMENTED)}, own-answers, prompts, "
+                         f"nor behaviors ({', '.join(BEHAVIORS)}) joined by +")
+    for name, value in (("analysis", analysis), ("reflection", reflection), ("strict", strict or None)):
+        if value is not None and (name if name != "strict" else "reflection") not in parts:
+            raise InputError(f"{name}: does not apply to arm {arm!r}")  # strict takes its p from reflection
+    if arm in ("own-answers", "prompts"):
+        return None
+    level = traces.BRIDGE.analysis if analysis is None else analysis
+    probability = traces.BRIDGE.reflection if reflection is None else reflection
+    return traces.Behaviors("subgoal" in parts, level * ("analysis" in parts), probability * ("reflection" in parts), strict)
+
+
+def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = None, letters: str = string.ascii_letters,
+           lines: traces.Lines = "random", asked: int = 0, solved: int = 0) -> dict:
+    """One line: an SFT example rendered with `behaviors`, or an RL prompt when there are none.
+
+    asked, solved: which form of question and answer, from 0, the plain one. Other questions have their conditions
+    reshuffled; other answers follow another topological order, in other words and with other letters.
+    """
+    question = traces.question(problem, _stream(seed, problem, "question", asked), "random" if asked else lines)
+    common = {"answer": str(problem.answer), "task": problem.task, "num_ops": problem.num_ops, "id": problem.id}
+    if problem.tolerance:
+        common["tolerance"] = problem.tolerance
+    if behaviors is None:
+        return {"prompt": chat(question), **common, "problem": problem.to_dict()}
+    stream, told = _stream(seed, problem, "answer", solved), problem
+    if solved:
+        told = replace(problem, order=problem.topological_order(stream))
+    answer = traces.answer(told, stream, behaviors, letters)
+    return {"messages": chat(question, answer), **common, "behaviors": str(behaviors), "problem": problem.to_dict()}
+
+
+def _stream(seed: int, problem: Problem, purpose: str, form: int) -> random.Random:
+    return random.Random(f"{seed}/{problem.id}/{purpose}" + f"/{form}" * bool(form))
+
+
+def augmented(arm: str, problem: Problem, seed: int, letters: str = string.ascii_letters,
+              lines: traces.Lines = "random") -> list[dict]:
+    """The four rows of a problem in arm pp-aug or rc-aug, the plain row first; all have the problem's id."""
+    return [record(problem, seed, traces.VANILLA, letters, lines, *form) for form in AUGMENTED[arm]]
+
+
+# --- rejection sampling --------------------------------------------------------------------------------------
+
+
+def read_rollouts(path: str) -> dict[str, list[dict]]:
+    """The lines of a rollout file (of `evaluate`, or of a step of train_rl.py) by problem id; "correct" is set by
+    today's rule. Raises InputError("path:line: what") for a line without what it takes."""
+    rollouts = defaultdict(list)
+    for number, line in enumerate(read_jsonl(path), start=1):
+        check_scoring(line, f"{path}:{number}")
+        for field in ("id", "text"):
+            if not isinstance(line.get(field), str):
+                raise InputError(f"{path}:{number}: field {field!r} must be a string")
+        right = correct(line["text"], line["answer"], line.get("tolerance", 0.0))
+        rollouts[line["id"]].append(line | {"correct": right})
+    return dict(rollouts)
+
+
+def middling(problems: Sequence[Problem], rollouts: dict[str, list[dict]], keep: tuple[int, int]) -> list[Problem]:
+    """The problems whose rollouts are right in keep[0] to keep[1] percent of cases, ends included; a problem without
+    rollouts is dropped. Raises InputError when none is left."""
+    def percent(problem: Problem) -> float:
+        lines = rollouts[problem.id]
+        return 100 * sum(line["correct"] for line in lines) / len(lines)
+
+    tried = [problem for problem in problems if problem.id in rollouts]
+    kept = [problem for problem in tried if keep[0] <= percent(problem) <= keep[1]]
+    if not kept:
+        raise InputError(f"rollouts: {len(tried)} of the {len(problems)} problems have rollouts, and of none are "
+                         f"{keep[0]}-{keep[1]}% right (the same --seed, --split and sizes as for its prompts?)")
+    return kept
+
+
+def own_answers(problem: Problem, seed: int, rollouts: list[dict], lines: traces.Lines = "random") -> list[dict]:
+    """Rows that answer the problem in the model's own words: its first 4 different answers that are right and well
+    formed."""
+    texts = dict.fromkeys(line["text"].rstrip() for line in rollouts if line["correct"] and well_formed(line["text"]))
+    prompt = record(problem, seed, lines=lines)
+    question, rest = prompt.pop("prompt"), {"behaviors": "own-answers", "problem": prompt.pop("problem")}
+    return [{"messages": [*question, {"role": "assistant", "content": OPENING + text}], **prompt, **rest}
+            for text in list(texts)[:FORMS]]

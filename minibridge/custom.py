@@ -1,0 +1,208 @@
+"""Reads problems of your own: a JSONL file, one problem a line, each a graph of quantities with sentences for them.
+
+    {"nodes": [{"name": "Ann's apples", "formula": "5", "statement": "Ann picked 5 apples."},
+               {"name": "Ben's apples", "formula": "2 * Ann's apples", "statement": "Ben picked twice as many as Ann."},
+               {"name": "the total", "formula": "Ann's apples + Ben's apples"}],
+     "target": "the total", "ask": "How many apples did they pick together?"}
+
+name       what worked answers call the quantity; any text without + - * / ( ) that is not a number. Where all names of a
+           problem are single words, formulas in answers use the names; else each gets a letter, at most 52 nodes then
+formula    numbers, names, + - * / and parentheses, with the usual precedence; its parents are the names in it. Numbers
+           have at most nine digits before the point and four behind it; a minus may stand right before a number
+statement  the sentence that tells it; left out where the reader has to infer the formula. The statements, in the order of
+           the file, and then `ask` are the question
+target     the name of the quantity asked for. Nodes it does not need are redundant premises
+
+Every operation is rounded to four decimals (see `dag`): with thirds, prefer `total * 2 / 3` to a node for one
+third. A problem with a division or a decimal number is scored with a relative tolerance of 1e-4, any other exactly.
+docs/own_problems.jsonl is an example.
+"""
+import re
+from decimal import Decimal
+
+from minibridge.config import InputError, read_jsonl
+from minibridge.dag import Expr, Node, Number, Problem, evaluate, leaves, rounded
+
+TOLERANCE = 1e-4  # of the score, and the most that rounding may move the answer
+LARGEST = 10**9
+LETTERS = 52
+MOST_TOKENS = 100  # of a formula; it also bounds how deep its parentheses go
+OPERATORS = "+-*/()"
+
+
+def read(path: str) -> list[Problem]:
+    """The problems of a file. Raises InputError("path:line: node 'name': what") for the first line that is wrong."""
+    problems = []
+    for line, record in enumerate(read_jsonl(path), start=1):
+        try:
+            problems.append(problem(record))
+        except InputError as error:
+            raise InputError(f"{path}:{line}: {error}") from None
+    if not problems:
+        raise InputError(f"{path}: no lines in it")
+    return problems
+
+
+def problem(record: dict) -> Problem:
+    """A problem from one line. Raises InputError, which names the node where there is one to name."""
+    _check_fields(record, {"nodes": list, "target": str, "ask": str})
+    nodes = _nodes(record["nodes"])
+    parents = {key: node.parents for key, node in nodes.items()}
+    for key, own in parents.items():
+        for parent in own:
+            if parent not in nodes:
+                raise InputError(f"node {key!r}: no node is called {parent!r}")
+    if record["target"] not in nodes:
+        raise InputError(f"target: no node is called {record['target']!r}")
+    solving = _solving_order(parents)
+    _check_values(nodes, solving)
+    needed, waiting = set(), [record["target"]]
+    while waiting:
+        needed.add(key := waiting.pop())
+        waiting += [parent for parent in parents[key] if parent not in needed]
+    order = [key for key in solving if key in needed]
+    return _checked(Problem("own", nodes, tuple(order), tuple(key for key in nodes if key not in needed),
+                            sum(len(leaves(nodes[key].expr)) - 1 for key in order),
+                            TOLERANCE if any(_may_round(nodes[key].expr) for key in order) else 0.0, record["ask"]))
+
+
+def _checked(problem: Problem) -> Problem:
+    if not problem.ask or problem.ask != _one_line(problem.ask):
+        raise InputError("ask: must be one line of text")
+    if len(problem.nodes) > LETTERS and not problem.symbolic:
+        raise InputError(f"nodes: {len(problem.nodes)}, more than the {LETTERS} letters; names of one word need none")
+    if problem.drift > TOLERANCE:
+        raise InputError(f"node {problem.target!r}: rounding every step to four decimals puts the answer off by "
+                         f"{problem.drift:.1g} of its value")
+    return problem
+
+
+def _nodes(records: list) -> dict[str, Node]:
+    nodes: dict[str, Node] = {}
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise InputError(f"nodes: number {number} is not an object")
+        name = record.get("name")
+        if not isinstance(name, str) or not name or name != _one_line(name) or set(name) & set(OPERATORS) \
+                or _is_number(name):
+            raise InputError(f"nodes: number {number} has no usable name: {name!r}")
+        if name in nodes:
+            raise InputError(f"node {name!r}: a second node of this name")
+        try:
+            nodes[name] = _node(name, record)
+        except InputError as error:
+            raise InputError(f"node {name!r}: {error}") from None
+    return nodes
+
+
+def _node(name: str, record: dict) -> Node:
+    _check_fields(record, {"name": str, "formula": str, "statement": str}, optional="statement")
+    text = record.get("statement", "")
+    if "statement" in record and (text != _one_line(text) or text[-1:] not in tuple(".!?")):
+        raise InputError("statement: must be one line that ends with a full stop")
+    node = Node(name, "", parse(record["formula"]), stated=bool(text), text=text)
+    if not text and not node.parents:
+        raise InputError("statement: missing, and nobody can infer a number")
+    return node
+
+
+def _check_fields(record: dict, kinds: dict[str, type], optional: str = "") -> None:
+    for field in (*kinds, *record):
+        if field not in kinds:
+            raise InputError(f"unknown field {field!r}")
+        if not (isinstance(record.get(field), kinds[field]) or field == optional and field not in record):
+            raise InputError(f"field {field!r} must be a {kinds[field].__name__}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _solving_order(parents: dict[str, tuple[str, ...]]) -> list[str]:
+    """All keys, each after its parents, and otherwise as they stand in the file."""
+    solved, waiting = {}, list(parents)
+    while waiting:
+        key = next((key for key in waiting if all(parent in solved for parent in parents[key])), None)
+        if key is None:
+            path = [waiting[0]]
+            while path.count(path[-1]) < 2:  # every waiting node has a parent that waits too
+                path.append(next(parent for parent in parents[path[-1]] if parent not in solved))
+            cycle = path[path.index(path[-1]):]
+            raise InputError(f"node {cycle[0]!r}: is computed from itself: {' -> '.join(cycle)}")
+        waiting.remove(key)
+        solved[key] = True
+    return list(solved)
+
+
+def _check_values(nodes: dict[str, Node], solving: list[str]) -> None:
+    values: dict[str, Number] = {}
+    for key in solving:
+        try:
+            values[key] = evaluate(nodes[key].expr, values)
+        except ArithmeticError:
+            raise InputError(f"node {key!r}: division by zero") from None
+        if abs(values[key]) >= LARGEST:  # also keeps a few lines of squares from filling the memory
+            raise InputError(f"node {key!r}: its value reaches {LARGEST}")
+
+
+def _may_round(expr: Expr) -> bool:
+    if isinstance(expr, tuple):
+        return expr[0] == "/" or any(map(_may_round, expr[1:]))
+    return isinstance(expr, Decimal)
+
+
+# --- formulas: sum = product (+|- product)*, product = atom (*|/ atom)*, atom = number | name | (sum) ---------
+
+
+def parse(text: str) -> Expr:
+    """"2 * (Ann's apples - 1)" -> ("*", 2, ("-", "Ann's apples", 1)). Raises InputError for anything else than a formula."""
+    tokens = [_one_line(token) for token in re.findall(r"[-+*/()]|[^-+*/()]+", text) if token.strip()]
+    if len(tokens) > MOST_TOKENS:
+        raise InputError(f"formula: {len(tokens)} parts, more than {MOST_TOKENS}; split it into several nodes")
+    expr = _sum(tokens)
+    if tokens:
+        raise InputError(f"formula: unexpected {tokens[0]!r} in {text!r}")
+    return expr
+
+
+def _sum(tokens: list[str]) -> Expr:
+    expr = _product(tokens)
+    while tokens and tokens[0] in ("+", "-"):
+        expr = _joined(tokens.pop(0), expr, _product(tokens))
+    return expr
+
+
+def _product(tokens: list[str]) -> Expr:
+    expr = _atom(tokens)
+    while tokens and tokens[0] in ("*", "/"):
+        expr = _joined(tokens.pop(0), expr, _atom(tokens))
+    return expr
+
+
+def _joined(op: str, left: Expr, right: Expr) -> Expr:
+    """a + b + c is one sum of three: operations of one kind are applied from left to right anyway."""
+    return (*left, right) if isinstance(left, tuple) and left[0] == op else (op, left, right)
+
+
+def _atom(tokens: list[str]) -> Expr:
+    token = tokens.pop(0) if tokens else "the end"
+    if token == "-" and tokens and _is_number(tokens[0]):
+        return -_number(tokens.pop(0))
+    if token == "(":
+        expr = _sum(tokens)
+        if not tokens or tokens.pop(0) != ")":
+            raise InputError("formula: a parenthesis is not closed")
+        return expr
+    if token in OPERATORS or token == "the end":
+        raise InputError(f"formula: a number, a name or a parenthesis is missing before {token!r}")
+    return _number(token) if _is_number(token) else token
+
+
+def _is_number(token: str) -> bool:
+    return bool(re.fullmatch(r"[0-9]+(\.[0-9]+)?", token))
+
+
+def _number(token: str) -> Number:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,4})?", token):
+        raise InputError(f"formula: {token[:30]} has more than nine digits before the point or four behind it")
+    return rounded(Decimal(token))
