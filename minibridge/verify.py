@@ -13,6 +13,7 @@ is linear in the length of the text, and no text makes `verify` raise.
 A step is judged by what was written before it: after a wrong value, a step that goes on with this value is right. So
 one slip is one wrong step, but a later step may suffer from an earlier one (a letter that never got its value).
 """
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ WRONG_BOX = "wrong box"              # no box, or not the right answer in it
 
 MAX_DIGITS = 100    # of a number, and
 MAX_TOKENS = 100    # of a formula: what is longer cannot be right, and would be slow or deep
+MAX_REGROUPED = 8   # operands of one sum whose regrouping is searched; above, values alone are compared
 TOLERANCE = 1e-4    # relative and absolute, between numbers that are not both whole
 LOOKALIKES = str.maketrans("×·⋅÷−’", "***/-'")  # one for one: spans stay
 
@@ -260,7 +262,7 @@ class _Ledger:
             raise _Wrong(UNDEFINED, " ".join(said)[:80] or "the node that must wait")
         missing = self.problem.missing(self.node, self.values.keys())
         if sorted(names) != sorted(missing):
-            raise _Wrong(LOCK, f"unknown: {traces.listing(missing) or 'none'}")
+            raise _Wrong(LOCK, f"unknown: {', '.join(missing) or 'none'}")
 
     def _named(self, text: str) -> tuple[list[str], list[str]]:
         """The nodes named in a text, and the words around them, without commas and "and"."""
@@ -365,9 +367,15 @@ def gather(op: str, operands: list):
 def negative(form):
     if is_number(form):
         return -form
-    if form[0] == "+" and isinstance(form, tuple):
+    if isinstance(form, tuple) and form[0] == "+":
         return gather("+", [negative(term) for term in form[1:]])
-    return form[1] if form[0] == "neg" else ("neg", form)
+    return form[1] if isinstance(form, tuple) and form[0] == "neg" else ("neg", form)
+
+
+def inverse(form):
+    if isinstance(form, tuple) and form[0] == "*":
+        return gather("*", [inverse(factor) for factor in form[1:]])
+    return form[1] if isinstance(form, tuple) and form[0] == "inv" else ("inv", form)
 
 
 def canonical(expr: Expr):
@@ -376,7 +384,7 @@ def canonical(expr: Expr):
     op, first, *rest = expr[0], *map(canonical, expr[1:])
     if op in "+-":
         return gather("+", [first, *(rest if op == "+" else map(negative, rest))])
-    return gather("*", [first, *(rest if op == "*" else (("inv", factor) for factor in rest))])
+    return gather("*", [first, *(rest if op == "*" else map(inverse, rest))])
 
 
 def value(form) -> Number:
@@ -405,9 +413,8 @@ def substitute(form, values: dict[str, Number]):
 
 
 def reduces(form, reduced) -> bool:
-    """Whether `reduced` is `form` with some operations done, none included, in any order. Values must agree, and what
-    the two have in common is set aside, so that 0 * (3 + 4) = 0 * 8 does not pass. What is left is matched one by
-    one; several operands that became several others are only compared in value."""
+    """Whether `reduced` is `form` with some operations done, none included, in any order. It takes more than the same
+    value: 0 * (3 + 4) is not 0 * 8, and 64 + -45 is not 63 + -44. (A formula of another shape is compared in value.)"""
     if same(form, reduced):
         return True
     if not same(value(form), value(reduced)) or _size(reduced) >= _size(form):
@@ -420,9 +427,21 @@ def reduces(form, reduced) -> bool:
             if old := [operand for operand in left if match(operand, new)]:
                 left.remove(old[0])
                 done.remove(new)
-    if not done or not left:  # 3 + 0 + 4 = 3 + 4; 0 * 3 * 4 = 0 * 4
-        return not done
-    return same(value(gather(form[0], left)), value(gather(form[0], done)))
+    return len(left) > MAX_REGROUPED or _regroups(form[0], left, done)
+
+
+def _regroups(op: str, left: list, done: list) -> bool:
+    """Whether every one of `done` is the value of some of `left`, each used once. What stays over has been absorbed:
+    3 - 0 + 4 = 3 + 4, 0 * 3 * 4 = 0 * 4."""
+    if not done:
+        return True
+    first, rest = value(done[0]), done[1:]
+    for count in range(1, len(left) - len(rest) + 1):
+        for chosen in itertools.combinations(range(len(left)), count):
+            others = [operand for i, operand in enumerate(left) if i not in chosen]
+            if same(value((op, *(left[i] for i in chosen))), first) and _regroups(op, others, rest):
+                return True
+    return False
 
 
 def _names(form) -> list[str]:
@@ -457,7 +476,7 @@ def parse(text: str, key: Callable[[str], str]):
     def product():
         factors = [atom()]
         while tokens[-1] in ("*", "/"):
-            factors.append(atom() if tokens.pop() == "*" else ("inv", atom()))
+            factors.append(atom() if tokens.pop() == "*" else inverse(atom()))
         return gather("*", factors)
 
     def atom():
@@ -472,9 +491,9 @@ def parse(text: str, key: Callable[[str], str]):
             return _number(token)
         elif token[:1].isalpha():
             return key(token)
-        raise _Wrong(UNREADABLE, text.strip()[:80])
+        raise _Wrong(UNREADABLE, f"no formula: {text.strip()[:80]}")
 
     form = total()
     if tokens != [""]:
-        raise _Wrong(UNREADABLE, text.strip()[:80])
+        raise _Wrong(UNREADABLE, f"no formula: {text.strip()[:80]}")
     return form

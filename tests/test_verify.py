@@ -1,0 +1,467 @@
+"""The verifier: right answers of every arm pass, planted slips are found where they are and named for what they are."""
+
+import itertools
+import random
+import re
+import time
+
+import pytest
+
+from minibridge import dag, igsm, traces, verify
+from minibridge.dag import Node, Problem
+from minibridge.verify import (ANALYSIS, ARITHMETIC, BOX, CLOSING, FAILED_ATTEMPT, LOCK, MENTION, NAMING, RESTATEMENT,
+                               RETRIEVAL, STEP, SUBGOAL, SUBSTITUTION, UNDEFINED, UNFINISHED, UNKNOWN, UNREADABLE,
+                               WRONG_BOX, WRONG_CLOSING)
+
+COMBINATIONS = [traces.Behaviors(*choice) for choice in itertools.product((False, True), (0, 2, 4), (0.0, 0.1, 0.5))]
+KINDS = [((15, 20), igsm.PAPER), ((21, 25), igsm.PAPER), ((1, 8), igsm.TOY), ((3, 14), igsm.PAPER)]
+
+
+def draw(i) -> Problem:
+    return igsm.draw(random.Random(f"verify {i}"), *KINDS[i % len(KINDS)])
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return [draw(i) for i in range(72)]
+
+
+# --- an answer by hand ---------------------------------------------------------------------------------------
+
+
+def by_hand() -> Problem:
+    nodes = [Node("Ash", "Jar", 4), Node("Elm", "Jar", 9), Node("Oak", "Jar", ("-", "Ash's Jar", "Elm's Jar")),
+             Node("Yew", "Jar", ("*", 2, ("+", "Ash's Jar", "Elm's Jar", "Oak's Jar"))),
+             Node("Yew", "Food", ("+", ("*", "Yew's Jar", "Ash's Jar"), ("*", "Oak's Jar", "Elm's Jar")), stated=False),
+             Node("Fir", "Jar", ("+", 3, "Elm's Jar")), Node("Fir", "Tin", "Elm's Jar")]
+    keys = [node.key for node in nodes]
+    return Problem("test", dict(zip(keys, nodes)), tuple(keys[:5]), tuple(keys[5:]), num_ops=8)
+
+
+PROBLEM = by_hand()
+TEXT = """<think>
+I will find one quantity at a time.
+- Each Ash's Jar is 4. Call it p. p = 4.
+- The text gives each Elm's Jar as 9. Let it be q. q = 9.
+- Now take each Yew's Jar. Write t for it. It equals 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's \
+Jar. But each Oak's Jar is not known yet, so it must wait.
+- Let d be each Oak's Jar. The text says it equals the difference of each Ash's Jar and each Elm's Jar. \
+d = p - q = 4 - 9 = -5.
+- Let r stand for each Fir's Jar. r = 3 + q = 3 + 9 = 12.
+- Next is each Yew's Jar. It is t already. t = 2 * (p + q + d) = 2 * (4 + 9 + -5) = 2 * (13 + -5) = 2 * 8 = 16.
+- Write Z for each Yew's Food. Z = t * p + d * q = 16 * 4 + -5 * 9 = 64 + -5 * 9 = 64 + -45 = 19.
+So the result is 19.
+</think>
+<answer>
+The answer is \\boxed{19}.
+</answer>"""
+
+
+def edited(old, new) -> str:
+    assert TEXT.count(old) == 1, old
+    return TEXT.replace(old, new)
+
+
+def check(text, problem=PROBLEM):
+    return verify.verify(problem, text)
+
+
+def found(text, problem=PROBLEM) -> tuple:
+    verdict = check(text, problem)
+    assert verdict.correct == (verdict.first_wrong_step is None) == (verdict.error is None)
+    return verdict.first_wrong_step, verdict.error
+
+
+def test_a_right_answer_in_full():
+    verdict = check(TEXT)
+    assert verdict.correct and verdict.boxed and verdict.first_wrong_step is None and verdict.error is None
+    assert [step.kind for step in verdict.steps] == [STEP, STEP, FAILED_ATTEMPT, STEP, STEP, STEP, STEP, CLOSING, BOX]
+    assert [step.node for step in verdict.steps] == [
+        "Ash's Jar", "Elm's Jar", "Yew's Jar", "Oak's Jar", "Fir's Jar", "Yew's Jar", "Yew's Food", "Yew's Food", None]
+    assert not any(step.error or step.reason for step in verdict.steps)
+    assert (verdict.solved, verdict.attempts, verdict.analyses, verdict.subgoals) == (6, 1, 2, 4)
+    assert (verdict.redundant, verdict.unneeded) == (1, 1)
+    assert [(kind, TEXT[start:end]) for kind, start, end in verdict.spans() if kind in (ANALYSIS, SUBGOAL, BOX)] == [
+        (ANALYSIS, "It equals 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar"),
+        (ANALYSIS, "The text says it equals the difference of each Ash's Jar and each Elm's Jar"),
+        (SUBGOAL, "2 * (13 + -5)"), (SUBGOAL, "2 * 8"), (SUBGOAL, "64 + -5 * 9"), (SUBGOAL, "64 + -45"),
+        (BOX, "\\boxed{19}")]
+    assert [TEXT[step.start:step.end] for step in verdict.steps[:-2]] == \
+        [line for line in TEXT.split("\n") if line.startswith("- ")]
+    assert TEXT[verdict.steps[-2].start:verdict.steps[-2].end].strip() == "So the result is 19."
+
+
+@pytest.mark.parametrize("old, new", [
+    ("<think>\nI will find one quantity at a time.\n", ""),
+    ("I will find", "There are 7 = 3 things. I find"),
+    ("- Each Ash's", "- each Ash's"), ("- Let d be", "- let d be"), ("The text gives", "the  Text gives"),
+    ("- Now take each Yew's Jar. Write t", "  -   Now   take each  Yew's\tJar.   Write t"),
+    ("9 + -5) = 2 * (13 + -5)", "9+-5)=2*( 13+-5 )"), ("-45 = 19.", "-45 = 19"), ("wait.", "wait .  "),
+    ("2 * (p + q + d) = 2 * (4", "2 × (p + q + d) = 2 × (4"), ("4 - 9 = -5", "4 − 9 = −5"),
+    ("Each Ash's Jar is 4", "Each Ash’s Jar is 4"),
+    ("2 * (p + q + d)", "(d + p + q) * 2"), ("2 * (13 + -5) =", "2 * (-5 + 13) ="), ("3 + q =", "q + 3 ="),
+    ("t * p + d * q", "q * d + p * t"), ("64 + -5 * 9 =", "64 - 5 * 9 ="), ("2 * (4 + 9 + -5)", "2 * (4 + 9 - 5)"),
+    ("2 * (p + q + d)", "2 * ((p + (q)) + d)"), ("2 * (13 + -5)", "2 * (-1 + 9)"), ("2 * (13 + -5)", "2 * (4 + 4)"),
+    ("= 64 + -5 * 9 = 64 + -45 ", ""), ("= 64 + -5 * 9 = 64 + -45 ", "= 64 + -45 "), ("= 4 - 9 ", ""),
+    ("= 2 * (4 + 9 + -5) ", "= 2 * (4 + q + -5) = 2 * (4 + 9 + d) "), ("= p - q = 4", "= 4"), ("3 + q = 3", "3 + q = 3 + q = 3"),
+    ("- Let d be each Oak's Jar.", "- Next is each Oak's Jar. Call it d."),
+    ("- Let d be each Oak's Jar.", "- Next is each Oak's Jar, call it d."),
+    ("- Each Ash's Jar is 4. Call it p.", "- Each Ash's Jar is 4; let it be p."),
+    ("- Each Ash's Jar is 4. Call it p.", "- Let p be each Ash's Jar."),
+    ("- Each Ash's Jar is 4. Call it p.", "- Let p be each Ash's Jar.\n-"),
+    ("It is t already. t =", "It is t already. So t ="), ("It is t already. ", ""), ("Z = t", "Z = t * p + q * d = t"),
+    ("Next is each Yew's Jar. It is t already. ", ""),
+    ("each Ash's Jar, each Elm's Jar and each Oak's Jar. But", "each Oak's Jar, each Ash's Jar and each Elm's Jar. But"),
+    ("But each Oak's Jar is not", "But each Oak's Jar are not"),
+    ("So the result is 19.", "That gives 19."), ("So the result is 19.", "After 6 steps I find 19"), ("So the result is 19.\n", ""),
+    ("boxed{19}", "boxed{ 19 }"), ("<answer>\n", ""), ("</think>\n", ""),
+    ("- Let r", "- Let d be each Oak's Jar. d = p - q = -5.\n- Let r"),
+], ids=str)
+def test_harmless_variation(old, new):
+    assert found(edited(old, new)) == (None, None)
+
+
+@pytest.mark.parametrize("old, new, step, error", [
+    # the problem's facts
+    ("Each Ash's Jar is 4", "Each Ash's Jar is 5", 0, RETRIEVAL), ("p = 4", "p = 5", 0, RETRIEVAL),
+    ("is 4. Call it p. p = 4", "is 5. Call it p. p = 5", 0, RETRIEVAL),
+    ("- Let d be", "- Each Oak's Jar is -5.\n- Let d be", 3, RETRIEVAL),
+    ("d = p - q", "d = q - p", 3, RETRIEVAL), ("d = p - q", "d = p + q", 3, RETRIEVAL),
+    ("r = 3 + q = 3 + 9", "r = 2 + q = 2 + 9", 4, RETRIEVAL), ("r = 3 + q = 3 + 9 = 12", "r = 3 * q = 3 * 9 = 27", 4, RETRIEVAL),
+    ("t = 2 * (p + q + d)", "t = 2 * p + q + d", 5, RETRIEVAL), ("t = 2 * (p + q + d)", "t = 2 * (p + q)", 5, RETRIEVAL),
+    ("t * p + d * q", "t * q + d * p", 6, RETRIEVAL), ("Z = t * p + d * q = 16", "Z = 17", 6, RETRIEVAL),
+    ("r = 3 + q = 3 + 9 = 12", "r = 12", 4, RETRIEVAL), ("r = 3 + q = 3 + 9 = 12", "r = 10 + 2 = 12", 4, RETRIEVAL),
+    ("r stand for each Fir's Jar", "r stand for each Fir's Tin", 4, RETRIEVAL),
+    # numbers
+    ("3 + 9 = 12", "3 + 8 = 11", 4, SUBSTITUTION), ("4 - 9 = -5", "9 - 4 = 5", 3, SUBSTITUTION),
+    ("(4 + 9 + -5) = 2 * (13 + -5)", "(4 + 9 + 5) = 2 * (13 + 5)", 5, SUBSTITUTION),
+    ("4 - 9 = -5", "4 - 9 = 5", 3, ARITHMETIC), ("= 12.", "= 13.", 4, ARITHMETIC), ("= 12.", "= 12.5.", 4, ARITHMETIC),
+    ("(13 + -5)", "(14 + -5)", 5, ARITHMETIC), ("2 * 8 = 16", "2 * 8 = 18", 5, ARITHMETIC), ("2 * 8 =", "3 * 8 =", 5, ARITHMETIC),
+    ("2 * 8 = 16", "2 * 9 = 16", 5, ARITHMETIC), ("64 + -45 = 19", "63 + -44 = 19", 6, ARITHMETIC),
+    ("= 64 + -5 * 9", "= 64 + 5 * 9", 6, ARITHMETIC), ("3 + 9 = 12", "3 + 9", 4, ARITHMETIC), ("= 3 + 9 = 12", "", 4, ARITHMETIC),
+    ("= 2 * 8 = 16", "= 2 * (4 + 4)", 5, ARITHMETIC), ("= 12.", f"= {'1' * 10_000}.", 4, ARITHMETIC),
+    # names
+    ("- Let r stand for each Fir's Jar. r = 3 + q = 3 + 9 = 12.", "- Let r be each Yew's Food. r = t * p + d * q = 8.", 4, UNKNOWN),
+    ("- Let d be", "- t = 2 * (p + q + t) = 0.\n- Let d be", 3, RETRIEVAL),
+    ("- Let d be", "- t = 2 * (4 + 9 + -5) = 16.\n- Let d be", 3, UNKNOWN),
+    ("r = 3 + q", "r = 3 + k", 4, UNDEFINED), ("r = 3 + q", "r = 3 + Q", 4, UNDEFINED), ("r = 3 + q", "s = 3 + q", 4, UNDEFINED),
+    ("Let d be", "Let k be", 3, UNDEFINED), ("each Fir's Jar", "each Fir's Car", 4, UNDEFINED), ("is t already", "is k already", 5, UNDEFINED),
+    ("But each Oak's Jar is", "But each Oak's Car is", 2, UNDEFINED), ("Let d be each Oak's Jar", "Let d be it", 3, UNDEFINED),
+    ("- Now take each Yew's Jar. Write", "- Write", 2, UNDEFINED),
+    ("Let d be", "Let p be", 3, NAMING), ("is t already", "is p already", 5, NAMING), ("r = 3 + q", "q = 3 + q", 4, NAMING),
+    # claims in words
+    ("But each Oak's Jar is not", "But each Elm's Jar is not", 2, LOCK), ("But each Oak's Jar is", "But each Oak's Jar and each Elm's Jar are", 2, LOCK),
+    ("r = 3 + q = 3 + 9 = 12.", "But each Elm's Jar is not known yet, so it must wait.", 4, LOCK),
+    ("r = 3 + q = 3 + 9 = 12.", "Since each Oak's Jar is still unknown, go back.", 4, LOCK),
+    ("- Let d be", "- Next is each Yew's Food. But each Oak's Jar is not known yet, so it must wait.\n- Let d be", 3, LOCK),
+    ("equals 2 times", "equals 3 times", 2, RESTATEMENT), ("equals 2 times the sum of each Ash's", "equals 2 times the sum of each Oak's", 2, RESTATEMENT),
+    ("2 times the sum", "2 more than the sum", 2, RESTATEMENT), ("2 times the sum of", "the sum of", 2, RESTATEMENT),
+    ("difference of each Ash's Jar and each Elm's", "difference of each Elm's Jar and each Ash's", 3, RESTATEMENT),
+    ("Yew's Food. Z", "Yew's Food. It equals the sum of each Yew's Jar and each Ash's Jar. Z", 6, RESTATEMENT),
+    # form
+    ("- Let r", "- Hello there.\n- Let r", 4, UNREADABLE), ("- Let r", "hello\n- Let r", 4, UNREADABLE),
+    ("r = 3 + q", "r = 3 + + * q", 4, UNREADABLE), ("r = 3 + q", "r = (3 + q", 4, UNREADABLE), ("r = 3 + q", "r = 3 + q)", 4, UNREADABLE),
+    ("3 + 9 = 12", "3 + 9 = = 12", 4, UNREADABLE), ("r = 3 + q", "r + 1 = 3 + q", 4, UNREADABLE), ("3 + 9 = 12", "3 9 = 12", 4, UNREADABLE),
+    ("r = 3 + q", "r =", 4, UNREADABLE), ("= 12.", "= twelve.", 4, UNDEFINED), ("is 4. Call", "is four. Call", 0, UNREADABLE),
+    # the end
+    ("So the result is 19", "So the result is 18", 7, WRONG_CLOSING), ("boxed{19}", "boxed{18}", 8, WRONG_BOX),
+    ("boxed{19}", "boxed{019}", 8, WRONG_BOX), ("The answer is \\boxed{19}.", "", 8, WRONG_BOX), ("boxed{19}", "boxed{19", 8, WRONG_BOX),
+    ("So the result is 19", f"So the result is {'9' * 5000}", 7, WRONG_CLOSING),
+    (TEXT[TEXT.index("- Write Z"):TEXT.index("So the")], "", 6, UNFINISHED),
+    (TEXT[TEXT.index(" + -45"):], "", 6, ARITHMETIC), (TEXT[TEXT.index("- Let r"):], "", 4, UNFINISHED),
+    (TEXT, "", 0, UNFINISHED), (TEXT, "\\boxed{19}", 0, UNFINISHED),
+], ids=lambda value: str(value)[:50])
+def test_a_slip_is_found_where_it_is(old, new, step, error):
+    text = edited(old, new)
+    assert found(text) == (step, error)
+    verdict = check(text)
+    assert verdict.steps[step].reason and verdict.steps[step].start <= verdict.steps[step].end <= len(text)
+
+
+def test_a_step_is_judged_by_what_was_written():
+    """A wrong value carried on rightly is one wrong step; only the box knows better."""
+    text = edited("4 - 9 = -5", "4 - 9 = 5").replace("(4 + 9 + -5)", "(4 + 9 + 5)").replace("(13 + -5)", "(13 + 5)")
+    text = text.replace("2 * 8 = 16", "2 * 18 = 36").replace("16 * 4 + -5 * 9 = 64 + -5 * 9 = 64 + -45 = 19",
+                                                             "36 * 4 + 5 * 9 = 144 + 45 = 189")
+    text = text.replace("result is 19", "result is 189").replace("boxed{19}", "boxed{189}")
+    assert [step.error for step in check(text).steps] == [None] * 3 + [ARITHMETIC] + [None] * 4 + [WRONG_BOX]
+    assert not check(text).boxed and check(text.replace("boxed{189}", "boxed{19}")).boxed
+
+
+def test_a_wrong_sentence_does_not_hide_the_rest_of_its_step():
+    verdict = check(edited("equals the difference", "equals the sum"))
+    assert [step.error for step in verdict.steps] == [None] * 3 + [RESTATEMENT] + [None] * 5
+    assert verdict.analyses == 2 and verdict.solved == 6
+
+
+def test_steps_out_of_the_minimal_set():
+    again = "- Let d be each Oak's Jar. d = p - q = -5.\n- Let T be each Fir's Tin. T = q = 9.\n- Let T be each Fir's Tin. T = q = 9.\n"
+    verdict = check(edited("- Let r", again + "- Let r"))
+    assert verdict.correct and (verdict.solved, verdict.redundant, verdict.unneeded) == (9, 2, 4)
+
+
+@pytest.mark.parametrize("slot, wording, old, new", [
+    ("NAME", "Denote it by {letter}.", "Call it p.", "Denote it by p."),
+    ("SELECT_AND_NAME", "Put {letter} := {node}!".replace(":=", "as"), "Let d be each Oak's Jar.", "Put d as each Oak's Jar!."),
+    ("STATED", "There are {value} of {node}.", "Each Ash's Jar is 4.", "There are 4 of each Ash's Jar."),
+    ("LOCKED", "{nodes} {verb} missing.", "But each Oak's Jar is not known yet, so it must wait.", "Each Oak's Jar is missing."),
+    ("RESTATE", "One reads: {expression} (so it stands).", "It equals 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar.",
+     "One reads: 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar (so it stands)."),
+    ("REMIND", "I call it {letter}.", "It is t already.", "I call it t."),
+])
+def test_a_wording_added_to_traces_is_understood(monkeypatch, slot, wording, old, new):
+    text = edited(old, new)
+    assert found(text)[1] in (UNREADABLE, UNDEFINED)
+    monkeypatch.setattr(traces, slot, getattr(traces, slot) + (wording,))
+    monkeypatch.setattr(verify, "GRAMMAR", verify._grammar())
+    assert found(text) == (None, None)
+
+
+# --- generated answers ---------------------------------------------------------------------------------------
+
+
+def counts(problem, seed, behaviors):
+    """Failed attempts, restatements, reductions, steps and redundant ones, as `traces` plans them."""
+    rng = random.Random(seed)
+    _, reflecting, analysing = (random.Random(rng.getrandbits(64)) for _ in range(3))
+    plan = traces.plan(problem, reflecting, behaviors.reflection)
+    done = [attempt.key for attempt in plan if not attempt.missing]
+    operations = [len(dag.leaves(problem.nodes[key].expr)) - 1 for key in done]
+    return (len(plan) - len(done),
+            sum(traces.restated(problem.nodes[attempt.key], analysing, behaviors.analysis) for attempt in plan),
+            behaviors.subgoal * sum(max(0, number - 1) for number in operations), len(done),
+            len(set(done) & set(problem.redundant)))
+
+
+@pytest.mark.parametrize("behaviors", COMBINATIONS, ids=str)
+def test_generated_answers_are_right_and_counted(problems, behaviors):
+    offset = COMBINATIONS.index(behaviors)
+    for i, problem in enumerate(problems[offset % 4::4]):
+        text = traces.answer(problem, random.Random(i), behaviors)
+        verdict = check(text, problem)
+        assert verdict.correct, (verdict.steps[verdict.first_wrong_step], text)
+        assert counts(problem, i, behaviors) == (verdict.attempts, verdict.analyses, verdict.subgoals, verdict.solved,
+                                                 verdict.redundant)
+        assert verdict.unneeded == verdict.redundant and MENTION not in {step.kind for step in verdict.steps}
+        assert check(text.removeprefix("<think>\n"), problem).correct  # a completion
+
+
+# --- planted slips -------------------------------------------------------------------------------------------
+#
+# `corrupt` changes one number, letter, operator or node name of a generated answer into another. It returns None
+# where the change leaves a true answer, which is decided here by arithmetic and by the problem, not by the verifier.
+
+LETTER = r"(?<![\w'])[A-Za-z](?!\w)"
+
+
+def corrupt(problem, text, rng):
+    """(new text, index of the step that is wrong now, the kinds of error it may be called)."""
+    steps = [match.span() for match in re.finditer(r"(?m)^- .*$", text)]
+    what = rng.choice(("number", "number", "letter", "operator", "node"))
+    if what == "number" and rng.random() < .05:
+        match = rng.choice(list(re.finditer(r"(?<=is |es )-?\d+(?=\.\n</think>)|(?<=boxed\{)-?\d+", text)))
+        boxed = match.start() > text.index("</think>")
+        new = text[:match.start()] + other_number(match[0], rng) + text[match.end():]
+        return new, len(steps) + boxed, {WRONG_BOX if boxed else WRONG_CLOSING}
+    index = rng.randrange(len(steps))
+    start, end = steps[index]
+    result = globals()[f"corrupt_{what}"](problem, text, text[start:end], rng)
+    if result is None:
+        return None
+    line, step, errors = result
+    return text[:start] + line + text[end:], index if step is None else step, errors
+
+
+def other_number(number, rng) -> str:
+    return str(rng.choice([int(number) + rng.choice((-10, -1, 1, 2, 10)), -int(number) or 1, rng.randint(-99, 99)]))
+
+
+def sentences(line):
+    """(start, end) of the sentences of a step."""
+    return [match.span() for match in re.finditer(r"(?<=\s)\S.*?\.(?=\s|$)", line)]
+
+
+def links(line):
+    """(start, end) of what stands between the "=" of a step's formula, its letter left out; none in a failed attempt."""
+    start, end = sentences(line)[-1]
+    if " = " not in line[start:end]:
+        return []
+    ends = [match.span() for match in re.finditer(" = ", line)] + [(end - 1, end)]
+    return [(before[1], after[0]) for before, after in zip(ends, ends[1:])]
+
+
+def corrupt_number(problem, text, line, rng):
+    numbers = [match for match in re.finditer(r"(?<![\w-])-?\d+", line)]
+    if not numbers:
+        return None
+    match = rng.choice(numbers)
+    new = other_number(match[0], rng)
+    if int(new) == int(match[0]):
+        return None
+    spans = links(line)
+    where = next((i for i, (start, end) in enumerate(spans) if start <= match.start() < end), None)
+    if where is None:
+        sentence = next(line[start:end] for start, end in sentences(line) if start <= match.start() < end)
+        error = RESTATEMENT if "equals" in sentence else RETRIEVAL
+    else:
+        error = (RETRIEVAL, SUBSTITUTION, *[ARITHMETIC] * 9)[where]
+    return line[:match.start()] + new + line[match.end():], None, {error}
+
+
+def corrupt_letter(problem, text, line, rng):
+    match = rng.choice(list(re.finditer(LETTER, line)))
+    new = rng.choice([letter for letter in igsm.PAPER.letters if letter != match[0]])
+    changed = line[:match.start()] + new + line[match.end():]
+    if links(line):
+        return changed, None, {UNDEFINED, NAMING, RETRIEVAL}
+    before, after = text.split(line, 1)
+    known = set(re.findall(LETTER, " ".join(re.findall(r"(?m)^- .*$", before))))
+    if match[0] in known or new in known:
+        return changed, None, {UNDEFINED, NAMING}
+    # A free choice of a letter, until the old letter turns up again or the new one is given to another node.
+    for step, later in enumerate(re.findall(r"(?m)^- .*$", after), before.count("\n- ") + 1):
+        if re.search(rf"(?<![\w'])(?:{match[0]}|{new})(?!\w)", later):
+            return changed, step, {UNDEFINED, NAMING}
+    return None
+
+
+def evaluate(link, letters) -> int:
+    """Value of a link of the grammar, by Python itself: the text is the generator's own."""
+    assert re.fullmatch(r"[-+*() \dA-Za-z]+", link)
+    return eval(link, {"__builtins__": {}}, letters)
+
+
+def corrupt_operator(problem, text, line, rng):
+    places = [(start, end, match.start() + start) for start, end in links(line)
+              for match in re.finditer(r"(?<= )[-+*](?= )", line[start:end])]
+    if not places:
+        return None
+    start, end, at = rng.choice(places)
+    new = rng.choice([operator for operator in "+-*" if operator != line[at]])
+    changed = line[:at] + new + line[at + 1:]
+    junk = [{letter: rng.randint(100, 999) for letter in igsm.PAPER.letters} for _ in range(3)]
+    if all(evaluate(line[start:end], letters) == evaluate(changed[start:end], letters) for letters in junk):
+        return None  # 3 - 0 and 3 + 0, 2 * 2 and 2 + 2
+    where = [span[0] for span in links(line)].index(start)
+    return changed, None, {(RETRIEVAL, SUBSTITUTION, *[ARITHMETIC] * 9)[where]}
+
+
+def corrupt_node(problem, text, line, rng):
+    phrases = {traces.phrase(node): key for key, node in problem.nodes.items()} | {"each Moon's Robot": None}
+    longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
+    matches = list(re.finditer(rf"(?:{'|'.join(longest_first)})(?!\w)", line.replace("- Each", "- each")))
+    match = rng.choice(matches)
+    new = rng.choice([phrase for phrase in phrases if phrase != match[0]])
+    changed = line[:match.start()] + new + line[match.end():]
+    sentence = next(line[start:end] for start, end in sentences(line) if start <= match.start() < end)
+    if "equals" in sentence:
+        return changed, None, {RESTATEMENT}
+    if match is not matches[0]:
+        return changed, None, {LOCK, UNDEFINED}
+    key, other = phrases[match[0]], phrases[new]
+    if other is None:
+        return changed, None, {UNDEFINED}
+    if links(line):
+        if problem.nodes[key].expr == problem.nodes[other].expr:
+            return None  # told apart by later steps only
+    else:
+        solved = {phrases[phrase] for phrase in phrases for bullet in re.findall(r"(?m)^- .*$", text.split(line)[0])
+                  if links(bullet) and phrase_of(bullet, longest_first) == phrase}
+        if set(problem.missing(key, solved)) == set(problem.missing(other, solved)):
+            return None  # waits for the same nodes
+    return changed, None, {RETRIEVAL, UNKNOWN, LOCK, RESTATEMENT, NAMING}
+
+
+def phrase_of(bullet, longest_first) -> str:
+    return re.search(rf"(?:{'|'.join(longest_first)})(?!\w)", bullet.replace("- Each", "- each"))[0]
+
+
+def campaign(count, seed="") -> dict:
+    """`count` answers with one slip each; {kind of error: times}. Every one must be found at its step, by its kind."""
+    tally = {}
+    for i in itertools.count():
+        rng = random.Random(f"slip {seed} {i}")
+        problem = igsm.draw(rng, *rng.choice(KINDS))
+        text = traces.answer(problem, rng, rng.choice(COMBINATIONS))
+        planted = corrupt(problem, text, rng)
+        if planted is not None:
+            step, error = found(planted[0], problem)
+            assert step == planted[1] and error in planted[2], (i, step, error, planted[1:], planted[0])
+            tally[error] = tally.get(error, 0) + 1
+            if sum(tally.values()) == count:
+                return tally
+
+
+def test_planted_slips_are_found():
+    tally = campaign(600)
+    assert set(tally) >= {RETRIEVAL, SUBSTITUTION, ARITHMETIC, UNDEFINED, NAMING, LOCK, RESTATEMENT, WRONG_BOX, WRONG_CLOSING}
+
+
+# --- formulas and hostile text -------------------------------------------------------------------------------
+
+
+def form(text):
+    return verify.parse(text, lambda letter: letter)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("4 * (3 + -3) - 2 - 2", -4), ("2 * 3 + -4 * 5", -14), ("-(3 - 5) * 2", 4), ("7 - (3 - (2 - 5))", 1), ("2--3", 5), ("+3", 3),
+    ("12 / 4 / 3 * 2", 2), ("1.5 * 4", 6), ("6 / (1 + 2)", 2), ("((((7))))", 7),
+])
+def test_formulas(text, value):
+    assert verify.same(verify.value(form(text)), value)
+
+
+@pytest.mark.parametrize("text, other, equal", [
+    ("a + b * c", "c * b + a", True), ("a - b - c", "a - (b + c)", True), ("a - (b - c)", "a + c - b", True), ("a / b / c", "a / (c * b)", True),
+    ("a - b", "b - a", False), ("a / b", "b / a", False), ("a * (b + c)", "a * b + c", False), ("2 * a", "a + a", False), ("a + 0", "a", False),
+    ("1.00001 * a", "a * 1", True), ("1.001 * a", "1 * a", False), ("100001 * a", "100000 * a", False),
+])
+def test_canonical_forms(text, other, equal):
+    assert verify.same(form(text), form(other)) == equal
+
+
+@pytest.mark.parametrize("text, other, right", [
+    ("2 * 3 + 4 * 5", "6 + 20", True), ("2 * 3 + 4 * 5", "4 * 5 + 6", True), ("1 + 2 + 3 + 4", "4 + 6", True), ("3 - 0 + 1", "1 + 3", True),
+    ("1 + 2 + 3 + 4", "3 + 3 + 4", True), ("2 * (3 + 4)", "14", True), ("12", "12", True), ("0 * (3 + 4)", "0 * 7", True),
+    ("0 * (3 + 4)", "0 * 8", False), ("0 * (3 + 4)", "7 * 0 * 1", False), ("3 + 4 + 5", "6 + 7", False), ("4 * 3", "3 + 9", False),
+    ("7", "3 + 4", False), ("3 + 4", "4 + 3", True), ("1 + 2 + 3 + 5", "6 + 5", True), ("1 + 2 + 3 + 5", "4 + 7", True), ("1 + 2 + 4 + 8", "2 + 13", True), ("3 + 4", "2 + 5", False),
+])
+def test_reductions(text, other, right):
+    assert verify.reduces(form(text), form(other)) == right
+
+
+HUGE = "9" * 10_000
+HOSTILE = {
+    "parentheses": "r = " + "(" * 1_000_000 + "3 + q", "signs": "r = " + "-" * 1_000_000 + "q", "nested": "r = " + "-(" * 90 + "3",
+    "sums": "r = " + "q + " * 250_000 + "q", "powers": "r = 3 + q = " + " * ".join(["9" * 90] * 40) + " = 12",
+    "mixed": "r = 3 + q = " + " * ".join(["9" * 90] * 40) + " * 1.5 = 12", "tower": "r = 3 + q = 1" + " / 9" * 40 + " = 12",
+    "zero": "r = 3 + q = 3 / 0 = 12", "digits": "r = 3 + q = 3 + " + HUGE + " = " + HUGE, "million digits": "r = " + "1" * 1_000_000,
+    "links": "r = 3 + q = 3 + 9" + " = 12" * 200_000, "equals": "=" * 1_000_000, "stops": "." * 1_000_000, "blanks": "But" + " " * 1_000_000 + "x",
+    "is": "But " + "is a " * 200_000, "ands": "But " + "each Elm's Jar and " * 50_000 + "each Elm's Jar are not known yet, so it must wait.",
+    "each": "Let r be " + "each " * 200_000, "letters": "Let " + "r" * 1_000_000 + " be each Fir's Jar.", "odd": "\u0130\u0131\u212a\ud800\x00\x85\u2028 ½² = ٣",
+    "stated": "Each Fir's Jar is " + HUGE + ".", "words": "It equals " + "2 times the sum of " * 50_000, "bullets": "x\n- " * 20_000,
+    "stated constant": "Each Elm's Jar is " + HUGE + ".", "lines": "\n" * 1_000_000, "tabs": "\n" + "\t" * 1_000_000 + "\n", "dashes": "\n-" * 200_000,
+    "decimals": "r = 3 + q = 3 + 9." + "0" * 90 + "1 = 12",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text(name):
+    begun = time.process_time()
+    step, error = found(edited("Let r stand for each Fir's Jar. r = 3 + q = 3 + 9 = 12.", "Let r be each Fir's Jar. " + HOSTILE[name]))
+    assert time.process_time() - begun < 3
+    assert name in ("decimals", "links", "lines", "tabs", "stops") or 4 <= step <= 5 and error
+
+
+def test_any_text_gets_a_verdict():
+    """Pieces of answers in any order: no exception, spans within the text and in order."""
+    pieces = re.split(r"(?<=[\s.()=])", TEXT) + list("\n-=()*.+~'\\{}") + ["- ", "\n- ", " = ", HUGE, "1.5", "each ", "</think>"]
+    for i in range(300):
+        rng = random.Random(i)
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 200)))
+        verdict = check(text)
+        assert not verdict.correct
+        spans = [(step.start, step.end) for step in verdict.steps[:-1]]
+        assert all(0 <= start <= end <= len(text) for start, end in spans) and spans == sorted(spans)
+        assert all(step.start <= part.start < part.end <= step.end for step in verdict.steps for part in step.parts)
