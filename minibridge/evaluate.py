@@ -109,7 +109,8 @@ def behaviors(verdicts: list[Verdict]) -> str:
         text.append(f"| {name} per answer | {mean(getattr(verdict, field) for verdict in verdicts):.2f} |")
     text.append(f"| right in every step | {mean(verdict.correct for verdict in verdicts):.1%} |")
     if boxed:
-        text.append(f"| right result, but a wrong step | {1 - sum(v.correct for v in boxed) / len(boxed):.1%} of right results |")
+        wrong = sum(not verdict.correct for verdict in boxed) / len(boxed)
+        text.append(f"| right result, but a wrong step | {wrong:.1%} of right results |")
     errors = Counter(verdict.error for verdict in verdicts if verdict.error)
     listed = ", ".join(f"{error}: {count}" for error, count in errors.most_common())
     return "\n".join([*text, "", f"first errors: {listed or 'none'}"])

@@ -140,6 +140,7 @@ def substitute(form: Form, values: Mapping[str, Number]) -> Form:
 
 
 def operands(form: Form) -> list[str]:
+    """Its nodes, repeats included."""
     return [name for arg in form[1:] for name in operands(arg)] if isinstance(form, tuple) else \
         [form] if isinstance(form, str) else []
 

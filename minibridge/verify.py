@@ -133,7 +133,7 @@ def verify(problem: Problem, text: str) -> Verdict:
     start = steps[-1].end if steps else thought
     steps.append(ledger.closing(text, start, thought))
     boxed = answer.correct(text, str(problem.answer))
-    box = re.compile(r"\\boxed\{[^}]*\}?").search(text)
+    box = re.search(r"\\boxed\{[^}]*\}?", text)
     steps.append(Step(BOX, *(box.span() if box else (len(text),) * 2), error=None if boxed else WRONG_BOX,
                       reason=None if boxed else f"the answer is {problem.answer}"))
     solved = [step.node for step in steps if step.kind == STEP and step.node]
@@ -217,11 +217,18 @@ class _Ledger:
             self.node = self.keys.get(node.casefold())
         if self.node is None:
             raise Wrong(UNDEFINED, f"no node {node!r}" if node else f"nothing to call {letter}")
-        expr = self.problem.nodes[self.node].expr
-        if value is not None and (not is_number(expr) or not same(read_number(value, RETRIEVAL), expr)):
-            raise Wrong(RETRIEVAL, f"the problem does not give {self.node} as {value[:80]}")
         if letter is not None and self.letters.setdefault(letter, self.node) != self.node:
             raise Wrong(NAMING, f"{letter} is {self.letters[letter]}")
+        if value is not None:
+            self._state(read_number(value, RETRIEVAL))
+
+    def _state(self, number: Number):
+        expr = self.problem.nodes[self.node].expr
+        if not is_number(expr):
+            raise Wrong(RETRIEVAL, f"the problem does not state a value of {self.node}")
+        self.kind, self.values[self.node] = STEP, number
+        if not same(number, expr):
+            raise Wrong(RETRIEVAL, f"{self.node} is {expr}, not {number}")
 
     def _remind(self, letter: str):
         if letter not in self.letters:

@@ -103,17 +103,19 @@ def test_a_right_answer_in_full():
     ("t * p + d * q", "q * d + p * t"), ("2 * (4 + 9 + -5)", "2 * (4 + 9 - 5)"),
     ("2 * (p + q + d)", "2 * ((p + (q)) + d)"), ("2 * (13 + -5)", "2 * (-1 + 9)"), ("2 * (13 + -5)", "2 * (4 + 4)"),
     ("= 64 + -5 * 9 = 64 + -45 ", ""), ("= 64 + -5 * 9 = 64 + -45 ", "= 64 + -45 "), ("= 4 - 9 ", ""),
-    ("= 2 * (4 + 9 + -5) ", "= 2 * (4 + q + -5) = 2 * (4 + 9 + d) "), ("= p - q = 4", "= 4"), ("3 + q = 3", "3 + q = 3 + q = 3"),
+    ("= 2 * (4 + 9 + -5) ", "= 2 * (4 + q + -5) = 2 * (4 + 9 + d) "), ("= p - q = 4", "= 4"),
+    ("3 + q = 3", "3 + q = 3 + q = 3"),
     ("- Let d be each Oak's Jar.", "- Next is each Oak's Jar. Call it d."),
     ("- Let d be each Oak's Jar.", "- Next is each Oak's Jar, call it d."),
     ("- Each Ash's Jar is 4. Call it p.", "- Each Ash's Jar is 4; let it be p."),
-    ("- Each Ash's Jar is 4. Call it p.", "- Let p be each Ash's Jar."),
+    ("- Each Ash's Jar is 4. Call it p.", "- Let p be each Ash's Jar."), ("Call it p. p = 4.", "Call it p."),
     ("- Each Ash's Jar is 4. Call it p.", "- Let p be each Ash's Jar.\n-"),
     ("It is t already. t =", "It is t already. So t ="), ("It is t already. ", ""), ("Z = t", "Z = t * p + q * d = t"),
     ("Next is each Yew's Jar. It is t already. ", ""),
     ("each Ash's Jar, each Elm's Jar and each Oak's Jar. But", "each Oak's Jar, each Ash's Jar and each Elm's Jar. But"),
     ("But each Oak's Jar is not", "But each Oak's Jar are not"),
-    ("So the result is 19.", "That gives 19."), ("So the result is 19.", "After 6 steps I find 19"), ("So the result is 19.\n", ""),
+    ("So the result is 19.", "That gives 19."), ("So the result is 19.", "After 6 steps I find 19"),
+    ("So the result is 19.\n", ""),
     ("boxed{19}", "boxed{ 19 }"), ("<answer>\n", ""), ("</think>\n", ""),
     ("- Let r", "- Let d be each Oak's Jar. d = p - q = -5.\n- Let r"),
 ], ids=str)
@@ -125,10 +127,13 @@ def test_harmless_variation(old, new):
     # the problem's facts
     ("Each Ash's Jar is 4", "Each Ash's Jar is 5", 0, RETRIEVAL), ("p = 4", "p = 5", 0, RETRIEVAL),
     ("is 4. Call it p. p = 4", "is 5. Call it p. p = 5", 0, RETRIEVAL),
+    ("Each Ash's Jar is 4", f"Each Ash's Jar is {'4' * 5000}", 0, RETRIEVAL),
     ("- Let d be", "- Each Oak's Jar is -5.\n- Let d be", 3, RETRIEVAL),
     ("d = p - q", "d = q - p", 3, RETRIEVAL), ("d = p - q", "d = p + q", 3, RETRIEVAL),
-    ("r = 3 + q = 3 + 9", "r = 2 + q = 2 + 9", 4, RETRIEVAL), ("r = 3 + q = 3 + 9 = 12", "r = 3 * q = 3 * 9 = 27", 4, RETRIEVAL),
-    ("t = 2 * (p + q + d)", "t = 2 * p + q + d", 5, RETRIEVAL), ("t = 2 * (p + q + d)", "t = 2 * (p + q)", 5, RETRIEVAL),
+    ("r = 3 + q = 3 + 9", "r = 2 + q = 2 + 9", 4, RETRIEVAL),
+    ("r = 3 + q = 3 + 9 = 12", "r = 3 * q = 3 * 9 = 27", 4, RETRIEVAL),
+    ("t = 2 * (p + q + d)", "t = 2 * p + q + d", 5, RETRIEVAL),
+    ("t = 2 * (p + q + d)", "t = 2 * (p + q)", 5, RETRIEVAL),
     ("t * p + d * q", "t * q + d * p", 6, RETRIEVAL), ("Z = t * p + d * q = 16", "Z = 17", 6, RETRIEVAL),
     ("r = 3 + q = 3 + 9 = 12", "r = 12", 4, RETRIEVAL), ("r = 3 + q = 3 + 9 = 12", "r = 10 + 2 = 12", 4, RETRIEVAL),
     ("r stand for each Fir's Jar", "r stand for each Fir's Tin", 4, RETRIEVAL),
@@ -136,36 +141,49 @@ def test_harmless_variation(old, new):
     ("3 + 9 = 12", "3 + 8 = 11", 4, SUBSTITUTION), ("4 - 9 = -5", "9 - 4 = 5", 3, SUBSTITUTION),
     ("(4 + 9 + -5) = 2 * (13 + -5)", "(4 + 9 + 5) = 2 * (13 + 5)", 5, SUBSTITUTION),
     ("4 - 9 = -5", "4 - 9 = 5", 3, ARITHMETIC), ("= 12.", "= 13.", 4, ARITHMETIC), ("= 12.", "= 12.5.", 4, ARITHMETIC),
-    ("(13 + -5)", "(14 + -5)", 5, ARITHMETIC), ("2 * 8 = 16", "2 * 8 = 18", 5, ARITHMETIC), ("2 * 8 =", "3 * 8 =", 5, ARITHMETIC),
+    ("(13 + -5)", "(14 + -5)", 5, ARITHMETIC), ("2 * 8 = 16", "2 * 8 = 18", 5, ARITHMETIC),
+    ("2 * 8 =", "3 * 8 =", 5, ARITHMETIC),
     ("2 * 8 = 16", "2 * 9 = 16", 5, ARITHMETIC), ("64 + -45 = 19", "63 + -44 = 19", 6, ARITHMETIC),
-    ("= 64 + -5 * 9", "= 64 + 5 * 9", 6, ARITHMETIC), ("3 + 9 = 12", "3 + 9", 4, ARITHMETIC), ("= 3 + 9 = 12", "", 4, ARITHMETIC),
+    ("= 64 + -5 * 9", "= 64 + 5 * 9", 6, ARITHMETIC), ("3 + 9 = 12", "3 + 9", 4, ARITHMETIC),
+    ("= 3 + 9 = 12", "", 4, ARITHMETIC),
     ("= 2 * 8 = 16", "= 2 * (4 + 4)", 5, ARITHMETIC), ("= 12.", f"= {'1' * 10_000}.", 4, ARITHMETIC),
     # names
-    ("- Let r stand for each Fir's Jar. r = 3 + q = 3 + 9 = 12.", "- Let r be each Yew's Food. r = t * p + d * q = 8.", 4, UNKNOWN),
+    ("- Let r stand for each Fir's Jar. r = 3 + q = 3 + 9 = 12.",
+     "- Let r be each Yew's Food. r = t * p + d * q = 8.", 4, UNKNOWN),
     ("- Let d be", "- t = 2 * (p + q + t) = 0.\n- Let d be", 3, RETRIEVAL),
     ("- Let d be", "- t = 2 * (4 + 9 + -5) = 16.\n- Let d be", 3, UNKNOWN),
-    ("r = 3 + q", "r = 3 + k", 4, UNDEFINED), ("r = 3 + q", "r = 3 + Q", 4, UNDEFINED), ("r = 3 + q", "s = 3 + q", 4, UNDEFINED),
-    ("Let d be", "Let k be", 3, UNDEFINED), ("each Fir's Jar", "each Fir's Car", 4, UNDEFINED), ("is t already", "is k already", 5, UNDEFINED),
-    ("But each Oak's Jar is", "But each Oak's Car is", 2, UNDEFINED), ("Let d be each Oak's Jar", "Let d be it", 3, UNDEFINED),
+    ("r = 3 + q", "r = 3 + k", 4, UNDEFINED), ("r = 3 + q", "r = 3 + Q", 4, UNDEFINED),
+    ("r = 3 + q", "s = 3 + q", 4, UNDEFINED),
+    ("Let d be", "Let k be", 3, UNDEFINED), ("each Fir's Jar", "each Fir's Car", 4, UNDEFINED),
+    ("is t already", "is k already", 5, UNDEFINED),
+    ("But each Oak's Jar is", "But each Oak's Car is", 2, UNDEFINED),
+    ("Let d be each Oak's Jar", "Let d be it", 3, UNDEFINED),
     ("- Now take each Yew's Jar. Write", "- Write", 2, UNDEFINED),
-    ("Let d be", "Let p be", 3, NAMING), ("is t already", "is p already", 5, NAMING), ("r = 3 + q", "q = 3 + q", 4, NAMING),
+    ("Let d be", "Let p be", 3, NAMING), ("is t already", "is p already", 5, NAMING),
+    ("r = 3 + q", "q = 3 + q", 4, NAMING),
     # claims in words
-    ("But each Oak's Jar is not", "But each Elm's Jar is not", 2, LOCK), ("But each Oak's Jar is", "But each Oak's Jar and each Elm's Jar are", 2, LOCK),
+    ("But each Oak's Jar is not", "But each Elm's Jar is not", 2, LOCK),
+    ("But each Oak's Jar is", "But each Oak's Jar and each Elm's Jar are", 2, LOCK),
     ("r = 3 + q = 3 + 9 = 12.", "But each Elm's Jar is not known yet, so it must wait.", 4, LOCK),
     ("r = 3 + q = 3 + 9 = 12.", "Since each Oak's Jar is still unknown, go back.", 4, LOCK),
     ("- Let d be", "- Next is each Yew's Food. But each Oak's Jar is not known yet, so it must wait.\n- Let d be", 3, LOCK),
-    ("equals 2 times", "equals 3 times", 2, RESTATEMENT), ("equals 2 times the sum of each Ash's", "equals 2 times the sum of each Oak's", 2, RESTATEMENT),
+    ("equals 2 times", "equals 3 times", 2, RESTATEMENT),
+    ("equals 2 times the sum of each Ash's", "equals 2 times the sum of each Oak's", 2, RESTATEMENT),
     ("2 times the sum", "2 more than the sum", 2, RESTATEMENT), ("2 times the sum of", "the sum of", 2, RESTATEMENT),
     ("difference of each Ash's Jar and each Elm's", "difference of each Elm's Jar and each Ash's", 3, RESTATEMENT),
     ("Yew's Food. Z", "Yew's Food. It equals the sum of each Yew's Jar and each Ash's Jar. Z", 6, RESTATEMENT),
     # form
     ("- Let r", "- Hello there.\n- Let r", 4, UNREADABLE), ("- Let r", "hello\n- Let r", 4, UNREADABLE),
-    ("r = 3 + q", "r = 3 + + * q", 4, UNREADABLE), ("r = 3 + q", "r = (3 + q", 4, UNREADABLE), ("r = 3 + q", "r = 3 + q)", 4, UNREADABLE),
-    ("3 + 9 = 12", "3 + 9 = = 12", 4, UNREADABLE), ("r = 3 + q", "r + 1 = 3 + q", 4, UNREADABLE), ("3 + 9 = 12", "3 9 = 12", 4, UNREADABLE),
-    ("r = 3 + q", "r =", 4, UNREADABLE), ("= 12.", "= twelve.", 4, UNDEFINED), ("is 4. Call", "is four. Call", 0, UNREADABLE),
+    ("r = 3 + q", "r = 3 + + * q", 4, UNREADABLE), ("r = 3 + q", "r = (3 + q", 4, UNREADABLE),
+    ("r = 3 + q", "r = 3 + q)", 4, UNREADABLE),
+    ("3 + 9 = 12", "3 + 9 = = 12", 4, UNREADABLE), ("r = 3 + q", "r + 1 = 3 + q", 4, UNREADABLE),
+    ("3 + 9 = 12", "3 9 = 12", 4, UNREADABLE),
+    ("r = 3 + q", "r =", 4, UNREADABLE), ("= 12.", "= twelve.", 4, UNDEFINED),
+    ("is 4. Call", "is four. Call", 0, UNREADABLE),
     # the end
     ("So the result is 19", "So the result is 18", 7, WRONG_CLOSING), ("boxed{19}", "boxed{18}", 8, WRONG_BOX),
-    ("boxed{19}", "boxed{019}", 8, WRONG_BOX), ("The answer is \\boxed{19}.", "", 8, WRONG_BOX), ("boxed{19}", "boxed{19", 8, WRONG_BOX),
+    ("boxed{19}", "boxed{019}", 8, WRONG_BOX), ("The answer is \\boxed{19}.", "", 8, WRONG_BOX),
+    ("boxed{19}", "boxed{19", 8, WRONG_BOX),
     ("So the result is 19", f"So the result is {'9' * 5000}", 7, WRONG_CLOSING),
     (TEXT[TEXT.index("- Write Z"):TEXT.index("So the")], "", 6, UNFINISHED),
     (TEXT[TEXT.index(" + -45"):], "", 6, ARITHMETIC), (TEXT[TEXT.index("- Let r"):], "", 4, UNFINISHED),
@@ -195,17 +213,19 @@ def test_a_wrong_sentence_does_not_hide_the_rest_of_its_step():
 
 
 def test_steps_out_of_the_minimal_set():
-    again = "- Let d be each Oak's Jar. d = p - q = -5.\n- Let T be each Fir's Tin. T = q = 9.\n- Let T be each Fir's Tin. T = q = 9.\n"
+    again = "- Let d be each Oak's Jar. d = p - q = -5.\n" + 2 * "- Let T be each Fir's Tin. T = q = 9.\n"
     verdict = check(edited("- Let r", again + "- Let r"))
     assert verdict.correct and (verdict.solved, verdict.redundant, verdict.unneeded) == (9, 2, 4)
 
 
 @pytest.mark.parametrize("slot, wording, old, new", [
     ("NAME", "Denote it by {letter}.", "Call it p.", "Denote it by p."),
-    ("SELECT_AND_NAME", "Put {letter} := {node}!".replace(":=", "as"), "Let d be each Oak's Jar.", "Put d as each Oak's Jar!."),
+    ("SELECT_AND_NAME", "Put {letter} as {node}!", "Let d be each Oak's Jar.", "Put d as each Oak's Jar!"),
     ("STATED", "There are {value} of {node}.", "Each Ash's Jar is 4.", "There are 4 of each Ash's Jar."),
-    ("LOCKED", "{nodes} {verb} missing.", "But each Oak's Jar is not known yet, so it must wait.", "Each Oak's Jar is missing."),
-    ("RESTATE", "One reads: {expression} (so it stands).", "It equals 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar.",
+    ("LOCKED", "{nodes} {verb} missing.", "But each Oak's Jar is not known yet, so it must wait.",
+     "Each Oak's Jar is missing."),
+    ("RESTATE", "One reads: {expression} (so it stands).",
+     "It equals 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar.",
      "One reads: 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar (so it stands)."),
     ("REMIND", "I call it {letter}.", "It is t already.", "I call it t."),
 ])
@@ -249,7 +269,8 @@ def test_generated_answers_are_right_and_counted(problems, behaviors):
 # --- planted slips -------------------------------------------------------------------------------------------
 #
 # `corrupt` changes one number, letter, operator or node name of a generated answer into another. It returns None
-# where the change leaves a true answer, which is decided here by arithmetic and by the problem, not by the verifier.
+# where the change leaves a true answer, which is decided here by arithmetic and by the problem, not by the verifier;
+# or it leaves out a step.
 
 LETTER = r"(?<![\w'])[A-Za-z](?!\w)"
 
@@ -257,7 +278,7 @@ LETTER = r"(?<![\w'])[A-Za-z](?!\w)"
 def corrupt(problem, text, rng):
     """(new text, index of the step that is wrong now, the kinds of error it may be called)."""
     steps = [match.span() for match in re.finditer(r"(?m)^- .*$", text)]
-    what = rng.choice(("number", "number", "letter", "operator", "node"))
+    what = rng.choice(("number", "number", "letter", "operator", "node", "step"))
     if what == "number" and rng.random() < .05:
         match = rng.choice(list(re.finditer(r"(?<=is |es )-?\d+(?=\.\n</think>)|(?<=boxed\{)-?\d+", text)))
         boxed = match.start() > text.index("</think>")
@@ -265,7 +286,10 @@ def corrupt(problem, text, rng):
         return new, len(steps) + boxed, {WRONG_BOX if boxed else WRONG_CLOSING}
     index = rng.randrange(len(steps))
     start, end = steps[index]
-    result = globals()[f"corrupt_{what}"](problem, text, text[start:end], rng)
+    if what == "step":
+        return leave_out(problem, text, text[start:end], index)
+    function = {"number": corrupt_number, "letter": corrupt_letter, "operator": corrupt_operator, "node": corrupt_node}[what]
+    result = function(problem, text, text[start:end], rng)
     if result is None:
         return None
     line, step, errors = result
@@ -372,6 +396,21 @@ def corrupt_node(problem, text, line, rng):
     return changed, None, {RETRIEVAL, UNKNOWN, LOCK, RESTATEMENT, NAMING}
 
 
+def leave_out(problem, text, line, index):
+    """The step that gave a node its value is missing: wrong is the first one that uses its letter or needs the node."""
+    if not links(line):
+        return None
+    phrases = {traces.phrase(node): key for key, node in problem.nodes.items()}
+    longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
+    key, letter = phrases[phrase_of(line, longest_first)], line[slice(*sentences(line)[-1])][0]
+    before, after = text.split(line + "\n", 1)
+    for step, later in enumerate(re.findall(r"(?m)^- .*$", after), index):
+        waits = not links(later) and key in problem.nodes[phrases[phrase_of(later, longest_first)]].parents
+        if waits or re.search(rf"(?<![\w']){letter}(?!\w)", later):
+            return before + after, step, {LOCK} if waits else {UNDEFINED, UNKNOWN}
+    return (before + after, len(re.findall(r"(?m)^- ", before + after)), {UNFINISHED}) if key == problem.target else None
+
+
 def phrase_of(bullet, longest_first) -> str:
     return re.search(rf"(?:{'|'.join(longest_first)})(?!\w)", bullet.replace("- Each", "- each"))[0]
 
@@ -393,8 +432,8 @@ def campaign(count, seed="") -> dict:
 
 
 def test_planted_slips_are_found():
-    tally = campaign(600)
-    assert set(tally) >= {RETRIEVAL, SUBSTITUTION, ARITHMETIC, UNDEFINED, NAMING, LOCK, RESTATEMENT, WRONG_BOX, WRONG_CLOSING}
+    assert set(campaign(600)) == {RETRIEVAL, SUBSTITUTION, ARITHMETIC, UNDEFINED, UNKNOWN, NAMING, LOCK, RESTATEMENT,
+                                  UNFINISHED, WRONG_BOX, WRONG_CLOSING}
 
 
 # --- formulas and hostile text -------------------------------------------------------------------------------
@@ -405,7 +444,8 @@ def form(text):
 
 
 @pytest.mark.parametrize("text, value", [
-    ("4 * (3 + -3) - 2 - 2", -4), ("2 * 3 + -4 * 5", -14), ("-(3 - 5) * 2", 4), ("7 - (3 - (2 - 5))", 1), ("2--3", 5), ("+3", 3),
+    ("4 * (3 + -3) - 2 - 2", -4), ("2 * 3 + -4 * 5", -14), ("-(3 - 5) * 2", 4), ("7 - (3 - (2 - 5))", 1), ("2--3", 5),
+    ("+3", 3),
     ("12 / 4 / 3 * 2", 2), ("1.5 * 4", 6), ("sqrt(6 + 3) * square(-2)", 12), ("6 / (1 + 2)", 2), ("((((7))))", 7),
 ])
 def test_formulas(text, value):
@@ -413,8 +453,10 @@ def test_formulas(text, value):
 
 
 @pytest.mark.parametrize("text, other, equal", [
-    ("a + b * c", "c * b + a", True), ("a - b - c", "a - (b + c)", True), ("a - (b - c)", "a + c - b", True), ("a / b / c", "a / (c * b)", True),
-    ("a - b", "b - a", False), ("a / b", "b / a", False), ("a * (b + c)", "a * b + c", False), ("2 * a", "a + a", False), ("a + 0", "a", False),
+    ("a + b * c", "c * b + a", True), ("a - b - c", "a - (b + c)", True), ("a - (b - c)", "a + c - b", True),
+    ("a / b / c", "a / (c * b)", True),
+    ("a - b", "b - a", False), ("a / b", "b / a", False), ("a * (b + c)", "a * b + c", False),
+    ("2 * a", "a + a", False), ("a + 0", "a", False),
     ("1.00001 * a", "a * 1", True), ("1.001 * a", "1 * a", False), ("100001 * a", "100000 * a", False),
 ])
 def test_canonical_forms(text, other, equal):
@@ -422,13 +464,22 @@ def test_canonical_forms(text, other, equal):
 
 
 @pytest.mark.parametrize("text, other, right", [
-    ("2 * 3 + 4 * 5", "6 + 20", True), ("2 * 3 + 4 * 5", "4 * 5 + 6", True), ("1 + 2 + 3 + 4", "4 + 6", True), ("3 - 0 + 1", "1 + 3", True),
-    ("1 + 2 + 3 + 4", "3 + 3 + 4", True), ("2 * (3 + 4)", "14", True), ("12", "12", True), ("0 * (3 + 4)", "0 * 7", True),
-    ("0 * (3 + 4)", "0 * 8", False), ("0 * (3 + 4)", "7 * 0 * 1", False), ("3 + 4 + 5", "6 + 7", False), ("4 * 3", "3 + 9", False),
-    ("7", "3 + 4", False), ("3 + 4", "4 + 3", True), ("1 + 2 + 3 + 5", "6 + 5", True), ("1 + 2 + 3 + 5", "4 + 7", True), ("1 + 2 + 4 + 8", "2 + 13", True), ("3 + 4", "2 + 5", False), ("3 * 0 + 1 * 0", "0 + -1 * 0", False), ("3 * 0 + 1 * 0", "1 * 0", True), ("3 * 0 + 1 * 0", "-1 * 0", False),
-    ("2 * (3 + 4)", "6 + 8", True), ("2 * (3 + 4)", "6 + 9", False), ("3 + 0", "3 + 1 - 1", False), ("5 * 1 * 2 + 0", "5 * 2", True),
-    ("sqrt(4 + 5) + 1", "sqrt(9) + 1", True), ("sqrt(9) + 1", "3 + 1", True), ("sqrt(9) + 1", "2 + 2", False), ("7 - 2 * 3", "7 - 6", True),
-    ("7 - 0 * (3 + 4)", "7 - 0 * 8", False), ("8 / (2 * 2)", "8 / 4", True), ("8 / (50 * 100)", "8 / 5000", True), ("8 / (50 * 100)", "8 / 6000", False), ("0.0123 * 0.5 * 800", "0.0062 * 800", True), ("0.5 * 0.3 * 8", "0.2 * 8", False),
+    ("2 * 3 + 4 * 5", "6 + 20", True), ("2 * 3 + 4 * 5", "4 * 5 + 6", True), ("1 + 2 + 3 + 4", "4 + 6", True),
+    ("3 - 0 + 1", "1 + 3", True),
+    ("1 + 2 + 3 + 4", "3 + 3 + 4", True), ("2 * (3 + 4)", "14", True), ("12", "12", True),
+    ("0 * (3 + 4)", "0 * 7", True),
+    ("0 * (3 + 4)", "0 * 8", False), ("0 * (3 + 4)", "7 * 0 * 1", False), ("3 + 4 + 5", "6 + 7", False),
+    ("4 * 3", "3 + 9", False),
+    ("7", "3 + 4", False), ("3 + 4", "4 + 3", True), ("1 + 2 + 3 + 5", "6 + 5", True),
+    ("1 + 2 + 3 + 5", "4 + 7", True), ("1 + 2 + 4 + 8", "2 + 13", True), ("3 + 4", "2 + 5", False),
+    ("3 * 0 + 1 * 0", "0 + -1 * 0", False), ("3 * 0 + 1 * 0", "1 * 0", True), ("3 * 0 + 1 * 0", "-1 * 0", False),
+    ("2 * (3 + 4)", "6 + 8", True), ("2 * (3 + 4)", "6 + 9", False), ("3 + 0", "3 + 1 - 1", False),
+    ("5 * 1 * 2 + 0", "5 * 2", True),
+    ("sqrt(4 + 5) + 1", "sqrt(9) + 1", True), ("sqrt(9) + 1", "3 + 1", True), ("sqrt(9) + 1", "2 + 2", False),
+    ("7 - 2 * 3", "7 - 6", True),
+    ("7 - 0 * (3 + 4)", "7 - 0 * 8", False), ("8 / (2 * 2)", "8 / 4", True), ("8 / (50 * 100)", "8 / 5000", True),
+    ("8 / (50 * 100)", "8 / 6000", False), ("0.0123 * 0.5 * 800", "0.0062 * 800", True),
+    ("0.5 * 0.3 * 8", "0.2 * 8", False),
 ])
 def test_reductions(text, other, right):
     assert formula.reduces(form(text), form(other)) == right
@@ -436,15 +487,22 @@ def test_reductions(text, other, right):
 
 HUGE = "9" * 10_000
 HOSTILE = {
-    "parentheses": "r = " + "(" * 1_000_000 + "3 + q", "signs": "r = " + "-" * 1_000_000 + "q", "nested": "r = " + "-(" * 90 + "3",
+    "parentheses": "r = " + "(" * 1_000_000 + "3 + q", "signs": "r = " + "-" * 1_000_000 + "q",
+    "nested": "r = " + "-(" * 90 + "3",
     "sums": "r = " + "q + " * 250_000 + "q", "powers": "r = 3 + q = " + " * ".join(["9" * 90] * 40) + " = 12",
     "mixed": "r = 3 + q = " + " * ".join(["9" * 90] * 40) + " * 1.5 = 12", "tower": "r = 3 + q = 1" + " / 9" * 40 + " = 12",
-    "zero": "r = 3 + q = 3 / 0 = 12", "digits": "r = 3 + q = 3 + " + HUGE + " = " + HUGE, "million digits": "r = " + "1" * 1_000_000,
-    "links": "r = 3 + q = 3 + 9" + " = 12" * 200_000, "equals": "=" * 1_000_000, "stops": "." * 1_000_000, "blanks": "But" + " " * 1_000_000 + "x",
-    "is": "But " + "is a " * 200_000, "ands": "But " + "each Elm's Jar and " * 50_000 + "each Elm's Jar are not known yet, so it must wait.",
-    "each": "Let r be " + "each " * 200_000, "letters": "Let " + "r" * 1_000_000 + " be each Fir's Jar.", "odd": "\u0130\u0131\u212a\ud800\x00\x85\u2028 ½² = ٣",
-    "stated": "Each Fir's Jar is " + HUGE + ".", "words": "It equals " + "2 times the sum of " * 50_000, "bullets": "x\n- " * 20_000,
-    "stated constant": "Each Elm's Jar is " + HUGE + ".", "lines": "\n" * 1_000_000, "tabs": "\n" + "\t" * 1_000_000 + "\n", "dashes": "\n-" * 200_000,
+    "zero": "r = 3 + q = 3 / 0 = 12", "digits": "r = 3 + q = 3 + " + HUGE + " = " + HUGE,
+    "million digits": "r = " + "1" * 1_000_000,
+    "links": "r = 3 + q = 3 + 9" + " = 12" * 200_000, "equals": "=" * 1_000_000, "stops": "." * 1_000_000,
+    "blanks": "But" + " " * 1_000_000 + "x",
+    "is": "But " + "is a " * 200_000,
+    "ands": "But " + "each Elm's Jar and " * 50_000 + "each Elm's Jar are not known yet, so it must wait.",
+    "each": "Let r be " + "each " * 200_000, "letters": "Let " + "r" * 1_000_000 + " be each Fir's Jar.",
+    "odd": "\u0130\u0131\u212a\ud800\x00\x85\u2028 ½² = ٣",
+    "stated": "Each Fir's Jar is " + HUGE + ".", "words": "It equals " + "2 times the sum of " * 50_000,
+    "bullets": "x\n- " * 20_000,
+    "stated constant": "Each Elm's Jar is " + HUGE + ".", "lines": "\n" * 1_000_000,
+    "tabs": "\n" + "\t" * 1_000_000 + "\n", "dashes": "\n-" * 200_000,
     "decimals": "r = 3 + q = 3 + 9." + "0" * 90 + "1 = 12",
 }
 
@@ -452,14 +510,16 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text(name):
     begun = time.process_time()
-    step, error = found(edited("Let r stand for each Fir's Jar. r = 3 + q = 3 + 9 = 12.", "Let r be each Fir's Jar. " + HOSTILE[name]))
+    text = edited("r stand for each Fir's Jar. r = 3 + q = 3 + 9 = 12.", "r be each Fir's Jar. " + HOSTILE[name])
+    step, error = found(text)
     assert time.process_time() - begun < 3
     assert name in ("decimals", "links", "lines", "tabs", "stops") or 4 <= step <= 5 and error
 
 
 def test_any_text_gets_a_verdict():
     """Pieces of answers in any order: no exception, spans within the text and in order."""
-    pieces = re.split(r"(?<=[\s.()=])", TEXT) + list("\n-=()*.+~'\\{}") + ["- ", "\n- ", " = ", HUGE, "1.5", "each ", "</think>"]
+    pieces = re.split(r"(?<=[\s.()=])", TEXT) + list("\n-=()*.+~'\\{}")
+    pieces += ["- ", "\n- ", " = ", HUGE, "1.5", "each ", "</think>"]
     for i in range(300):
         rng = random.Random(i)
         text = "".join(rng.choices(pieces, k=rng.randint(0, 200)))
