@@ -220,7 +220,7 @@ def test_steps_out_of_the_minimal_set():
 
 @pytest.mark.parametrize("slot, wording, old, new", [
     ("NAME", "Denote it by {letter}.", "Call it p.", "Denote it by p."),
-    ("SELECT_AND_NAME", "Put {letter} as {node}!", "Let d be each Oak's Jar.", "Put d as each Oak's Jar!"),
+    ("SELECT_AND_NAME", "Put {letter} as {node}.", "Let d be each Oak's Jar.", "Put d as each Oak's Jar."),
     ("STATED", "There are {value} of {node}.", "Each Ash's Jar is 4.", "There are 4 of each Ash's Jar."),
     ("LOCKED", "{nodes} {verb} missing.", "But each Oak's Jar is not known yet, so it must wait.",
      "Each Oak's Jar is missing."),
