@@ -11,6 +11,7 @@ What cannot be read or computed raises Wrong(kind, reason). Nothing is evaluated
 """
 import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -166,7 +167,7 @@ def reduces(form: Form, reduced: Form) -> bool:
     if op not in "+*":
         return reduced[0] == op and reduces(left[0], reduced[1])
     done = list(reduced[1:]) if reduced[0] == op else [reduced]
-    for match in (same, reduces):
+    for match in (operator.eq, lambda operand, new: isinstance(operand, tuple) and reduces(operand, new)):
         for new in list(done):
             if old := [operand for operand in left if match(operand, new)]:
                 left.remove(old[0])

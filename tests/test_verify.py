@@ -480,6 +480,7 @@ def test_canonical_forms(text, other, equal):
     ("7 - 0 * (3 + 4)", "7 - 0 * 8", False), ("8 / (2 * 2)", "8 / 4", True), ("8 / (50 * 100)", "8 / 5000", True),
     ("8 / (50 * 100)", "8 / 6000", False), ("0.0123 * 0.5 * 800", "0.0062 * 800", True),
     ("0.5 * 0.3 * 8", "0.2 * 8", False),
+    ("0.0026 + 285 + 0.0026", "285.0026 + 0.0026", True), ("0.5 * 0.3 * 8", "0.15 * 8.0", True),
 ])
 def test_reductions(text, other, right):
     assert formula.reduces(form(text), form(other)) == right
