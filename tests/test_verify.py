@@ -178,6 +178,7 @@ def test_harmless_variation(old, new):
     ("r = 3 + q", "r = 3 + q)", 4, UNREADABLE),
     ("3 + 9 = 12", "3 + 9 = = 12", 4, UNREADABLE), ("r = 3 + q", "r + 1 = 3 + q", 4, UNREADABLE),
     ("3 + 9 = 12", "3 9 = 12", 4, UNREADABLE),
+    ("r = 3 + q", f"r = 3 + {'+' * 97}q q", 4, UNREADABLE),
     ("r = 3 + q", "r =", 4, UNREADABLE), ("= 12.", "= twelve.", 4, UNDEFINED),
     ("is 4. Call", "is four. Call", 0, UNREADABLE),
     # the end
