@@ -5,8 +5,9 @@
                {"name": "the total", "formula": "Ann's apples + Ben's apples"}],
      "target": "the total", "ask": "How many apples did they pick together?"}
 
-name       what worked answers call the quantity; any text without + - * / ( ) that is not a number. Where all names of a
-           problem are single words, formulas in answers use the names; else each gets a letter, at most 52 nodes then
+name       what worked answers call the quantity; any text that is not a number, without + - * / ( ) = and without a full
+           stop before a blank or the end. Where all names of a problem are single words, formulas in answers use the
+           names; else each gets a letter, at most 52 nodes then
 formula    numbers, names, + - * / and parentheses, with the usual precedence; its parents are the names in it. Numbers
            have at most nine digits before the point and four behind it; a minus may stand right before a number
 statement  the sentence that tells it; left out where the reader has to infer the formula. The statements, in the order of
@@ -28,6 +29,7 @@ LARGEST = 10**9
 LETTERS = 52
 MOST_TOKENS = 100  # of a formula; it also bounds how deep its parentheses go
 OPERATORS = "+-*/()"
+NO_NAME = re.compile(r"[-+*/()=]|\.(\s|$)")
 
 
 def read(path: str) -> list[Problem]:
@@ -83,11 +85,10 @@ def _nodes(records: list) -> dict[str, Node]:
         if not isinstance(record, dict):
             raise InputError(f"nodes: number {number} is not an object")
         name = record.get("name")
-        if not isinstance(name, str) or not name or name != _one_line(name) or set(name) & set(OPERATORS) \
-                or _is_number(name):
+        if not isinstance(name, str) or not name or name != _one_line(name) or NO_NAME.search(name) or _is_number(name):
             raise InputError(f"nodes: number {number} has no usable name: {name!r}")
-        if name in nodes:
-            raise InputError(f"node {name!r}: a second node of this name")
+        if name.casefold() in map(str.casefold, nodes):
+            raise InputError(f"node {name!r}: a second node of this name, upper and lower case being one")
         try:
             nodes[name] = _node(name, record)
         except InputError as error:

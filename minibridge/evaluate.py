@@ -4,6 +4,9 @@
     python -m minibridge.evaluate --model ... --data ... --samples 16 --temperature 1       # pass@k as well
     python -m minibridge.evaluate --rescore runs/eval.jsonl                                # score saved answers again
 
+Where the lines carry their "problem", every answer is also re-executed step by step (`verify`): how often it shows the
+behaviors, and where it goes wrong first.
+
 Greedy by default. Intervals are 95% over problems. The row "answer not 0" leaves out the problems that a lazy constant
 would get right, and "best constant" is what always giving the commonest right answer would earn.
 """
@@ -18,9 +21,11 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
+from minibridge.dag import Problem
 from minibridge.data import load_prompts
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
+from minibridge.verify import Verdict, verify
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Scored:
-    """One problem and which of the answers to it were right."""
+    """One problem and which of the answers to it were right; verdicts on them where the problem is known."""
     answer: str
     num_ops: int | None
     correct: list[bool]
+    verdicts: tuple[Verdict, ...] = ()
 
 
 def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -90,6 +96,26 @@ def table(problems: list[Scored]) -> str:
     return "\n".join([*text, "", f"best constant answer: {constant}, {share:.1%}"])
 
 
+def behaviors(verdicts: list[Verdict]) -> str:
+    """What the answers do, right or wrong, and the kind of the first error of those with a wrong step."""
+    def mean(values) -> float:
+        return sum(values) / len(verdicts)
+
+    boxed = [verdict for verdict in verdicts if verdict.boxed]
+    text = ["| behavior | all answers |", "|---|---|",
+            f"| with a failed attempt | {mean(verdict.attempts > 0 for verdict in verdicts):.1%} |"]
+    for name, field in (("failed attempts", "attempts"), ("restatements", "analyses"), ("subgoals", "subgoals"),
+                        ("steps with a value", "solved"), ("steps without need", "unneeded")):
+        text.append(f"| {name} per answer | {mean(getattr(verdict, field) for verdict in verdicts):.2f} |")
+    text.append(f"| right in every step | {mean(verdict.correct for verdict in verdicts):.1%} |")
+    if boxed:
+        wrong = sum(not verdict.correct for verdict in boxed) / len(boxed)
+        text.append(f"| right result, but a wrong step | {wrong:.1%} of right results |")
+    errors = Counter(verdict.error for verdict in verdicts if verdict.error)
+    listed = ", ".join(f"{error}: {count}" for error, count in errors.most_common())
+    return "\n".join([*text, "", f"first errors: {listed or 'none'}"])
+
+
 def rescore(path: str) -> list[Scored]:
     """Score saved answers (of this module, or a step of rollouts) by today's rule."""
     groups: dict[int, list[dict]] = {}
@@ -98,12 +124,21 @@ def rescore(path: str) -> list[Scored]:
         for field, kind in (("group", int), ("text", str), ("num_ops", int)):
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
+        if line.get("problem") is not None:
+            line["verdict"] = verify(_problem(line["problem"], f"{path}:{number}"), line["text"])
         groups.setdefault(line["group"], []).append(line)
     if not groups:
         raise InputError(f"{path}: no lines in it")
     return [Scored(group[0]["answer"], group[0].get("num_ops"),
-                   [answer.correct(line["text"], line["answer"], line.get("tolerance", 0.0)) for line in group])
-            for group in groups.values()]
+                   [answer.correct(line["text"], line["answer"], line.get("tolerance", 0.0)) for line in group],
+                   tuple(line["verdict"] for line in group if "verdict" in line)) for group in groups.values()]
+
+
+def _problem(record: dict, where: str) -> Problem:
+    try:
+        return Problem.from_dict(record)
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{where}: field 'problem' is none: {type(error).__name__}: {error}") from None
 
 
 def sample(config: Config) -> list[dict]:
@@ -116,8 +151,9 @@ def sample(config: Config) -> list[dict]:
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts = load_prompts(config.data, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
     generator = torch.Generator(device).manual_seed(config.seed)
-    return lines(rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
-                         temperature=config.temperature, rows=config.rows, generator=generator))
+    episodes = rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
+                       temperature=config.temperature, rows=config.rows, generator=generator)
+    return [{**line, "problem": prompts[line["group"]].record.get("problem")} for line in lines(episodes)]
 
 
 def main(config: Config):
@@ -129,7 +165,10 @@ def main(config: Config):
         write_jsonl(config.out, sample(config))
     elif config != Config(rescore=config.rescore):
         raise InputError("rescore: no other option goes with it")
-    print(table(rescore(config.rescore or config.out)))
+    problems = rescore(config.rescore or config.out)
+    print(table(problems))
+    if verdicts := [verdict for problem in problems for verdict in problem.verdicts]:
+        print("\n" + behaviors(verdicts))
 
 
 if __name__ == "__main__":

@@ -220,11 +220,12 @@ def _result(problem: Problem) -> str:
 
 
 def _lettered(problem: Problem, wording: random.Random, letters: str) -> dict[str, str]:
-    """A letter of its own for every node."""
+    """A letter of its own for every node, none that is the name of another."""
     nodes = [*problem.order, *problem.redundant]
-    if len(nodes) > len(letters):
-        raise InputError(f"problem {problem.id}: {len(nodes)} nodes, but only {len(letters)} letters")
-    return dict(zip(nodes, wording.sample(letters, len(nodes))))
+    free = [letter for letter in letters if letter not in problem.nodes]
+    if len(nodes) > len(free):
+        raise InputError(f"problem {problem.id}: {len(nodes)} nodes, but only {len(free)} letters")
+    return dict(zip(nodes, wording.sample(free, len(nodes))))
 
 
 def _introduce(problem: Problem, key: str, letter: str, wording: random.Random, again: bool) -> str:

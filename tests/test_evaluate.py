@@ -2,10 +2,11 @@
 
 import itertools
 import math
+import random
 
 import pytest
 
-from minibridge import evaluate
+from minibridge import evaluate, igsm, traces
 from minibridge.config import read_jsonl, run_main, write_jsonl
 from minibridge.evaluate import Config, Scored, best_constant, pass_at_k, rescore, table, wilson
 
@@ -137,6 +138,40 @@ def test_saved_answers_are_scored_with_their_tolerance(tmp_path):
     line = {"group": 0, "answer": "0.3333", "text": "\\boxed{0.33331}", "num_ops": 2}
     write_jsonl(tmp_path / "x", [line, line | {"group": 1, "tolerance": 1e-4}, line | {"group": 2, "tolerance": 1e-6}])
     assert [scored.correct for scored in rescore(tmp_path / "x")] == [[False], [True], [False]]
+def worked(i: int, **change) -> dict:
+    """A saved answer to a problem of its own, with one failed attempt or more."""
+    problem = igsm.draw(random.Random(i), (15, 20))
+    text = traces.answer(problem, random.Random(i), traces.Behaviors(True, 4, 0.5))
+    return {"group": i, "answer": str(problem.answer), "text": text, "problem": problem.to_dict()} | change
+
+
+def test_behaviors_and_first_errors(tmp_path, capsys):
+    """Three right answers, the last with a slip in its first step; one with no step at all; one without a problem."""
+    lines = [worked(i) for i in range(3)]
+    solved = [line["text"].count(" = ") > 0 and sum(" = " in step for step in line["text"].split("\n- ")) for line in lines]
+    lines[2]["text"] = lines[2]["text"].replace("\n- ", "\n- Hm. ", 1)
+    write_jsonl(tmp_path / "x", [*lines, worked(3, text="I do not know."), worked(4, problem=None)])
+    assert run("--rescore", tmp_path / "x") == 0
+    printed = capsys.readouterr().out
+    rows = cells(printed)
+    assert rows["all"][:2] == ["5", "80.0%"]
+    assert rows["with a failed attempt"] == ["75.0%"] and rows["right in every step"] == ["50.0%"]
+    assert rows["steps with a value per answer"] == [f"{sum(solved) / 4:.2f}"]
+    assert rows["right result, but a wrong step"] == ["33.3% of right results"]
+    assert printed.endswith("first errors: unreadable: 1, unfinished: 1\n")
+
+
+def test_no_behaviors_without_problems(tmp_path, capsys):
+    write_jsonl(tmp_path / "x", [worked(0, problem=None)])
+    assert run("--rescore", tmp_path / "x") == 0
+    assert "behavior" not in capsys.readouterr().out
+
+
+def test_a_sampled_line_carries_its_problem(toy, guesser, tmp_path, capsys):
+    out = tmp_path / "eval.jsonl"
+    assert run("--model", guesser, "--data", toy.rl, "--max-new-tokens", 8, "--device", "cpu", "--out", out) == 0
+    assert [line["problem"] for line in read_jsonl(out)] == [line["problem"] for line in read_jsonl(toy.rl)]
+    assert cells(capsys.readouterr().out)["right in every step"] == ["0.0%"]
 
 
 LINE = {"group": 0, "answer": "6", "text": ""}
@@ -148,7 +183,9 @@ LINE = {"group": 0, "answer": "6", "text": ""}
     ('{"group": 0, "answer": 6, "text": ""}', "'answer' must be a str"),
     ('{"group": true, "answer": "6", "text": ""}', "'group' must be a int"),
     ('{"group": 0, "answer": "6", "text": "", "tolerance": "x"}', "'tolerance' must be a number"),
-    ('{"group": 0, "answer": "6"}', "'text'")])
+    ('{"group": 0, "answer": "6"}', "'text'"),
+    ('{"group": 0, "answer": "6", "text": "", "problem": {}}', "'problem'"),
+    ('{"group": 0, "answer": "6", "text": "", "problem": 3}', "'problem'")])
 def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     path = tmp_path / "eval.jsonl"
     write_jsonl(path, [LINE])

@@ -53,7 +53,7 @@ def existing(*modules):
 
 
 @pytest.mark.parametrize("module", existing(
-    "config", "dag", "igsm", "arithmetic", "worlds", "custom", "traces", "arms", "answer"))
+    "config", "dag", "igsm", "arithmetic", "worlds", "custom", "traces", "arms", "answer", "formula", "verify"))
 def test_data_generation_needs_only_the_standard_library(module):
     for name in below(module):
         outside = {root for root in imports(PACKAGE / f"{name}.py") if not root.startswith("minibridge")}
@@ -72,7 +72,8 @@ def test_gen_data_never_reaches_torch():
 
 @pytest.mark.parametrize("module", existing("model", "grpo", "logprob"))
 def test_the_model_and_the_loss_never_see_text(module):
-    text = {"tokenizer", "traces", "arms", "answer", "data", "dag", "igsm", "arithmetic", "custom", "rollout"}
+    text = {"tokenizer", "traces", "arms", "answer", "data", "dag", "igsm", "arithmetic", "custom", "rollout", "formula",
+            "verify"}
     assert not below(module) & text
 
 
