@@ -7,8 +7,8 @@
 What is shrunk: five operations where the paper has fifteen to twenty, no quantity that is not needed, four small
 categories of one-word names, which formulas use as they are (no letters), values below 50, no KL and no entropy term, a
 Qwen2-shaped model of a million parameters. The part of the pretrained model is played by one trained from scratch on other
-problems of three to five operations, solved in bare equations: it has seen no answer worded like those of the arms, no
-injected behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage.
+problems of three to six operations, solved in bare equations, half of the smallest ones in a vanilla answer's words: it has
+seen no injected behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage.
 
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
 interrupted run is continued by the same command.
@@ -178,7 +178,8 @@ def write_curves(out: Path):
 
 # --- base: the model the comparison starts from --------------------------------------------------------------
 
-BASE_ROWS = {3: 20_000, 4: 60_000, 5: 70_000}  # problems by op count
+BASE_ROWS = {3: 40_000, 4: 50_000, 5: 70_000, 6: 90_000}  # problems by op count
+WORDED = (3, 4)  # op counts of which every other answer is a vanilla one, the others bare equations
 BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
               "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6,
               "max_position_embeddings": 1024, "tie_word_embeddings": True}
@@ -187,7 +188,7 @@ BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 38
 @dataclass(frozen=True)
 class Base:
     out: str = option("runs/base", "run folder; the model is in its folder toy_base")
-    epochs: float = option(1.0, "passes over the 149,700 examples")
+    epochs: float = option(1.5, "passes over the 249,600 examples")
 
 
 def main_base(config: Base):
@@ -215,10 +216,11 @@ def main_base(config: Base):
 
 def base_rows(ops: int, rows: int) -> list[dict]:
     lines = []
-    for problem in gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1):
-        line = gen_data.record(problem, seed=0)
-        solved = {"role": "assistant", "content": traces.equations(problem)}
-        lines.append({"messages": [*line.pop("prompt"), solved], **line})
+    for number, problem in enumerate(gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1)):
+        line = gen_data.record(problem, 0, traces.VANILLA, SCALE.letters)
+        if ops not in WORDED or number % 2:
+            line["messages"][-1]["content"] = traces.equations(problem)
+        lines.append(line)
     return lines
 
 

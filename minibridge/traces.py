@@ -178,10 +178,10 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0, strict: 
 
 def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA, letters: str = string.ascii_letters) -> str:
     """A worked answer; every node gets one of `letters`. Without letters (""), and where all names are single words,
-    formulas call the nodes by their names. Raises InputError when there are more nodes than letters."""
+    formulas call the nodes by their keys. Raises InputError when there are more nodes than letters."""
     wording, reflecting, analysing = (random.Random(rng.getrandbits(64)) for _ in range(3))
     letters = "" if problem.symbolic else letters
-    names = _lettered(problem, wording, letters) if letters else own_names(problem)
+    names = _names(problem, wording, letters)
     named: set[str] = set()
     steps = []
     for key, missing in plan(problem, reflecting, behaviors.reflection, behaviors.strict):
@@ -204,23 +204,21 @@ def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA,
 
 def equations(problem: Problem) -> str:
     """A solution in bare equations without letters, one way of writing it: what the toy's base model learns from.
-    "- each Fir's Cafe = 6 * each Elm's Shop = 6 * 8 = 48." """
-    names = own_names(problem)
+    "- Fir's Cafe = 6 * Elm's Shop = 6 * 8 = 48." """
+    names = {key: key for key in problem.nodes}
     steps = ["- " + compute(problem.nodes[key].expr, names[key], names, problem.values, subgoal=False)
              for key in problem.order]
     return OPENING + "\n".join([*steps, _result(problem)])
-
-
-def own_names(problem: Problem) -> dict[str, str]:
-    return {key: phrase(node) for key, node in problem.nodes.items()}
 
 
 def _result(problem: Problem) -> str:
     return f"</think>\n<answer>\nThe answer is \\boxed{{{problem.answer}}}.\n</answer>"
 
 
-def _lettered(problem: Problem, wording: random.Random, letters: str) -> dict[str, str]:
-    """A letter of its own for every node, none that is the name of another."""
+def _names(problem: Problem, wording: random.Random, letters: str) -> dict[str, str]:
+    """What formulas call each node: a letter of its own, none that is the key of another; without letters its key."""
+    if not letters:
+        return {key: key for key in problem.nodes}
     nodes = [*problem.order, *problem.redundant]
     free = [letter for letter in letters if letter not in problem.nodes]
     if len(nodes) > len(free):

@@ -171,7 +171,7 @@ class _Ledger:
         self.problem = problem
         self.letters: dict[str, str] = {}
         self.values: dict[str, Number] = {}
-        self.keys = {traces.phrase(node).casefold(): key for key, node in problem.nodes.items()}
+        self.keys = {name.casefold(): key for key, node in problem.nodes.items() for name in (key, traces.phrase(node))}
         names = "|".join(sorted(map(re.escape, self.keys), key=len, reverse=True))
         self.phrases = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
         self.tokens = formula.tokens_of(names)

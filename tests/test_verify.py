@@ -325,7 +325,7 @@ def links(line):
 
 def nodes_named(problem, line):
     """Matches of the problem's node names in a line, left to right, and the keys of all names."""
-    phrases = {traces.phrase(node): key for key, node in problem.nodes.items()}
+    phrases = {name: key for key, node in problem.nodes.items() for name in (key, traces.phrase(node))}
     names = "|".join(sorted(map(re.escape, phrases), key=len, reverse=True))
     return list(re.finditer(rf"(?<!\w)(?:{names})(?!\w)", line.replace("- Each", "- each"))), phrases
 
@@ -369,7 +369,7 @@ def corrupt_operand(problem, text, line, rng):
     matches, phrases = nodes_named(problem, line)
     start = sentences(line)[-1][0]
     match = rng.choice([match for match in matches if match.start() >= start])
-    new = rng.choice([phrase for phrase in [*phrases, STRANGER] if phrase != match[0]])
+    new = rng.choice([key for key in [*problem.nodes, STRANGER] if key != match[0]])
     head = match.start() == start
     errors = {UNDEFINED} if new == STRANGER else {NAMING} if head else {RETRIEVAL}
     return line[:match.start()] + new + line[match.end():], None, errors
@@ -412,7 +412,7 @@ def corrupt_node(problem, text, line, rng):
     formula_at = sentences(line)[-1][0] if links(line) else len(line)
     matches = [match for match in matches if match.start() < formula_at]
     match = rng.choice(matches)
-    new = rng.choice([phrase for phrase in [*phrases, STRANGER] if phrase != match[0]])
+    new = rng.choice([traces.phrase(node) for key, node in problem.nodes.items() if key != phrases[match[0]]] + [STRANGER])
     changed = line[:match.start()] + new + line[match.end():]
     sentence = next(line[start:end] for start, end in sentences(line) if start <= match.start() < end)
     if "equals" in sentence:
