@@ -17,29 +17,23 @@ An augmented arm has 4 rows a problem, so 4 times the optimizer steps of the pla
 (--rows 2000: the first 500 problems in their 4 forms), or by steps (fewer epochs: the number is printed).
 --rollouts FILE keeps the problems that a model gets right in --keep percent of its answers, for any split and arm.
 """
-import itertools
-import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from minibridge import arithmetic, custom, igsm, traces
+from minibridge import custom, igsm, traces
 from minibridge.arms import ARMS, AUGMENTED, augmented, behaviors_of, middling, own_answers, read_rollouts, record
 from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.dag import Problem
+from minibridge.splits import SPLITS, arithmetic_problems, problems
 
 __all__ = ["ARMS", "arithmetic_problems", "problems", "record", "summary"]  # for other scripts; two are of `arms`
 SCALES = {"paper": igsm.PAPER, "toy": igsm.TOY}
-# Rows and op range of the paper's splits, and the share of all structures (in tenths) that a split may draw from.
-SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
-          "val": (500, (21, 25), range(8, 9)), "test": (500, (20, 20), range(9, 10))}
 DEPTHS = {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}  # of arithmetic trees; rows and shares as above
 REDUNDANT = (0, 8)
 VARIANTS = {"arithmetic": "6op", "arithmetic-int": "int"}
 FITS = {"igsm": ("ops", "scale", "balance"), "arithmetic": ("depth", "redundant", "balance"), "own": ()}  # which options
-PATIENCE = 20_000  # candidates without a new problem before giving up
 BATCH, EPOCHS = 128, 5  # train_sft.py's defaults
 
 
@@ -65,53 +59,8 @@ class Config:
     balance: float = option(1.0, "largest share of the problems that one answer may have")
     rollouts: str | None = option(None, "JSONL file of a model's answers to these problems: keep those of middling accuracy")
     keep: tuple[int, int] = option((20, 80), "percent of right rollouts that a problem is kept for")
+    workers: int = option(1, "processes that draw; any number of them gives the same file", least=1)
     seed: int = option(0, "seed of everything random", least=0)
-
-
-def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, seed: int,
-             balance: float = 1.0) -> list[Problem]:
-    """`count` different iGSM problems of a split. Candidate number i comes from its own random stream, so the result does
-    not depend on how many candidates are drawn at a time. Raises InputError when the filters leave too few."""
-    streams = (random.Random(f"{seed}/{split}/{ops[0]}-{ops[1]}/{i}") for i in itertools.count())
-    drawn = ((problem, problem.structure) for problem in (igsm.draw(stream, ops, scale) for stream in streams))
-    return _chosen(drawn, split, count, balance, f"ops {ops[0]}-{ops[1]}")
-
-
-def arithmetic_problems(split: str, count: int, variant: str, depth: int, redundant: tuple[int, int], seed: int,
-                        balance: float = 1.0) -> list[Problem]:
-    """The same of arithmetic problems. Two that differ only in redundant premises are of the same split."""
-    sizes = f"{variant} {depth} {redundant[0]}-{redundant[1]}"
-    streams = (random.Random(f"{seed}/{split}/{sizes}/{i}") for i in itertools.count())
-    drawn = ((problem, problem.core) for problem in (arithmetic.draw(s, depth, redundant, variant) for s in streams))
-    return _chosen(drawn, split, count, balance, f"depth {depth}")
-
-
-def _chosen(drawn: Iterable[tuple[Problem, str]], split: str, count: int, balance: float, sizes: str) -> list[Problem]:
-    """The first `count` different problems whose hash belongs to the split, one answer taking at most its share."""
-    if count < 1 or not 0 < balance <= 1:
-        raise InputError("count: must be at least 1" if count < 1 else "balance: must be above 0 and at most 1")
-    kept: list[Problem] = []
-    seen: set[str] = set()
-    answers: Counter = Counter()
-    quota = max(1, int(balance * count))
-    newest = 0
-    for number, problem in _of_split(drawn, split):
-        if problem.id not in seen and answers[problem.answer] < quota:
-            seen.add(problem.id)
-            answers[problem.answer] += 1
-            kept.append(problem)
-            newest = number
-        if len(kept) == count:
-            return kept
-        if number - newest > PATIENCE:
-            raise InputError(f"count: no more than {len(kept)} of {count} problems found for split {split}, "
-                             f"{sizes}, balance {balance:g}")
-
-
-def _of_split(drawn: Iterable[tuple[Problem, str]], split: str) -> Iterator[tuple[int, Problem]]:
-    for number, (problem, key) in enumerate(drawn):
-        if int(key, 16) % 10 in SPLITS[split][2]:
-            yield number, problem
 
 
 def chosen_problems(config: Config) -> list[Problem]:
@@ -128,10 +77,10 @@ def chosen_problems(config: Config) -> list[Problem]:
     count = SPLITS[config.split][0] if config.count is None else config.count
     if kind == "igsm":
         ops = config.ops or SPLITS[config.split][1]
-        return problems(config.split, count, ops, SCALES[config.scale], config.seed, config.balance)
+        return problems(config.split, count, ops, SCALES[config.scale], config.seed, config.balance, config.workers)
     depth = DEPTHS[config.split] if config.depth is None else config.depth
     return arithmetic_problems(config.split, count, VARIANTS[config.task], depth, config.redundant or REDUNDANT, config.seed,
-                               config.balance)
+                               config.balance, config.workers)
 
 
 def main(config: Config):

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from minibridge.config import InputError
-from minibridge.dag import Expr, Node, Problem
+from minibridge.dag import Expr, Node, Problem, pick
 from minibridge.worlds import TOY_WORLDS, WORLDS
 
 CONSTANT = "constant"  # stands among a node's parents for "a constant of its own", drawn from 0..9
@@ -66,14 +66,14 @@ def draw(rng: random.Random, ops: tuple[int, int] = (15, 20), scale: Scale = PAP
 
 def attempt(rng: random.Random, ops: tuple[int, int], scale: Scale = PAPER) -> Problem | None:
     """One draw of the hyper-parameters and up to 50 structures for them, before any filter; None: given up."""
-    n = min(rng.randint(*ops), rng.randint(*ops))
-    abstract_budget = max(rng.randint(1, n), rng.randint(1, n))
-    budget = rng.randint(abstract_budget, n)
+    n = min(_integer(rng, *ops), _integer(rng, *ops))
+    abstract_budget = max(_integer(rng, 1, n), _integer(rng, 1, n))
+    budget = _integer(rng, abstract_budget, n)
     layers = _size(rng, n, scale.layers)
     narrow, wide = sorted((_size(rng, n, scale.widths), _size(rng, n, scale.widths)))
     fewest = (layers - 1) * narrow
     most = max(fewest, scale.instances)
-    edges = min(rng.randint(fewest, most), rng.randint(fewest, most), (layers - 1) * wide**2)
+    edges = min(_integer(rng, fewest, most), _integer(rng, fewest, most), (layers - 1) * wide**2)
     categories = _names(rng, layers, scale.worlds)
     for _ in range(STRUCTURE_TRIES):
         structure = _structure(rng, layers, narrow, wide, edges, categories)
@@ -93,6 +93,11 @@ def attempt(rng: random.Random, ops: tuple[int, int], scale: Scale = PAPER) -> P
 # --- hyper-parameters, names and the layered structure -------------------------------------------------------
 
 
+def _integer(rng: random.Random, low: int, high: int) -> int:
+    """rng.randint, several times as fast."""
+    return low + int(rng.random() * (high - low + 1))
+
+
 def _size(rng: random.Random, n: int, choices: tuple[int, ...]) -> int:
     """A number of layers, or of items in a layer: the longer the problem, the larger, but only slightly."""
     centre = {2: 0.2, 3: 0.5, 4: 0.8}
@@ -102,15 +107,16 @@ def _size(rng: random.Random, n: int, choices: tuple[int, ...]) -> int:
 
 def _names(rng: random.Random, layers: int, worlds: tuple) -> list[tuple[str, tuple[str, ...]]]:
     """(category, item names) of consecutive layers, smallest parts first."""
-    world = [(category, rng.choice(themes)) for category, themes in rng.choice(worlds)][::-1]
-    first = rng.randint(0, len(world) - layers)
+    world = [(category, pick(rng, themes)) for category, themes in pick(rng, worlds)][::-1]
+    first = _integer(rng, 0, len(world) - layers)
     return world[first:first + layers]
 
 
 class _Structure:
     """The quantities that follow from items[i], the names in layer i, and below[a], the items directly inside a.
 
-    instances: keys "a's b" of the edges. abstract: key "a's category" -> its level, the number of layers it spans.
+    instances: keys "a's b" of the edges. abstract: key "a's category" -> its level, the number of layers it spans;
+    levels[level]: the same the other way round.
     parents_of[key]: the quantities an abstract quantity sums over. owner_item[key]: (owner, item) of any of them.
     """
 
@@ -118,6 +124,7 @@ class _Structure:
         self.owner_item: dict[str, tuple[str, str]] = {}
         self.parents_of: dict[str, list[str]] = {}
         self.abstract: dict[str, int] = {}
+        self.levels: list[list[str]] = [[] for _ in items]
         self.instances = [self._key(a, b) for layer in items[1:] for a in layer for b in below[a]]
         for upper, layer in enumerate(items):
             for lower in range(upper - 1, -1, -1):
@@ -125,6 +132,7 @@ class _Structure:
                 for a in layer:
                     key = self._key(a, category)
                     self.abstract[key] = upper - lower
+                    self.levels[upper - lower].append(key)
                     if upper - lower == 1:
                         self.parents_of[key] = [f"{a}'s {b}" for b in below[a]]
                     else:
@@ -144,13 +152,13 @@ def _structure(rng: random.Random, layers: int, narrow: int, wide: int, edges: i
             break
         if sum(a * b for a, b in zip(sizes, sizes[1:])) >= edges and rng.random() >= eagerness:
             break
-        sizes[rng.choice([i for i in range(layers) if sizes[i] < wide])] += 1
+        sizes[pick(rng, [i for i in range(layers) if sizes[i] < wide])] += 1
     items = [rng.sample(names, size) for (_, names), size in zip(categories, sizes)]
-    below = {a: [rng.choice(items[i])] for i in range(layers - 1) for a in items[i + 1]}
+    below = {a: [pick(rng, items[i])] for i in range(layers - 1) for a in items[i + 1]}
     count = sum(sizes[1:])
     while count < edges:
-        i = rng.randrange(1, layers)
-        a, b = rng.choice(items[i]), rng.choice(items[i - 1])
+        i = 1 + int(rng.random() * (layers - 1))
+        a, b = pick(rng, items[i]), pick(rng, items[i - 1])
         if b not in below[a]:
             below[a].append(b)
             count += 1
@@ -161,7 +169,7 @@ def _structure(rng: random.Random, layers: int, narrow: int, wide: int, edges: i
 
 
 def _cost(parents: list[str]) -> int:
-    return max(1, len(parents) - 1)
+    return len(parents) - 1 if len(parents) > 2 else 1
 
 
 def _necessary(rng: random.Random, structure: _Structure, abstract_budget: int, budget: int) -> dict[str, list[str]]:
@@ -170,20 +178,21 @@ def _necessary(rng: random.Random, structure: _Structure, abstract_budget: int, 
     cost = 0
 
     def collect(key: str, new: dict[str, list[str]]) -> dict[str, list[str]]:
-        if key not in included and key not in new:
-            for parent in structure.parents_of.get(key, ()):
+        parents = structure.parents_of.get(key, ())
+        for parent in parents:
+            if parent not in included and parent not in new:
                 collect(parent, new)
-            new[key] = list(structure.parents_of.get(key, ()))
+        new[key] = list(parents)
         return new
 
     def grow() -> int:
         """Commit one abstract quantity, the deepest level first; one candidate per level, cheaper ones of the
         same level are not looked for (kept)."""
-        for level in range(max(structure.abstract.values()), 0, -1):
-            candidates = [key for key, at in structure.abstract.items() if at == level and key not in included]
+        for level in reversed(structure.levels):
+            candidates = [key for key in level if key not in included]
             if candidates:
-                new = collect(rng.choice(candidates), {})
-                extra = sum(map(_cost, new.values()))
+                new = collect(pick(rng, candidates), {})
+                extra = sum([_cost(parents) for parents in new.values()])
                 if cost + extra <= abstract_budget:
                     included.update(new)
                     return extra
@@ -212,13 +221,12 @@ def _solving_order(rng: random.Random, structure: _Structure, parents: dict[str,
     backwards: list[str] = []
 
     def weighted(candidates: list[str]) -> str:
-        strength = abs(rng.gauss(0.0, 1.0))
-        wanted = set(asked)
-        return rng.choices(candidates, [math.exp(strength * ((key in structure.abstract) + (key in wanted)))
-                                        for key in candidates])[0]
+        once = math.exp(abs(rng.gauss(0.0, 1.0)))
+        weights = (1.0, once, once * once)
+        return rng.choices(candidates, [weights[(key in structure.abstract) + (key in asked)] for key in candidates])[0]
 
     while True:
-        key = rng.choice([k for k in asked if k in free] if backwards else free)
+        key = pick(rng, [k for k in asked if k in free] if backwards else free)
         backwards.append(key)
         rest.remove(key)
         free.remove(key)
@@ -251,15 +259,18 @@ def _spend_ops(rng: random.Random, structure: _Structure, order: list[str], pare
     """
     cost = [_cost(parents[key]) for key in order]
     instances = [i for i, key in enumerate(order) if key not in structure.abstract]
+    open_ = [i for i in instances if cost[i] < min(3, i)]
     for _ in range(n - sum(cost)):
-        open_ = [i for i in instances if cost[i] < min(3, max(1, i))]
         if not open_:
             return False
-        cost[rng.choice(open_)] += 1
+        i = pick(rng, open_)
+        cost[i] += 1
+        if cost[i] == min(3, i):
+            open_.remove(i)
     for i in instances:
         own = parents[order[i]]
         pool = order[:i] + [CONSTANT]
-        degree = min(rng.randint(1, 2) if cost[i] == 1 else cost[i] + 1, len(pool))
+        degree = min(_integer(rng, 1, 2) if cost[i] == 1 else cost[i] + 1, len(pool))
         if own:
             pool.remove(own[0])
             degree -= 1
@@ -323,8 +334,8 @@ def _expression(rng: random.Random, parents: list[str]) -> Expr:
     if len(operands) == 1:
         group = operands[0]
     elif operands:
-        group = (rng.choice("+-") if len(operands) == 2 else "+", *operands)
+        group = (pick(rng, "+-") if len(operands) == 2 else "+", *operands)
     if CONSTANT not in parents:
         return group
-    constant = rng.randint(0, 9)
-    return constant if group is None else (rng.choice("+*"), constant, group)
+    constant = _integer(rng, 0, 9)
+    return constant if group is None else (pick(rng, "+*"), constant, group)

@@ -16,9 +16,7 @@ interrupted run is continued by the same command.
 import csv
 import itertools
 import math
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -195,8 +193,7 @@ def main_base(config: Base):
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "train.jsonl").exists():
-        with ProcessPoolExecutor(2, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
-            parts = list(pool.map(base_rows, *zip(*sorted(BASE_ROWS.items(), reverse=True))))
+        parts = [base_rows(ops, rows) for ops, rows in BASE_ROWS.items()]
         write_jsonl(out / "val.jsonl", [row for part in parts for row in part[-100:]])
         write_jsonl(out / "train.jsonl", [row for part in parts for row in part[:-100]])
     if not (out / "init").exists():
@@ -216,7 +213,7 @@ def main_base(config: Base):
 
 def base_rows(ops: int, rows: int) -> list[dict]:
     lines = []
-    for number, problem in enumerate(gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1)):
+    for number, problem in enumerate(gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1, workers=2)):
         line = gen_data.record(problem, 0, traces.VANILLA, SCALE.letters)
         if ops not in WORDED or number % 2:
             line["messages"][-1]["content"] = traces.equations(problem)

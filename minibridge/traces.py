@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 from minibridge.answer import OPENING
 from minibridge.config import InputError
-from minibridge.dag import UNARY, Expr, Node, Number, Problem, leaves, operate
+from minibridge.dag import NUMBERS, UNARY, Expr, Node, Number, Problem, leaves, operate, pick
 
 # Probability of restating a condition, by the node's in-degree 1, 2, 3, 4, 5+ (constants count), for each level.
 ANALYSIS_LEVELS = ((0, 0, 0, 0, 0), (0, .1, .4, .8, 1), (.1, .4, .8, 1, 1), (.4, .8, 1, 1, 1), (1, 1, 1, 1, 1))
@@ -116,7 +116,7 @@ def phrase(node: Node) -> str:
 
 def describe(expr: Expr, nodes: dict[str, Node]) -> str:
     """An expression in the benchmark's words: "3 more than the difference of each A's B and each C's D"."""
-    if isinstance(expr, Number):
+    if isinstance(expr, NUMBERS):
         return str(expr)
     if isinstance(expr, str):
         return phrase(nodes[expr])
@@ -159,17 +159,17 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0, strict: 
 
     i, went_well = 0, False
     while problem.target not in solved:  # every necessary node leads to it
-        pick = None
+        chosen = None
         if 0 < i < len(order) - 1 and went_well and rng.random() < reflection:
             redundant = candidates(problem.redundant)
             pool = redundant if redundant and rng.random() < REDUNDANT_SHARE else candidates(order[i + 1:])
-            pick = rng.choice(pool) if pool else None
-        if pick is None:
+            chosen = pick(rng, pool) if pool else None
+        if chosen is None:
             if order[i] not in solved:
                 went_well = attempt(order[i])
             i += 1
-        elif pick not in solved:
-            went_well = attempt(pick)
+        elif chosen not in solved:
+            went_well = attempt(chosen)
     return attempts
 
 
@@ -191,14 +191,14 @@ def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA,
         named.add(key)
         if restate:
             templates = QUOTE if node.text else RESTATE
-            parts.append(wording.choice(templates).format(expression=describe(node.expr, problem.nodes), text=node.text))
+            parts.append(pick(wording, templates).format(expression=describe(node.expr, problem.nodes), text=node.text))
         if missing:
             unknown = listing([phrase(problem.nodes[parent]) for parent in missing])
-            parts.append(wording.choice(LOCKED).format(nodes=unknown, verb="is" if len(missing) == 1 else "are"))
+            parts.append(pick(wording, LOCKED).format(nodes=unknown, verb="is" if len(missing) == 1 else "are"))
         else:
             parts.append(compute(node.expr, names[key], names, problem.values, stepwise))
         steps.append("- " + " ".join(parts))
-    return OPENING + "\n".join([wording.choice(OPENINGS), *steps, wording.choice(CLOSINGS).format(value=problem.answer),
+    return OPENING + "\n".join([pick(wording, OPENINGS), *steps, pick(wording, CLOSINGS).format(value=problem.answer),
                                 _result(problem)])
 
 
@@ -231,15 +231,15 @@ def _introduce(problem: Problem, key: str, letter: str, wording: random.Random, 
     node = problem.nodes[key]
     stated = STATED[1:] if node.text else STATED  # a name of the user's may be a plural: "the pupils is 27"
     if not letter:
-        templates = (wording.choice(stated if isinstance(node.expr, Number) else SELECT),)
-    elif isinstance(node.expr, Number):
-        templates = (wording.choice(stated), wording.choice(NAME))
+        templates = (pick(wording, stated if isinstance(node.expr, NUMBERS) else SELECT),)
+    elif isinstance(node.expr, NUMBERS):
+        templates = (pick(wording, stated), pick(wording, NAME))
     elif again:
-        templates = (wording.choice(SELECT), wording.choice(REMIND))
+        templates = (pick(wording, SELECT), pick(wording, REMIND))
     elif wording.random() < 0.5:
-        templates = (wording.choice(SELECT), wording.choice(NAME))
+        templates = (pick(wording, SELECT), pick(wording, NAME))
     else:
-        templates = (wording.choice(SELECT_AND_NAME),)
+        templates = (pick(wording, SELECT_AND_NAME),)
     text = " ".join(templates).format(node=phrase(node), letter=letter, value=problem.values[key])
     return text if problem.symbolic else text[0].upper() + text[1:]
 
@@ -298,6 +298,8 @@ def formula(expr: Expr, names: dict[str, str] | None = None) -> str:
     op, *args = expr
     if op in UNARY:
         return f"{op}({formula(args[0], names)})"
-    texts = [f"({formula(arg, names)})" if isinstance(arg, tuple) and (arg[0] in "+-" or arg[0] in "*/" and op in "*/")
-             else formula(arg, names) for arg in args]
+    texts = [formula(arg, names) for arg in args]
+    for i, arg in enumerate(args):
+        if isinstance(arg, tuple) and (arg[0] in "+-" or arg[0] in "*/" and op in "*/"):
+            texts[i] = f"({texts[i]})"
     return f" {op} ".join(texts)

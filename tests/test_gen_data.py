@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gen_data
-from minibridge import igsm, traces
+from minibridge import igsm, splits, traces
 from minibridge.answer import OPENING, SYSTEM, extract
 from minibridge.config import InputError, read_jsonl, run_main, write_jsonl
 from minibridge.dag import Problem
@@ -127,38 +127,6 @@ def test_op_range_of_a_split(make, split, ops):
     assert {row["num_ops"] for row in make("--split", split, "--count", "3", "--ops", "6")} == {6}
 
 
-def test_no_structure_stands_in_two_splits():
-    drawn = {split: [problem.structure for problem in gen_data.problems(split, 120, (1, 1), igsm.TOY, seed=0)]
-             for split in gen_data.SPLITS}
-    different = [structure for structures in drawn.values() for structure in set(structures)]
-    assert len(different) < 5 * 120  # problems so small that structures do repeat
-    assert len(set(different)) == len(different)
-    tenths = [tenth for _, _, tenths in gen_data.SPLITS.values() for tenth in tenths]
-    assert sorted(tenths) == list(range(10))
-
-
-def test_problems_of_a_split_differ(monkeypatch):
-    few = [igsm.draw(random.Random(seed), (2, 5), igsm.TOY) for seed in range(30)]
-    monkeypatch.setattr(igsm, "draw", lambda rng, ops, scale: rng.choice(few))
-    monkeypatch.setattr(gen_data, "PATIENCE", 1000)
-    mine = {problem.id for problem in few if int(problem.structure, 16) % 10 in gen_data.SPLITS["base"][2]}
-    ids = [problem.id for problem in gen_data.problems("base", len(mine), (2, 5), igsm.TOY, 0)]
-    assert len(ids) == len(mine) and set(ids) == mine
-    with pytest.raises(InputError, match=f"{len(mine)} of {len(mine) + 1} "):
-        gen_data.problems("base", len(mine) + 1, (2, 5), igsm.TOY, 0)
-
-
-@pytest.mark.parametrize("variant", ["6op", "int"])
-def test_no_arithmetic_structure_stands_in_two_splits(variant):
-    """Nor what is needed of one, whatever redundant premises stand beside it."""
-    cores, structures = ([{getattr(problem, name) for problem in
-                           gen_data.arithmetic_problems(split, 50, variant, 2, (0, 1), seed=0)} for split in gen_data.SPLITS]
-                         for name in ("core", "structure"))
-    for sets in (cores, structures):
-        assert len(set.union(*sets)) == sum(map(len, sets))
-    assert sum(map(len, cores)) < 5 * 50  # problems so small that they do repeat
-
-
 def test_arithmetic_splits_of_the_paper(make):
     assert gen_data.DEPTHS == {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}
     for split, depth in gen_data.DEPTHS.items():
@@ -193,34 +161,6 @@ def test_seeds_splits_and_prefixes(make):
 
 
 # --- balance -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("balance, most", [(1.0, 50), (0.1, 5), (0.05, 2)])
-def test_balance_bounds_the_commonest_answer(balance, most):
-    def commonest(balance):
-        drawn = gen_data.problems("sft", 50, (2, 5), igsm.TOY, 0, balance)
-        assert len(drawn) == 50
-        return Counter(problem.answer for problem in drawn).most_common(1)[0][1]
-
-    assert commonest(balance) <= most
-    assert balance == 1.0 or commonest(1.0) > most  # else the bound would have had nothing to do
-
-
-def test_patience_counts_from_the_last_new_problem(monkeypatch):
-    monkeypatch.setattr(gen_data, "PATIENCE", 40)
-    assert len(gen_data.problems("test", 30, (2, 5), igsm.TOY, 0)) == 30  # of about 300 candidates
-
-
-def test_balance_lets_every_answer_stand_once():
-    drawn = gen_data.problems("sft", 10, (2, 5), igsm.TOY, 0, balance=.001)
-    assert len({problem.answer for problem in drawn}) == 10
-
-
-def test_balance_passes_over_rows_and_changes_none():
-    free = [problem.id for problem in gen_data.problems("sft", 60, (2, 5), igsm.TOY, 0)]
-    bounded = [problem.id for problem in gen_data.problems("sft", 20, (2, 5), igsm.TOY, 0, balance=.1)]
-    places = [free.index(key) for key in bounded]
-    assert places == sorted(places) and places[-1] >= 20
 
 
 # --- every arm of every task ---------------------------------------------------------------------------
@@ -374,6 +314,6 @@ def test_an_op_range_that_no_problem_has(fails, monkeypatch):
 
 def test_a_balance_that_cannot_be_had(fails, monkeypatch):
     """One operation, one digit: ten answers, once each. The script says so, and writes no short file."""
-    monkeypatch.setattr(gen_data, "PATIENCE", 300)
+    monkeypatch.setattr(splits, "PATIENCE", 300)
     line = fails("--count", "30", "--balance", "0.05", "--scale", "toy", "--ops", "1")
     assert "10 of 30" in line and "balance 0.05" in line

@@ -14,7 +14,7 @@ from minibridge.dag import Node, Problem, leaves
 from minibridge.worlds import TOY_WORLDS, WORLDS
 
 PAPER, LONG = (15, 20), (21, 25)
-KEPT = {PAPER: 1000, LONG: 300}  # problems drawn here, of the training and of the validation range
+KEPT = {PAPER: 1500, LONG: 1000}  # problems drawn here, of the training and of the validation range
 
 
 # --- the vocabulary ------------------------------------------------------------------------------------

@@ -1,0 +1,141 @@
+"""Which problems a split holds: different ones, and no structure that stands in another split.
+
+    problems("sft", 2000, ops=(15, 20), scale=igsm.PAPER, seed=0)      iGSM
+    arithmetic_problems("rl", 10000, "6op", depth=5, redundant=(0, 8), seed=0)
+
+A problem's structure (its graph and its constants, whatever things are called) decides by its hash which split may hold it.
+Candidate number i of a split comes from a random stream of its own, so the problems are the same for any number of processes.
+
+    python -m minibridge.splits --files data/sft.jsonl,data/rl.jsonl,data/test.jsonl
+
+reports of written files what a guess would earn, the share of zeros and of the commonest answer, and whether any two of them
+share a problem structure.
+"""
+import itertools
+import random
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from minibridge import arithmetic, igsm
+from minibridge.config import REQUIRED, InputError, option, read_jsonl, run_main
+from minibridge.dag import Problem
+
+# Rows and op range of the paper's splits, and the share of all structures (in tenths) that a split may draw from.
+SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
+          "val": (500, (21, 25), range(8, 9)), "test": (500, (20, 20), range(9, 10))}
+PATIENCE = 20_000  # candidates without a new problem before giving up
+BLOCK = 250  # candidates that a process draws at a time
+
+Candidate = Callable[[int], tuple[Problem, str]]  # number -> problem, the hash that decides its split
+
+
+def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, seed: int,
+             balance: float = 1.0, workers: int = 1) -> list[Problem]:
+    """`count` different iGSM problems of a split, no answer taking more than `balance` of them.
+    Raises InputError when the filters leave too few."""
+    name = f"ops {ops[0]}-{ops[1]}"
+    candidate = partial(_igsm, f"{seed}/{split}/{ops[0]}-{ops[1]}", ops, scale)
+    return _chosen(candidate, split, count, balance, workers, name)
+
+
+def arithmetic_problems(split: str, count: int, variant: str, depth: int, redundant: tuple[int, int], seed: int,
+                        balance: float = 1.0, workers: int = 1) -> list[Problem]:
+    """The same of arithmetic problems. Two that differ only in redundant premises are of the same split."""
+    name = f"{seed}/{split}/{variant} {depth} {redundant[0]}-{redundant[1]}"
+    candidate = partial(_arithmetic, name, depth, redundant, variant)
+    return _chosen(candidate, split, count, balance, workers, f"depth {depth}")
+
+
+def _igsm(stream: str, ops: tuple[int, int], scale: igsm.Scale, number: int) -> tuple[Problem, str]:
+    problem = igsm.draw(random.Random(f"{stream}/{number}"), ops, scale)
+    return problem, problem.structure
+
+
+def _arithmetic(stream: str, depth: int, redundant: tuple[int, int], variant: str, number: int) -> tuple[Problem, str]:
+    problem = arithmetic.draw(random.Random(f"{stream}/{number}"), depth, redundant, variant)
+    return problem, problem.core
+
+
+def _chosen(candidate: Candidate, split: str, count: int, balance: float, workers: int, sizes: str) -> list[Problem]:
+    """The first `count` different candidates whose hash belongs to the split, one answer taking at most its share."""
+    if count < 1 or not 0 < balance <= 1:
+        raise InputError("count: must be at least 1" if count < 1 else "balance: must be above 0 and at most 1")
+    kept: list[Problem] = []
+    seen: set[str] = set()
+    answers: Counter = Counter()
+    quota = max(1, int(balance * count))
+    newest = 0
+    for number, problem in _of_split(candidate, split, workers):
+        if problem is not None and problem.id not in seen and answers[problem.answer] < quota:
+            seen.add(problem.id)
+            answers[problem.answer] += 1
+            kept.append(problem)
+            newest = number
+        if len(kept) == count:
+            return kept
+        if number - newest > PATIENCE:
+            raise InputError(f"count: no more than {len(kept)} of {count} problems found for split {split}, "
+                             f"{sizes}, balance {balance:g}")
+
+
+def _of_split(candidate: Candidate, split: str, workers: int) -> Iterator[tuple[int, Problem | None]]:
+    """Candidates in their order; None for those of other splits."""
+    if workers == 1:
+        for number in itertools.count():
+            yield from _block(candidate, split, range(number, number + 1))
+    with process_pool(workers) as pool:
+        for start in itertools.count(step=workers * BLOCK):
+            blocks = [range(first, first + BLOCK) for first in range(start, start + workers * BLOCK, BLOCK)]
+            for block in pool.map(partial(_block, candidate, split), blocks):
+                yield from block
+
+
+def _block(candidate: Candidate, split: str, numbers: range) -> list[tuple[int, Problem | None]]:
+    drawn = ((number, *candidate(number)) for number in numbers)
+    return [(number, problem if int(key, 16) % 10 in SPLITS[split][2] else None) for number, problem, key in drawn]
+
+
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that Ctrl-C ends without a traceback of each."""
+    return ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
+
+
+# --- the report ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    files: str = option(REQUIRED, "JSONL files of gen_data.py, separated by commas")
+
+
+def main(config: Config):
+    keys: dict[str, set[str]] = {}
+    print("| file | rows | problems | answer 0 | commonest answer |\n|---|---|---|---|---|")
+    for path in config.files.split(","):
+        rows = [(line, _problem(line, f"{path}:{number}")) for number, line in enumerate(read_jsonl(path), start=1)]
+        if not rows:
+            raise InputError(f"{path}: no lines in it")
+        keys[path] = {problem.core if problem.task.startswith("arithmetic") else problem.structure for _, problem in rows}
+        answers = Counter(str(problem.answer) for _, problem in rows)
+        common, times = answers.most_common(1)[0]
+        print(f"| {path} | {len(rows)} | {len({problem.id for _, problem in rows})} | {answers['0'] / len(rows):.1%} "
+              f"| {common}, {times / len(rows):.1%} |")
+    print()
+    for (path, own), (other, others) in itertools.combinations(keys.items(), 2):
+        print(f"structures in both {path} and {other}: {len(own & others)}")
+
+
+def _problem(line: dict, where: str) -> Problem:
+    try:
+        return Problem.from_dict(line["problem"])
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{where}: field 'problem' is none: {type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, Config))
