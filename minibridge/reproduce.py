@@ -7,8 +7,9 @@
 What is shrunk: five operations where the paper has fifteen to twenty, no quantity that is not needed, four small
 categories of one-word names, which formulas use as they are (no letters), values below 50, no KL and no entropy term, a
 Qwen2-shaped model of a million parameters. The part of the pretrained model is played by one trained from scratch on other
-problems of three to six operations, solved in bare equations, half of the smallest ones in a vanilla answer's words: it has
-seen no injected behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage.
+problems of three to six operations, solved in bare equations, half of the smallest ones in the words of vanilla answers: it
+has seen no injected behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every
+stage.
 
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
 interrupted run is continued by the same command.

@@ -6,9 +6,10 @@
     verdict.spans()                                                 (start, end, kind) of every step and of its parts
 
 A step is a "- " line of the think block. Its sentences are known by the wordings of `traces`, whatever is added there,
-and by "name = formula = ... = value", where names are the letters it has given, or the problem's own. Blanks, a missing last full stop, upper or lower case of the words, the order
-of operands and of steps, and the choice of letters are free; numbers are not. Nothing is evaluated as code, the time
-is linear in the length of the text, and no text makes `verify` raise.
+and by "name = formula = ... = value", where names are the letters it has given, or the problem's own. Blanks, a missing
+last full stop, upper or lower case of the words, the order of operands and of steps, and the choice of letters are free;
+numbers are not. Nothing is evaluated as code, the time is linear in the length of the text, and no text makes `verify`
+raise.
 
 A step is judged by what was written before it: after a wrong value, a step that goes on with this value is right. So
 one slip is one wrong step, but a later step may suffer from an earlier one (a letter that never got its value).

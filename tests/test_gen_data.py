@@ -13,7 +13,7 @@ import pytest
 import gen_data
 from minibridge import igsm, splits, traces
 from minibridge.answer import OPENING, SYSTEM, extract
-from minibridge.config import InputError, read_jsonl, run_main, write_jsonl
+from minibridge.config import read_jsonl, run_main, write_jsonl
 from minibridge.dag import Problem
 
 TOY = ("--scale", "toy", "--ops", "2-5")

@@ -201,6 +201,43 @@ def test_a_parent_found_on_the_way_is_rather_an_abstract_quantity():
     fair(chosen, mean(1 / (1 + exp(-abs(quantile))) for quantile in quantiles))
 
 
+def test_a_node_asked_for_twice_is_twice_as_likely_to_come_next():
+    """Backwards from the abstract t, once u and v are out: a stands two times in the list, b once."""
+    rng, abstract = random.Random(0), {"t", "u", "v"}
+    orders = [igsm._solving_order(rng, SimpleNamespace(abstract=abstract), {"t": ["u", "v"], "u": ["a"], "v": ["a", "b"],
+                                                                            "a": [], "b": []}) for _ in range(9000)]
+    late = [order for order in orders if order[-1] == "t" and {"u", "v"} == set(order[2:4])]
+    fair([order[1] == "a" for order in late], 2 / 3)
+
+
+def test_an_instance_gets_a_parent_on_the_way_in_half_of_all_cases():
+    """p and q are the parts of the abstract t: whichever comes out first may lean on the other."""
+    rng, leaning = random.Random(0), []
+    for _ in range(3000):
+        parents = {"t": ["p", "q"], "p": [], "q": []}
+        order = igsm._solving_order(rng, SimpleNamespace(abstract={"t"}), parents)
+        leaning.append(bool(parents[order[1]]))
+        assert not parents[order[0]]
+    fair(leaning)
+
+
+def test_layers_grow_with_one_probability_a_structure():
+    """Two items in each of two layers, at most four, four edges: growth stops with a probability that is uniform over
+    structures, so k items are added in 1 / ((k + 1) (k + 2)) of them; the upper layer gets none of these in .604."""
+    rng, categories = random.Random(0), [("Bs", tuple("bcde")), ("As", tuple("stuv"))]
+    grown = [len(igsm._structure(rng, 2, 2, 4, 4, categories).levels[1]) > 2 for _ in range(6000)]
+    fair(grown, 1 - (1 / 2 + 1 / 6 / 2 + 1 / 12 / 4))
+
+
+def test_any_consecutive_layers_of_a_world_may_be_used():
+    rng = random.Random(0)
+    places = [igsm._names(rng, 2, WORLDS) for _ in range(3000)]
+    worlds = [[category for category, _ in world][::-1] for world in WORLDS]
+    for first in range(3):
+        fair([any(world[first:first + 2] == [category for category, _ in names] for world in worlds) for names in places],
+             1 / 3)
+
+
 # Item: the number of its world, its category, and the category's place, counted from the smallest parts up.
 ITEMS = {name: (number, category, place) for number, world in enumerate(WORLDS + TOY_WORLDS)
          for place, (category, themes) in enumerate(reversed(world)) for theme in themes for name in theme}

@@ -107,8 +107,9 @@ def test_report_of_shares_and_of_shared_structures(tmp_path, capsys):
     for name in {name for node in problems[1].nodes.values() for name in (node.owner, node.item)}:
         renamed = renamed.replace(name, name + "x")
     write_jsonl(tmp_path / "a", lines)
-    write_jsonl(tmp_path / "b", [lines[0], {"problem": json.loads(renamed)}, *(arms.record(problem, 0) for problem in other)])
-    write_jsonl(tmp_path / "c", [arms.record(problem, 0) for problem in other] * 2)
+    others = [arms.record(problem, 0) for problem in other]
+    write_jsonl(tmp_path / "b", [lines[0], {"problem": json.loads(renamed)}, *others])
+    write_jsonl(tmp_path / "c", others * 2)
     status, output = report(capsys, tmp_path / "a", tmp_path / "b", tmp_path / "c")
     assert status == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.out.split("\n") if line.startswith("|")]
@@ -118,8 +119,8 @@ def test_report_of_shares_and_of_shared_structures(tmp_path, capsys):
     assert [line.rsplit(" ", 1)[1] for line in output.out.split("\n") if line.startswith("structures")] == ["2", "0", "6"]
 
 
-@pytest.mark.parametrize("line, message", [("{}", "x:1: field 'problem'"), ('{"problem": {"nodes": 3}}', "x:1: field 'problem'"),
-                                           ("", "no lines"), ("[]", "x:1: ")])
+@pytest.mark.parametrize("line, message", [("{}", "x:1: field 'problem'"), ("", "no lines"), ("[]", "x:1: "),
+                                           ('{"problem": {"nodes": 3}}', "x:1: field 'problem'")])
 def test_report_of_a_bad_file(tmp_path, capsys, line, message):
     (tmp_path / "x").write_text(line and line + "\n")
     status, output = report(capsys, tmp_path / "x")
