@@ -201,6 +201,18 @@ def test_a_parent_found_on_the_way_is_rather_an_abstract_quantity():
     fair(chosen, mean(1 / (1 + exp(-abs(quantile))) for quantile in quantiles))
 
 
+def test_an_abstract_quantity_that_is_asked_for_counts_twice():
+    """p leans, if at all, on the abstract A, asked for by t, with weight exp 2 |g|, or on A's part b with weight 1."""
+    rng, chosen = random.Random(0), []
+    while len(chosen) < 3000:
+        parents = {"t": ["p", "A"], "p": [], "A": ["b"], "b": []}
+        order = igsm._solving_order(rng, SimpleNamespace(abstract={"t", "A"}), parents)
+        if order is not None and order[-2] == "p" and parents["p"]:
+            chosen.append(parents["p"] == ["A"])
+    quantiles = [NormalDist().inv_cdf((i + .5) / 1000) for i in range(1000)]
+    fair(chosen, mean(1 / (1 + exp(-2 * abs(quantile))) for quantile in quantiles))
+
+
 def test_a_node_asked_for_twice_is_twice_as_likely_to_come_next():
     """Backwards from the abstract t, once u and v are out: a stands two times in the list, b once."""
     rng, abstract = random.Random(0), {"t", "u", "v"}
