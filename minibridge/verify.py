@@ -200,7 +200,7 @@ class _Ledger:
             if self.problem.target not in self.values:
                 raise Wrong(UNFINISHED, f"{self.problem.target} has no value")
             found, words = self.values[self.problem.target], None
-            for words in re.finditer(rf"(?<![\w.]){NUMBER}", text[start:end]):
+            for words in re.finditer(rf"(?<![\w.]){NUMBER}", text[start:end].partition("\\boxed")[0]):
                 pass
             if words and not same(read_number(words[0], WRONG_CLOSING), found):
                 raise Wrong(WRONG_CLOSING, f"{words[0]} is not {found}")

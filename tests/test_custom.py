@@ -108,6 +108,14 @@ def test_analysis_quotes_the_statement_and_nothing_is_said_of_what_has_none(read
     assert all(sum(text.count(words.split("{")[0]) for words in traces.QUOTE) == 1 for text in answers)
 
 
+def test_letters_are_no_names(read):
+    """Where one node is called x, no other gets this letter."""
+    (problem,) = read(GOOD | {"nodes": [ANN, BEN, TOTAL, node("x", "Ann's apples", "So.")]})
+    for seed in range(150):
+        assert "the total. Call it x." not in (text := traces.answer(problem, random.Random(seed)))
+        assert "Let x " not in text and " it x" not in text and "Write x" not in text
+
+
 def test_reflection_on_own_problems(read):
     (problem,) = read(GOOD | {"nodes": [ANN, BEN, node("more", "Ben's apples", "It is the same."), TOTAL]})
     plans = [plan(problem, random.Random(seed), .5) for seed in range(50)]
@@ -161,6 +169,10 @@ def nodes(*changed):
     (nodes(ANN, BEN, TOTAL | {"statement": 3}), ["node 'the total'", "'statement'"]),
     (nodes(ANN, BEN, TOTAL, node("a-b", "1", "So.")), ["number 4", "'a-b'"]),
     (nodes(ANN, BEN, TOTAL, node("12", "1", "So.")), ["number 4", "'12'"]),
+    (nodes(ANN, BEN, TOTAL, node("a=b", "1", "So.")), ["number 4", "'a=b'"]),
+    (nodes(ANN, BEN, TOTAL, node("Mr. Li", "1", "So.")), ["number 4", "'Mr. Li'"]),
+    (nodes(ANN, BEN, TOTAL, node("etc.", "1", "So.")), ["number 4", "'etc.'"]),
+    (nodes(ANN, BEN, TOTAL, node("The Total", "1", "So.")), ["node 'The Total'", "second", "case"]),
     (nodes(ANN, BEN, TOTAL, node(" x", "1", "So.")), ["number 4", "' x'"]),
     (nodes(ANN, BEN, TOTAL, node("", "1", "So.")), ["number 4", "name"]),
     (nodes(ANN, BEN, TOTAL, node(7, "1", "So.")), ["number 4", "name"]),

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from minibridge import arithmetic, dag, formula, igsm, traces, verify
+from minibridge import arithmetic, custom, dag, formula, igsm, traces, verify
 from minibridge.dag import Node, Problem
 from minibridge.formula import ARITHMETIC, UNKNOWN, UNREADABLE
 from minibridge.verify import (ANALYSIS, BOX, CLOSING, FAILED_ATTEMPT, LOCK, MENTION, NAMING, RESTATEMENT, RETRIEVAL, STEP,
@@ -503,6 +503,56 @@ def test_planted_slips_are_found(task):
     kinds = {RETRIEVAL, SUBSTITUTION, ARITHMETIC, UNDEFINED, UNKNOWN, NAMING, LOCK, RESTATEMENT, UNFINISHED, WRONG_BOX,
              WRONG_CLOSING}
     assert set(campaign(400, task)) | letters == kinds
+
+
+# --- problems of a file --------------------------------------------------------------------------------------
+
+OWN = {"nodes": [
+    {"name": "the pupils", "formula": "27", "statement": "There are 27 pupils, so x = 27."},
+    {"name": "2nd class", "formula": "9", "statement": "The 2nd class sends 9."},
+    {"name": "v1.2 fans", "formula": "the pupils / 2nd class", "statement": "The fans are few. There is 1 for 9 pupils."},
+    {"name": "all", "formula": "2 * (the pupils - v1.2 fans)"}], "target": "all", "ask": "How many?"}
+OWN_TEXT = """- The text gives the pupils as 27. Let it be a. a = 27.
+- Next is v1.2 fans. Call it c. The text says: The fans are few. There is 1 for 9 pupils. But 2nd class is not known yet, \
+so it must wait.
+- The text gives 2nd class as 9. 2nd class = 9.
+- Now take v1.2 fans. It is c already. Recall: The fans are few. There is 1 for 9 pupils. c = a / 2nd class = 27 / 9 = 3.
+- All = 2 * (The pupils - c) = 2 * (27 - 3) = 2 * 24 = 48.
+So the result is 48. \\boxed{48}"""
+
+
+def test_problems_of_a_file():
+    problem = custom.problem(OWN)
+    verdict = check(OWN_TEXT, problem)
+    assert verdict.correct, verdict.steps[verdict.first_wrong_step]
+    assert (verdict.solved, verdict.attempts, verdict.analyses, verdict.subgoals) == (4, 1, 2, 1)
+    quotes = [OWN_TEXT[start:end] for kind, start, end in verdict.spans() if kind == ANALYSIS]
+    assert all("The fans are few. There is 1 for 9 pupils" in quote for quote in quotes)
+    for seed in range(50):
+        assert check(traces.answer(problem, random.Random(seed), traces.Behaviors(True, 4, .5)), problem).correct
+
+
+@pytest.mark.parametrize("old, new, step, error", [
+    ("Recall: The fans are few", "Recall: The fans are many", 3, RESTATEMENT),
+    ("2nd class is not known yet", "3rd class is not known yet", 1, UNDEFINED),
+    ("c = a / 2nd class", "c = a * 2nd class", 3, RETRIEVAL), ("2nd class = 9", "2nd class = 8", 2, RETRIEVAL),
+    ("All = 2 * (The pupils", "All = 2 * (The pupil", 4, UNDEFINED), ("All = 2", "The pupils = 2", 4, RETRIEVAL),
+    ("- All =", "- Everybody =", 4, UNDEFINED), ("- All =", "- Next is all. The pupils =", 4, NAMING),
+    ("There is 1 for 9 pupils. But", "There is 1 for 9 pupils. There are 2. But", 1, UNREADABLE),
+])
+def test_slips_in_problems_of_a_file(old, new, step, error):
+    assert old in OWN_TEXT
+    assert found(OWN_TEXT.replace(old, new), custom.problem(OWN)) == (step, error)
+
+
+def test_a_tolerance_holds_for_the_box():
+    problem = custom.problem({"nodes": [{"name": "a", "formula": "3.2", "statement": "It is 3.2."},
+                                        {"name": "b", "formula": "a / 3"}], "target": "b", "ask": "b?"})
+    text = "- The text gives a as 3.2. a = 3.2.\n- b = a / 3 = 3.2 / 3 = 1.0667.\n\\boxed{1.0666}"
+    assert check(text, problem).correct
+    assert found(text.replace("1.0666}", "1.06}"), problem) == (3, WRONG_BOX)
+    assert found(text.replace("= 1.0667", "= 1.07"), problem) == (1, ARITHMETIC)
+    assert found(text.replace("3.2", "3.21"), problem)[0] == 0
 
 
 def test_bare_equations_are_right(problems):
