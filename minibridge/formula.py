@@ -163,18 +163,23 @@ def reduces(form: Form, reduced: Form) -> bool:
         return False
     if is_number(reduced):
         return same(value(form), reduced)
-    op, *left = form
+    op, first = form[:2]
     if op not in "+*":
-        return reduced[0] == op and reduces(left[0], reduced[1])
+        return reduced[0] == op and reduces(first, reduced[1])
     done = list(reduced[1:]) if reduced[0] == op else [reduced]
-    for match in (operator.eq, lambda operand, new: isinstance(operand, tuple) and reduces(operand, new)):
-        for new in list(done):
-            if old := [operand for operand in left if match(operand, new)]:
-                left.remove(old[0])
-                done.remove(new)
-    if len(left) > MAX_REGROUPED or done and op == "*" and reduced[0] == "+":
-        return same(value(form), value(reduced))
-    return _regroups(op, left, done, absorbing=op == "*" and value(form) == value(reduced) == 0)
+    absorbing = op == "*" and value(form) == value(reduced) == 0
+    for untouched in (operator.eq, lambda operand, new: operand == new and not is_number(new)):
+        left, rest = list(form[1:]), list(done)  # 2 * 3 * 6 = 6 * 6: the second time, no number counts as untouched
+        for match in (untouched, lambda operand, new: isinstance(operand, tuple) and reduces(operand, new)):
+            for new in list(rest):
+                if old := [operand for operand in left if match(operand, new)]:
+                    left.remove(old[0])
+                    rest.remove(new)
+        if len(left) > MAX_REGROUPED or rest and op == "*" and reduced[0] == "+":
+            return same(value(form), value(reduced))
+        if _regroups(op, left, rest, absorbing):
+            return True
+    return False
 
 
 def _regroups(op: str, left: list[Form], done: list[Form], absorbing: bool) -> bool:
