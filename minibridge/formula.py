@@ -3,9 +3,11 @@
 A formula in canonical form is one of
     int or Decimal            a number
     str                       the key of a node
-    (op, arg, arg, ...)       op "+" or "*": at least two canonical operands, sorted, none of the same operator
+    (op, arg, arg, ...)       op "+" or "*": at least two canonical operands, sorted, none of the same operator; in a
+                              product no sign: it stands before the whole
     (op, arg)                 op "neg", "inv" (one over), "sqrt" or "square"
-so that formulas that differ only in the order of operands or in needless parentheses have the same form.
+so that formulas that differ only in the order of operands, in needless parentheses or in the place of a minus have the
+same form. What is copied must be copied exactly; what is computed may be rounded to the fourth decimal.
 
 What cannot be read or computed raises Wrong(kind, reason). Nothing is evaluated as code, and no text is slow to read.
 """
@@ -22,11 +24,10 @@ ARITHMETIC = "wrong arithmetic"
 UNKNOWN = "unknown operand"
 UNREADABLE = "unreadable"
 
-MAX_DIGITS = 100   # of a number, and
-MAX_TOKENS = 100   # of a formula: what is longer cannot be right, and would be slow or deep
-MAX_REGROUPED = 8  # operands of one sum whose regrouping is searched; above, values alone are compared
-TOLERANCE = Decimal("1e-4")  # relative, between numbers that are not both whole; or, absolute,
-ROUNDING = Decimal("5e-5")   # half a unit of the fourth decimal, the last that answers show
+MAX_DIGITS = 100   # of a number, written or on the way to a value, and
+MAX_TOKENS = 300   # of a formula: what is longer cannot be right, and would be slow or deep
+MAX_REGROUPED = 6  # operands whose regrouping into several others is searched
+ROUNDING = Decimal("5e-5")  # half a unit of the fourth decimal, the last that answers show
 
 WORD = r"[^\W\d_]{1,20}\d{0,4}"  # a letter, or what may stand for one
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
@@ -60,29 +61,27 @@ def is_number(form: Form) -> bool:
     return isinstance(form, (int, Decimal))
 
 
-def same(a: Form, b: Form) -> bool:
-    """Whether two canonical forms are equal: whole numbers exactly, others within TOLERANCE."""
-    if is_number(a) and is_number(b):
-        if a == b or isinstance(a, int) and isinstance(b, int):
-            return a == b
-        return abs(a - b) <= max(ROUNDING, TOLERANCE * max(abs(a), abs(b)))
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return a[0] == b[0] and len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    return a == b
+def computed(exact: Number, written: Number) -> bool:
+    """Whether a written result is right: equal, or rounded to the fourth decimal where it is not whole by nature."""
+    return exact == written or not isinstance(exact, int) and abs(exact - written) <= ROUNDING
 
 
 def value(form: Form) -> Number:
-    """Value of a canonical form without letters. Raises Wrong where there is none."""
+    """Value of a canonical form without letters. Raises Wrong where there is none, or one of too many digits."""
     if is_number(form):
         return form
     op, *args = form[0], *map(value, form[1:])
     try:
         if op in "+*":
-            return sum(args) if op == "+" else math.prod(args)
-        return {"neg": lambda a: -a, "inv": lambda a: Decimal(1) / a, "square": lambda a: a * a,
-                "sqrt": lambda a: Decimal(a).sqrt()}[op](args[0])
+            result = sum(args) if op == "+" else math.prod(args)
+        else:
+            result = {"neg": operator.neg, "inv": lambda a: Decimal(1) / a, "square": lambda a: a * a,
+                      "sqrt": lambda a: Decimal(a).sqrt()}[op](args[0])
     except ArithmeticError as error:
         raise Wrong(ARITHMETIC, f"no value: {type(error).__name__}") from None
+    if abs(result) >= 10**MAX_DIGITS:
+        raise Wrong(ARITHMETIC, f"a value of more than {MAX_DIGITS} digits")
+    return result
 
 
 # --- canonical forms ---------------------------------------------------------------------------------------------
@@ -90,11 +89,14 @@ def value(form: Form) -> Number:
 
 def gather(op: str, operands: list[Form]) -> Form:
     """The canonical sum or product of canonical operands."""
-    flat = []
+    flat, negated = [], False
     for operand in operands:
+        if op == "*" and (is_number(operand) and operand < 0 or isinstance(operand, tuple) and operand[0] == "neg"):
+            operand, negated = negative(operand), not negated
         flat += operand[1:] if isinstance(operand, tuple) and operand[0] == op else [operand]
     flat.sort(key=lambda form: (0, form, "") if is_number(form) else (1, 0, repr(form)))
-    return flat[0] if len(flat) == 1 else (op, *flat)
+    form = flat[0] if len(flat) == 1 else (op, *flat)
+    return negative(form) if negated else form
 
 
 def negative(form: Form) -> Form:
@@ -106,8 +108,10 @@ def negative(form: Form) -> Form:
 
 
 def inverse(form: Form) -> Form:
-    if isinstance(form, tuple) and form[0] == "*":
-        return gather("*", [inverse(factor) for factor in form[1:]])
+    if is_number(form):
+        return negative(("inv", -form)) if form < 0 else ("inv", form)
+    if isinstance(form, tuple) and form[0] in ("*", "neg"):
+        return gather("*", [inverse(factor) for factor in form[1:]]) if form[0] == "*" else negative(inverse(form[1]))
     return form[1] if isinstance(form, tuple) and form[0] == "inv" else ("inv", form)
 
 
@@ -137,7 +141,9 @@ def substitute(form: Form, values: Mapping[str, Number]) -> Form:
     if is_number(form):
         return form
     args = [substitute(arg, values) for arg in form[1:]]
-    return gather(form[0], args) if form[0] in "+*" else negative(args[0]) if form[0] == "neg" else (form[0], *args)
+    if form[0] in "+*":
+        return gather(form[0], args)
+    return negative(args[0]) if form[0] == "neg" else inverse(args[0]) if form[0] == "inv" else (form[0], *args)
 
 
 def operands(form: Form) -> list[str]:
@@ -155,49 +161,74 @@ def size(form: Form) -> int:
 
 
 def reduces(form: Form, reduced: Form) -> bool:
-    """Whether `reduced` is `form` with some operations done, none included, in any order. It takes more than the same
-    value: 0 * (3 + 4) is not 0 * 8, and 64 + -45 is not 63 + -44. (2 * (3 + 4) = 6 + 8 is compared in value.)"""
-    if same(form, reduced):
+    """Whether `reduced` is `form` with some operations done, none included, in any order, or with a product taken into
+    a sum. It takes more than the same value: 0 * (3 + 4) is not 0 * 8, and 64 + -45 is not 63 + -44."""
+    if form == reduced:
         return True
-    if size(reduced) >= size(form):
-        return False
     if is_number(reduced):
-        return same(value(form), reduced)
+        return computed(value(form), reduced)
+    if is_number(form) or isinstance(reduced, str):
+        return False
+    if form[0] in ("*", "neg"):  # in products the sign is compared here, and below only what it stands before
+        if value(form) * value(reduced) < 0:
+            return False
+        form, reduced = (side[1] if side[0] == "neg" else side for side in (form, reduced))
     op, first = form[:2]
-    if op not in "+*":
-        return reduced[0] == op and reduces(first, reduced[1])
-    done = list(reduced[1:]) if reduced[0] == op else [reduced]
-    absorbing = op == "*" and value(form) == value(reduced) == 0
-    for untouched in (operator.eq, lambda operand, new: operand == new and not is_number(new)):
-        left, rest = list(form[1:]), list(done)  # 2 * 3 * 6 = 6 * 6: the second time, no number counts as untouched
-        for match in (untouched, lambda operand, new: isinstance(operand, tuple) and reduces(operand, new)):
-            for new in list(rest):
-                if old := [operand for operand in left if match(operand, new)]:
-                    left.remove(old[0])
-                    rest.remove(new)
-        if len(left) > MAX_REGROUPED or rest and op == "*" and reduced[0] == "+":
-            return same(value(form), value(reduced))
-        if _regroups(op, left, rest, absorbing):
+    if op in "+*":
+        parts = list(reduced[1:]) if reduced[0] == op else [reduced]
+        if size(reduced) < size(form) and (_matches(op, form, parts, keep_numbers=True)
+                                           or _matches(op, form, parts, keep_numbers=False)):
+            return True
+        return op == "*" and reduced[0] == "+" and (spread := _distributed(form)) is not None and reduces(spread, reduced)
+    return reduced[0] == op and reduces(first, reduced[1])
+
+
+def _matches(op: str, form: tuple, parts: list[Form], keep_numbers: bool) -> bool:
+    """Whether the operands of a sum or product make up `parts`, after taking out those that are still there, and the
+    groups that are reduced. 2 * 3 * 6 = 6 * 6 needs a second look, where no number counts as still there."""
+    left, rest = list(form[1:]), []
+    for part in parts:  # still there
+        if part in left and (keep_numbers or not is_number(part)):
+            left.remove(part)
+        else:
+            rest.append(part)
+    for part in list(rest):  # reduced inside
+        signs = (part, negative(part)) if op == "*" else (part,)
+        group = next((operand for operand in left if isinstance(operand, tuple)
+                      and any(reduces(operand, signed) for signed in signs)), None)
+        if group is not None:
+            left.remove(group)
+            rest.remove(part)
+    absorbing = op == "*" and 0 in left and not all(rest)  # 0 * 3 * 4 = 0 * 4
+    return _regroups(op, left, rest, absorbing)
+
+
+def _regroups(op: str, left: list[Form], parts: list[Form], absorbing: bool) -> bool:
+    """Whether each of `parts` is the value of some of `left`, none used twice. What stays over must not count:
+    3 + 0 + 4 = 3 + 4; or, `absorbing`, 0 * 3 * 4 = 0 * 4."""
+    if not parts:
+        return not left or absorbing or value((op, *left)) == (op == "*")
+    first, *rest = parts
+    turn = inverse if isinstance(first, tuple) and first[0] == "inv" else lambda form: form  # 8 / (2 * 2) = 8 / 4
+    if not is_number(turn(first)) or rest and len(left) > MAX_REGROUPED:
+        return False
+    counts = range(1, len(left) - len(rest) + 1) if rest or len(left) <= MAX_REGROUPED else [len(left)]
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(len(left)), count) for count in counts):
+        others = [operand for i, operand in enumerate(left) if i not in chosen]
+        combined = value((op, *(turn(left[i]) for i in chosen)))
+        if computed(abs(combined) if op == "*" else combined, turn(first)) and _regroups(op, others, rest, absorbing):
             return True
     return False
 
 
-def _regroups(op: str, left: list[Form], done: list[Form], absorbing: bool) -> bool:
-    """Whether each of `done` is the value of some of `left`, none used twice. What stays over must not count:
-    3 + 0 + 4 = 3 + 4; or, `absorbing`, 0 * 3 * 4 = 0 * 4."""
-    if not done:
-        return not left or absorbing or same(value((op, *left)), int(op == "*"))
-    first, *rest = done
-    turn = inverse if isinstance(first, tuple) and first[0] == "inv" else lambda form: form  # 8 / (2 * 2) = 8 / 4
-    if not is_number(turn(first)):
-        return False
-    for count in range(1, len(left) - len(rest) + 1):
-        for chosen in itertools.combinations(range(len(left)), count):
-            others = [operand for i, operand in enumerate(left) if i not in chosen]
-            combined = value((op, *(turn(left[i]) for i in chosen)))
-            if same(combined, turn(first)) and _regroups(op, others, rest, absorbing):
-                return True
-    return False
+def _distributed(form: tuple) -> Form | None:
+    """A product with one sum among its factors, as a sum of products: 2 * (3 + 4) as 2 * 3 + 2 * 4."""
+    sums = [factor for factor in form[1:] if isinstance(factor, tuple) and factor[0] == "+"]
+    if len(sums) != 1:
+        return None
+    others = list(form[1:])
+    others.remove(sums[0])
+    return gather("+", [gather("*", [*others, term]) for term in sums[0][1:]])
 
 
 # --- text --------------------------------------------------------------------------------------------------------

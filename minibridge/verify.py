@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from minibridge import answer, formula, traces
 from minibridge.dag import Problem, evaluate
-from minibridge.formula import ARITHMETIC, NUMBER, UNREADABLE, WORD, Number, Wrong, is_number, read_number, same
+from minibridge.formula import ARITHMETIC, NUMBER, UNREADABLE, WORD, Number, Wrong, is_number, read_number
 
 # Kinds of text, in `Step.kind` and `Part.kind`.
 STEP = "step"                      # gives a node its value
@@ -125,6 +125,7 @@ class Verdict:
 def verify(problem: Problem, text: str) -> Verdict:
     """`text` is an answer, or a completion that begins after the opening tag. What stands before the first "- " line is
     not looked at. Never raises."""
+    boxed = answer.correct(text, str(problem.answer), problem.tolerance)
     text = text.translate(LOOKALIKES)
     thought = re.search(r"</think>|<answer>|\Z", text).start()
     lines = [match.span() for match in re.finditer(r"[^\n]+", text[:thought]) if not match[0].isspace()]
@@ -133,7 +134,6 @@ def verify(problem: Problem, text: str) -> Verdict:
     steps = [ledger.step(text, *span) for span in lines[bullets[0]:bullets[-1] + 1]]
     start = steps[-1].end if steps else thought
     steps.append(ledger.closing(text, start, thought))
-    boxed = answer.correct(text, str(problem.answer), problem.tolerance)
     box = re.search(r"\\boxed\{[^}]*\}?", text)
     steps.append(Step(BOX, *(box.span() if box else (len(text),) * 2), error=None if boxed else WRONG_BOX,
                       reason=None if boxed else f"the answer is {problem.answer}"))
@@ -143,6 +143,11 @@ def verify(problem: Problem, text: str) -> Verdict:
 
 
 # --- sentences ---------------------------------------------------------------------------------------------------
+
+
+def _plain(name: str) -> str:
+    """What is the same in all spellings of a name."""
+    return name.translate(LOOKALIKES).lower()
 
 
 def _pattern(template: str) -> str:
@@ -172,13 +177,13 @@ class _Ledger:
         self.problem = problem
         self.letters: dict[str, str] = {}
         self.values: dict[str, Number] = {}
-        self.keys = {name.casefold(): key for key, node in problem.nodes.items() for name in (key, traces.phrase(node))}
+        self.keys = {_plain(name): key for key, node in problem.nodes.items() for name in (key, traces.phrase(node))}
         names = "|".join(sorted(map(re.escape, self.keys), key=len, reverse=True))
         self.phrases = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
         self.tokens = formula.tokens_of(names)
         self.chain_head = re.compile(rf"{CHAIN_HEAD}({names}|{WORD})\s*", re.IGNORECASE)
-        quotes = [re.escape(quote.format(text=node.text)) for quote in traces.QUOTE for node in problem.nodes.values()
-                  if node.text]
+        self.texts = {key: node.text.translate(LOOKALIKES) for key, node in problem.nodes.items() if node.text}
+        quotes = [re.escape(quote.format(text=text)) for quote in traces.QUOTE for text in self.texts.values()]
         self.sentences = re.compile(f"(?P<quote>{'|'.join(quotes) or '(?!)'})|{SENTENCE}")  # a quote may have several
 
     def step(self, text: str, start: int, end: int) -> Step:
@@ -202,7 +207,7 @@ class _Ledger:
             found, words = self.values[self.problem.target], None
             for words in re.finditer(rf"(?<![\w.]){NUMBER}", text[start:end].partition("\\boxed")[0]):
                 pass
-            if words and not same(read_number(words[0], WRONG_CLOSING), found):
+            if words and read_number(words[0], WRONG_CLOSING) != found:
                 raise Wrong(WRONG_CLOSING, f"{words[0]} is not {found}")
         except Wrong as wrong:
             return Step(CLOSING, start, end, self.problem.target, *wrong.args)
@@ -221,7 +226,7 @@ class _Ledger:
 
     def _name(self, node: str | None = None, letter: str | None = None, value: str | None = None):
         if node is not None:
-            self.node = self.keys.get(node.casefold())
+            self.node = self.keys.get(_plain(node))
         if self.node is None:
             raise Wrong(UNDEFINED, f"no node {node!r}" if node else f"nothing to call {letter}")
         if letter is not None and self.letters.setdefault(letter, self.node) != self.node:
@@ -234,7 +239,7 @@ class _Ledger:
         if not is_number(expr):
             raise Wrong(RETRIEVAL, f"the problem does not state a value of {self.node}")
         self.kind, self.values[self.node] = STEP, number
-        if not same(number, expr):
+        if number != expr:
             raise Wrong(RETRIEVAL, f"{self.node} is {expr}, not {number}")
 
     def _remind(self, letter: str):
@@ -256,7 +261,7 @@ class _Ledger:
 
     def _quote(self, text: str):
         """Right when it is the question's own sentence about the node."""
-        if self.node is None or text != self.problem.nodes[self.node].text.rstrip(" ."):
+        if text != self.texts.get(self.node, "").rstrip(" ."):
             raise Wrong(RESTATEMENT, text[:80])
 
     def _lock(self, nodes: str):
@@ -271,7 +276,7 @@ class _Ledger:
 
     def _named(self, text: str) -> tuple[list[str], list[str]]:
         """The nodes named in a text, and the words around them, without commas and "and"."""
-        text = text.casefold()
+        text = _plain(text)
         names = [self.keys[match[0]] for match in self.phrases.finditer(text)]
         words = self.phrases.sub(" ", text).replace(",", " ").split()
         return [word for word in words if word != "and"], names
@@ -290,7 +295,7 @@ class _Ledger:
                 raise Wrong(NAMING, f"{name[1]} is {key}")
             self._reduce(key, links, at + len(head) + 1)
         finally:
-            if (number := formula.only_number(links[-1])) is not None:
+            if (number := formula.only_number(links[-1].strip(" .()"))) is not None:
                 self.values[key] = number
 
     def _reduce(self, key: str, links: list[str], at: int):
@@ -299,16 +304,16 @@ class _Ledger:
         wanted = formula.canonical(self.problem.nodes[key].expr)
         current = formula.parse(links[0], self._key, self.tokens)
         in_letters = bool(formula.operands(current))
-        if in_letters and current != wanted or is_number(wanted) and not same(current, wanted):
+        if in_letters and current != wanted or is_number(wanted) and current != wanted:
             raise Wrong(RETRIEVAL, f"{links[0].strip()[:80]} is not the formula of {key}")
         wanted = formula.substitute(wanted, self.values)
         current = formula.substitute(current, self.values)
-        if not same(current, wanted):
+        if current != wanted:
             raise Wrong(RETRIEVAL, f"{links[0].strip()[:80]} is not the formula of {key}")
         for i, link in enumerate(links[1:], 1):
             at += len(links[i - 1]) + 1
             reduced = formula.substitute(formula.parse(link, self._key, self.tokens), self.values)
-            if not formula.reduces(current, reduced) and not (is_number(reduced) and same(reduced, self._evaluated(key))):
+            if not formula.reduces(current, reduced) and not (is_number(reduced) and reduced == self._evaluated(key)):
                 kind = SUBSTITUTION if formula.size(reduced) == formula.size(wanted) else ARITHMETIC
                 raise Wrong(kind, f"{links[i - 1].strip()[:80]} is not {link.strip()[:80]}")
             if formula.size(reduced) < formula.size(current) and not is_number(reduced):
@@ -327,7 +332,7 @@ class _Ledger:
 
     def _key(self, name: str) -> str:
         """The node of a letter, or of a name that stands in a formula itself."""
-        key = self.letters.get(name) or self.keys.get(" ".join(name.casefold().split()))
+        key = self.letters.get(name) or self.keys.get(" ".join(_plain(name).split()))
         if key is None:
             raise Wrong(UNDEFINED, name[:80])
         return key

@@ -113,7 +113,8 @@ def test_a_right_answer_in_full():
     ("- Each Ash's Jar is 4. Call it p.", "- Let p be each Ash's Jar."), ("Call it p. p = 4.", "Call it p."),
     ("- Each Ash's Jar is 4. Call it p.", "- Let p be each Ash's Jar.\n-"),
     ("It is t already. t =", "It is t already. So t ="), ("It is t already. ", ""), ("Z = t", "Z = t * p + q * d = t"),
-    ("Next is each Yew's Jar. It is t already. ", ""),
+    ("Next is each Yew's Jar. It is t already. ", ""), ("4 - 9 = -5", "4 - 9 = (-5)"), ("64 + -5 * 9", "64 - 5 * 9"),
+    ("16 * 4 + -5 * 9", "16 * 4 - 5 * 9"), ("Each Ash's Jar is 4.", "Each Ash's Jar is 4.0."),
     ("each Ash's Jar, each Elm's Jar and each Oak's Jar. But", "each Oak's Jar, each Ash's Jar and each Elm's Jar. But"),
     ("But each Oak's Jar is not", "But each Oak's Jar are not"),
     ("So the result is 19.", "That gives 19."), ("So the result is 19.", "After 6 steps I find 19"),
@@ -143,6 +144,9 @@ def test_harmless_variation(old, new):
     ("3 + 9 = 12", "3 + 8 = 11", 4, SUBSTITUTION), ("4 - 9 = -5", "9 - 4 = 5", 3, SUBSTITUTION),
     ("(4 + 9 + -5) = 2 * (13 + -5)", "(4 + 9 + 5) = 2 * (13 + 5)", 5, SUBSTITUTION),
     ("4 - 9 = -5", "4 - 9 = 5", 3, ARITHMETIC), ("= 12.", "= 13.", 4, ARITHMETIC), ("= 12.", "= 12.5.", 4, ARITHMETIC),
+    ("= 12.", "= 12.0001.", 4, ARITHMETIC), ("Each Ash's Jar is 4.", "Each Ash's Jar is 4.0001.", 0, RETRIEVAL),
+    ("3 + 9 =", "3 + 9.0001 =", 4, SUBSTITUTION), ("result is 19.", "result is 19.0001.", 7, WRONG_CLOSING),
+    ("= 2 * 8 = 16", "= 3 + 13 = 16", 5, ARITHMETIC), ("4 - 9 = -5.", "4 - 9 = (5).", 3, ARITHMETIC),
     ("(13 + -5)", "(14 + -5)", 5, ARITHMETIC), ("2 * 8 = 16", "2 * 8 = 18", 5, ARITHMETIC),
     ("2 * 8 =", "3 * 8 =", 5, ARITHMETIC),
     ("2 * 8 = 16", "2 * 9 = 16", 5, ARITHMETIC), ("64 + -45 = 19", "63 + -44 = 19", 6, ARITHMETIC),
@@ -288,7 +292,8 @@ def corrupt(problem, text, rng, lettered):
     if what is corrupt_number and rng.random() < .05:
         match = rng.choice(list(re.finditer(rf"(?<=is |es ){VALUE}(?=\.\n</think>)|(?<=boxed\{{){VALUE}", text)))
         boxed = match.start() > text.index("</think>")
-        new = text[:match.start()] + other_number(match[0], rng) + text[match.end():]
+        other = other_number(match[0], rng, away=max(9e-4, 2 * problem.tolerance * abs(float(match[0]))))
+        new = text[:match.start()] + other + text[match.end():]
         return new, len(steps) + boxed, {WRONG_BOX if boxed else WRONG_CLOSING}
     index = rng.randrange(len(steps))
     start, end = steps[index]
@@ -301,12 +306,11 @@ def corrupt(problem, text, rng, lettered):
     return text[:start] + line + text[end:], index if step is None else step, errors
 
 
-def other_number(number, rng) -> str:
-    """Another number, more than one percent away: rounding cannot make them equal."""
+def other_number(number, rng, away=9e-4) -> str:
+    """Another number, by default at least a thousandth away: rounding to four decimals cannot make them equal."""
     value = float(number)
-    others = [value + rng.choice((-10, -1, 1, 2, 10)), 1.5 * value, -value or 1.0, float(rng.randint(-99, 99))]
-    near = [f"{other:.4f}".rstrip("0").rstrip(".") for other in others if abs(other - value) > abs(value) / 100 + 1e-3]
-    return rng.choice(near)
+    others = [value + rng.choice((-10, -1, -.001, .001, 1, 10)), 1.5 * value, -value or 1.0, float(rng.randint(-99, 99))]
+    return rng.choice([f"{other:.4f}".rstrip("0").rstrip(".") for other in others if abs(other - value) > away])
 
 
 def sentences(line):
@@ -400,7 +404,7 @@ def corrupt_operator(problem, text, line, rng):
     changed = line[:at] + new + line[at + 1:]
     for junk in range(3):
         value, other = (value_of(problem, text[start:end], random.Random(junk)) for text in (line, changed))
-        if other is not None and not math.isclose(value, other, rel_tol=1e-3, abs_tol=1e-3):
+        if other is not None and not math.isclose(value, other, rel_tol=0, abs_tol=2e-4):
             where = [span[0] for span in links(line)].index(start)
             return changed, None, {(RETRIEVAL, SUBSTITUTION, *[ARITHMETIC] * 9)[where]}
     return None  # 3 - 0 and 3 + 0, 2 * 2 and 2 + 2; or a division by 0, which is told by its reason, not by its kind
@@ -545,12 +549,32 @@ def test_slips_in_problems_of_a_file(old, new, step, error):
     assert found(OWN_TEXT.replace(old, new), custom.problem(OWN)) == (step, error)
 
 
+def test_names_and_statements_in_any_typography():
+    problem = custom.problem({"nodes": [
+        {"name": "Ann’s apples", "formula": "5", "statement": "Ann’s apples: 5 × 1."},
+        {"name": "Ben’s", "formula": "2 * Ann’s apples", "statement": "Ben’s heap is 2 × Ann’s."}], "target": "Ben’s",
+        "ask": "?"})
+    for seed in range(20):
+        assert check(traces.answer(problem, random.Random(seed), traces.Behaviors(True, 4, .5)), problem).correct
+
+
+def test_the_box_is_scored_as_the_reward_scores_it():
+    """A minus that is none for the reward is none here, though the steps may be written with it."""
+    problem = custom.problem({"nodes": [{"name": "a", "formula": "-5", "statement": "It is 5 below 0."}], "target": "a",
+                              "ask": "?"})
+    assert check("- a = −5.\n\\boxed{-5}", problem).correct
+    verdict = check("- a = −5.\n\\boxed{−5}", problem)
+    assert not verdict.boxed and verdict.error == WRONG_BOX
+
+
 def test_a_tolerance_holds_for_the_box():
     problem = custom.problem({"nodes": [{"name": "a", "formula": "3.2", "statement": "It is 3.2."},
                                         {"name": "b", "formula": "a / 3"}], "target": "b", "ask": "b?"})
     text = "- The text gives a as 3.2. a = 3.2.\n- b = a / 3 = 3.2 / 3 = 1.0667.\n\\boxed{1.0666}"
     assert check(text, problem).correct
     assert found(text.replace("1.0666}", "1.06}"), problem) == (3, WRONG_BOX)
+    assert found(text.replace("3.2 / 3", "3.2001 / 3"), problem) == (1, SUBSTITUTION)
+    assert found(text.replace("= 1.0667", "= 1.0666"), problem) == (1, ARITHMETIC)
     assert found(text.replace("= 1.0667", "= 1.07"), problem) == (1, ARITHMETIC)
     assert found(text.replace("3.2", "3.21"), problem)[0] == 0
 
@@ -573,7 +597,7 @@ def form(text):
     ("12 / 4 / 3 * 2", 2), ("1.5 * 4", 6), ("sqrt(6 + 3) * square(-2)", 12), ("6 / (1 + 2)", 2), ("((((7))))", 7),
 ])
 def test_formulas(text, value):
-    assert formula.same(formula.value(form(text)), value)
+    assert formula.computed(formula.value(form(text)), value)
 
 
 @pytest.mark.parametrize("text, other, equal", [
@@ -581,10 +605,12 @@ def test_formulas(text, value):
     ("a / b / c", "a / (c * b)", True),
     ("a - b", "b - a", False), ("a / b", "b / a", False), ("a * (b + c)", "a * b + c", False),
     ("2 * a", "a + a", False), ("a + 0", "a", False),
-    ("1.00001 * a", "a * 1", True), ("1.001 * a", "1 * a", False), ("100001 * a", "100000 * a", False),
+    ("1.00001 * a", "a * 1", False), ("1.0 * a", "a * 1", True), ("100001 * a", "100000 * a", False),
+    ("64 + -5 * 9", "64 - 5 * 9", True), ("p * -q", "-(q * p)", True), ("a / -2", "-(a / 2)", True), ("a * -2", "2 * a", False),
+    ("-3 * -a", "a * 3", True), ("a / (-2 * b)", "-(a / 2) / b", True),
 ])
 def test_canonical_forms(text, other, equal):
-    assert formula.same(form(text), form(other)) == equal
+    assert (form(text) == form(other)) == equal
 
 
 @pytest.mark.parametrize("text, other, right", [
@@ -598,6 +624,11 @@ def test_canonical_forms(text, other, equal):
     ("1 + 2 + 3 + 5", "4 + 7", True), ("1 + 2 + 4 + 8", "2 + 13", True), ("3 + 4", "2 + 5", False),
     ("3 * 0 + 1 * 0", "0 + -1 * 0", False), ("3 * 0 + 1 * 0", "1 * 0", True), ("3 * 0 + 1 * 0", "-1 * 0", False),
     ("2 * (3 + 4)", "6 + 8", True), ("2 * (3 + 4)", "6 + 9", False), ("3 + 0", "3 + 1 - 1", False),
+    ("2 * (13 + -5)", "3 + 13", False), ("2 * (13 + -5)", "26 - 10", True), ("2 * (13 + -5)", "2 * 13 - 2 * 5", True),
+    ("1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9", "1000 - 955", False), ("1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9", "45", True),
+    ("1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9", "3 + 3 + 4 + 5 + 6 + 7 + 8 + 9", True),
+    ("3 + 9", "12.00001", False), ("3 + 9", "12.0", True), ("16 * 4 + -5 * 9", "64 - 45", True), ("1 / 3", "0.3333", True),
+    ("1 / 3", "0.333", False), ("1 / 3", "0.33333333", True), ("2.5 * 2", "5.001", False),
     ("5 * 1 * 2 + 0", "5 * 2", True),
     ("sqrt(4 + 5) + 1", "sqrt(9) + 1", True), ("sqrt(9) + 1", "3 + 1", True), ("sqrt(9) + 1", "2 + 2", False),
     ("7 - 2 * 3", "7 - 6", True),
@@ -631,6 +662,19 @@ HOSTILE = {
     "tabs": "\n" + "\t" * 1_000_000 + "\n", "dashes": "\n-" * 200_000,
     "decimals": "r = 3 + q = 3 + 9." + "0" * 90 + "1 = 12",
 }
+
+
+@pytest.mark.parametrize("chain", ["square(" * 16 + "9" * 99 + ")" * 16, "2 + 2 + 2 + 3", "1 + " * 140 + "9", "9 / 7 / " * 60 + "3"])
+def test_hostile_sums(chain):
+    """Lines that leave many ways to regroup, or huge numbers to compute."""
+    nodes = [{"name": f"n{i}", "formula": "1", "statement": "It is 1."} for i in range(18)]
+    problem = custom.problem({"nodes": [*nodes, {"name": "t", "formula": " + ".join(f"n{i}" for i in range(18))},
+                                        {"name": "u", "formula": " * ".join(f"n{i}" for i in range(8))},
+                                        {"name": "all", "formula": "t + u"}], "target": "all", "ask": "?"})
+    lines = [f"- n{i} = 1." for i in range(18)] + [f"- {name} = {chain} = 5." for name in "tu"] * 50
+    begun = time.process_time()
+    assert not check("\n".join(lines), problem).correct
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize("name", HOSTILE)
