@@ -9,7 +9,8 @@
     python gen_data.py --problems docs/own_problems.jsonl --split sft --arm bridge --out data/own.jsonl
 
 The problems of a split depend on the task, its sizes, the seed, the split, the count and the balance, never on the arm: two
-arms hold the same problems in the same order, with the same `id`, in other words. No problem structure stands in two splits.
+arms hold the same problems in the same order, with the same `id`, in other words. No problem structure stands in two splits
+(problems of your own all stand in every split: give each a file of its own).
 `minibridge/arms.py` says what the arms are, `minibridge/custom.py` how a file of your own problems is written.
 SFT lines hold "messages", all others "prompt", in the form TRL reads.
 
@@ -23,17 +24,18 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from minibridge import custom, igsm, traces
-from minibridge.arms import ARMS, AUGMENTED, augmented, behaviors_of, middling, own_answers, read_rollouts, record
+from minibridge.arms import AUGMENTED, augmented, behaviors_of, middling, own_answers, read_rollouts, record
 from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.dag import Problem
 from minibridge.splits import SPLITS, arithmetic_problems, problems
 
-__all__ = ["ARMS", "arithmetic_problems", "problems", "record", "summary"]  # for other scripts; two are of `arms`
 SCALES = {"paper": igsm.PAPER, "toy": igsm.TOY}
 DEPTHS = {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}  # of arithmetic trees; rows and shares as above
 REDUNDANT = (0, 8)
 VARIANTS = {"arithmetic": "6op", "arithmetic-int": "int"}
-FITS = {"igsm": ("ops", "scale", "balance"), "arithmetic": ("depth", "redundant", "balance"), "own": ()}  # which options
+FITS = {"igsm": ("task", "ops", "scale", "balance", "workers"),  # options that others do not have
+        "arithmetic": ("task", "depth", "redundant", "balance", "workers"), "own": ()}
+ANSWERED = ("sft", "base")  # splits whose rows have answers, of an arm
 BATCH, EPOCHS = 128, 5  # train_sft.py's defaults
 
 
@@ -44,8 +46,8 @@ class Config:
         "igsm", "arithmetic: six operations, four decimals; arithmetic-int: + - * of whole numbers")
     problems: str | None = option(None, "JSONL file of your own problems, instead of a task")
     split: Literal["sft", "rl", "val", "test", "base"] = option("sft", "which disjoint part of all problems to draw from")
-    arm: str = option("bridge", "of SFT rows: vanilla, bridge, subgoal+reflection (any of the three), pp-aug, rc-aug, "
-                                "own-answers, prompts")
+    arm: str | None = option(None, "of SFT rows: vanilla, bridge, subgoal+reflection (any of the three), pp-aug, rc-aug, "
+                                   "own-answers, prompts; none: bridge")
     analysis: int | None = option(None, "level 0..4 of restating conditions; none: 2 in arms that have it")
     reflection: float | None = option(None, "probability of trying a node out of turn; none: 0.1 in arms that have it")
     strict: bool = option(False, "the paper's Algorithm 1, with --reflection for every probability; see traces.Behaviors")
@@ -53,27 +55,30 @@ class Config:
     rows: int | None = option(None, "most rows to write; none: all", least=1)
     ops: tuple[int, int] | None = option(None, "igsm: operations, as 15-20 or 20; none: the paper's for the split")
     scale: Literal["paper", "toy"] = option("paper", "igsm: size of structures, values and vocabulary")
-    depth: int | None = option(None, "arithmetic: levels of the tree; none: the paper's, 4 for sft, 5 for rl, val and test")
-    redundant: tuple[int, int] | None = option(None, "arithmetic: unneeded premises; none: 0-8 (20-22 is the OOD test)")
+    depth: int | None = option(None, "arithmetic: levels of the tree; none: the paper's, 4 for sft, 5 for rl, val and test",
+                               least=2, most=8)
+    redundant: tuple[int, int] | None = option(None, "arithmetic: unneeded premises, at most 1000; none: 0-8 (20-22 is the "
+                                                     "OOD test)")
     lines: traces.Lines | None = option(None, "order of the conditions; none: random, of your own problems as given")
     balance: float = option(1.0, "largest share of the problems that one answer may have")
     rollouts: str | None = option(None, "JSONL file of a model's answers to these problems: keep those of middling accuracy")
-    keep: tuple[int, int] = option((20, 80), "percent of right rollouts that a problem is kept for")
+    keep: tuple[int, int] | None = option(None, "percent of right rollouts that a problem is kept for; none: 20-80")
     workers: int = option(1, "processes that draw; any number of them gives the same file", least=1)
     seed: int = option(0, "seed of everything random", least=0)
 
 
+def task_of(config: Config) -> str:
+    return "own" if config.problems is not None else config.task.removesuffix("-int")
+
+
 def chosen_problems(config: Config) -> list[Problem]:
-    """What the command line asks for, before the arm. Raises InputError for an option that does not fit."""
-    kind = "own" if config.problems is not None else config.task.removesuffix("-int")
-    defaults = {field.name: field.default for field in fields(Config)}
-    for name in sum(FITS.values(), ()):
-        if name not in FITS[kind] and getattr(config, name) != defaults[name]:
-            raise InputError(f"{name}: does not apply to {'problems of your own' if kind == 'own' else config.task}")
+    """What the command line asks for, before the arm."""
+    kind = task_of(config)
     if kind == "own":
-        if config.count is not None and config.count < 1:
-            raise InputError("count: must be at least 1")
-        return custom.read(config.problems)[:config.count]
+        found = custom.read(config.problems)
+        if config.count is not None and not 1 <= config.count <= len(found):
+            raise InputError(f"count: must be at least 1 and at most {len(found)}, as many as {config.problems} has")
+        return found[:config.count]
     count = SPLITS[config.split][0] if config.count is None else config.count
     if kind == "igsm":
         ops = config.ops or SPLITS[config.split][1]
@@ -83,23 +88,40 @@ def chosen_problems(config: Config) -> list[Problem]:
                                config.balance, config.workers)
 
 
-def main(config: Config):
-    behaviors = behaviors_of(config.arm, config.analysis, config.reflection, config.strict)
-    if config.split not in ("sft", "base"):
-        behaviors = None
-    elif config.arm == "own-answers" and config.rollouts is None:
+def check_fit(config: Config):
+    """Raises InputError for an option that would do nothing."""
+    kind, called = task_of(config), "problems of your own" if config.problems is not None else config.task
+    idle = {name: called for names in FITS.values() for name in names if name not in FITS[kind]}
+    if config.split not in ANSWERED:
+        idle |= dict.fromkeys(("arm", "analysis", "reflection", "strict"), f"split {config.split}: its rows have no answers")
+    if config.rollouts is None:
+        idle["keep"] = "a file without --rollouts"
+    for field in fields(Config):
+        if field.name in idle and getattr(config, field.name) != field.default:
+            raise InputError(f"{field.name}: does not apply to {idle[field.name]}")
+    if config.keep is not None and config.keep[1] > 100:
+        raise InputError(f"keep: {config.keep[1]} is no percentage")
+    if config.redundant is not None and config.redundant[1] > 1000:
+        raise InputError(f"redundant: at most 1000, not {config.redundant[1]}")
+    if config.arm == "own-answers" and config.rollouts is None:
         raise InputError("arm: own-answers needs --rollouts")
-    drawn = chosen_problems(config)
+
+
+def main(config: Config):
+    check_fit(config)
+    arm = (config.arm or "bridge") if config.split in ANSWERED else "prompts"
+    behaviors = behaviors_of(arm, config.analysis, config.reflection, config.strict)
     rollouts = {} if config.rollouts is None else read_rollouts(config.rollouts)
+    drawn = chosen_problems(config)
     if config.rollouts is not None:
-        drawn = middling(drawn, rollouts, config.keep)
+        drawn = middling(drawn, rollouts, config.keep or (20, 80))
     order = config.lines or ("random" if config.problems is None else "given")
     letters = SCALES[config.scale].letters
     rows: list[dict] = []
     for problem in drawn:
-        if config.split in ("sft", "base") and config.arm in AUGMENTED:
-            rows += augmented(config.arm, problem, config.seed, letters, order)
-        elif config.split in ("sft", "base") and config.arm == "own-answers":
+        if arm in AUGMENTED:
+            rows += augmented(arm, problem, config.seed, letters, order)
+        elif arm == "own-answers":
             rows += own_answers(problem, config.seed, rollouts[problem.id], order)
         else:
             rows.append(record(problem, config.seed, behaviors, letters, order))
@@ -108,7 +130,7 @@ def main(config: Config):
     rows = rows[:config.rows]
     write_jsonl(config.out, rows)
     print(summary(rows))
-    if config.split in ("sft", "base"):
+    if config.split in ANSWERED:
         print(matched_steps(len(rows), len(drawn)), end="")
     print(f"{config.out}: {len(rows)} rows")
 

@@ -5,8 +5,8 @@
                {"name": "the total", "formula": "Ann's apples + Ben's apples"}],
      "target": "the total", "ask": "How many apples did they pick together?"}
 
-name       what worked answers call the quantity; any text that is not a number, without + - * / ( ) = and without a full
-           stop before a blank or the end. Where all names of a problem are single words, formulas in answers use the
+name       what worked answers call the quantity; any text but "it", "and" and numbers, without + - * / ( ) = and without a
+           full stop before a blank or the end. Where all names of a problem are single words, formulas in answers use the
            names; else each gets a letter, at most 52 nodes then
 formula    numbers, names, + - * / and parentheses, with the usual precedence; its parents are the names in it. Numbers
            have at most nine digits before the point and four behind it; a minus may stand right before a number
@@ -19,6 +19,7 @@ third. A problem with a division or a decimal number is scored with a relative t
 docs/own_problems.jsonl is an example.
 """
 import re
+import string
 from decimal import Decimal
 
 from minibridge.config import InputError, read_jsonl
@@ -26,10 +27,9 @@ from minibridge.dag import Expr, Node, Number, Problem, evaluate, leaves, rounde
 
 TOLERANCE = 1e-4  # of the score, and the most that rounding may move the answer
 LARGEST = 10**9
-LETTERS = 52
 MOST_TOKENS = 100  # of a formula; it also bounds how deep its parentheses go
 OPERATORS = "+-*/()"
-NO_NAME = re.compile(r"[-+*/()=]|\.(\s|$)")
+NO_NAME = re.compile(r"[-+*/()=]|\.(\s|$)|^(it|and)$", re.IGNORECASE)
 
 
 def read(path: str) -> list[Problem]:
@@ -71,8 +71,9 @@ def problem(record: dict) -> Problem:
 def _checked(problem: Problem) -> Problem:
     if not problem.ask or problem.ask != _one_line(problem.ask):
         raise InputError("ask: must be one line of text")
-    if len(problem.nodes) > LETTERS and not problem.symbolic:
-        raise InputError(f"nodes: {len(problem.nodes)}, more than the {LETTERS} letters; names of one word need none")
+    letters = [letter for letter in string.ascii_letters if letter not in problem.nodes]
+    if len(problem.nodes) > len(letters) and not problem.symbolic:
+        raise InputError(f"nodes: {len(problem.nodes)}, more than the {len(letters)} letters; names of one word need none")
     if problem.drift > TOLERANCE:
         raise InputError(f"node {problem.target!r}: rounding every step to four decimals puts the answer off by "
                          f"{problem.drift:.1g} of its value")
@@ -87,7 +88,7 @@ def _nodes(records: list) -> dict[str, Node]:
         name = record.get("name")
         if not isinstance(name, str) or not name or name != _one_line(name) or NO_NAME.search(name) or _is_number(name):
             raise InputError(f"nodes: number {number} has no usable name: {name!r}")
-        if name.casefold() in map(str.casefold, nodes):
+        if name.lower() in map(str.lower, nodes):
             raise InputError(f"node {name!r}: a second node of this name, upper and lower case being one")
         try:
             nodes[name] = _node(name, record)
@@ -141,7 +142,7 @@ def _check_values(nodes: dict[str, Node], solving: list[str]) -> None:
         try:
             values[key] = evaluate(nodes[key].expr, values)
         except ArithmeticError:
-            raise InputError(f"node {key!r}: division by zero") from None
+            raise InputError(f"node {key!r}: division by zero, or a result of more than 24 digits") from None
         if abs(values[key]) >= LARGEST:  # also keeps a few lines of squares from filling the memory
             raise InputError(f"node {key!r}: its value reaches {LARGEST}")
 

@@ -30,6 +30,7 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": lambd
              "sqrt": lambda a: Decimal(a).sqrt(), "square": lambda a: a * a}
 UNARY = ("sqrt", "square")
 PLACES = Decimal("0.0001")
+LARGEST = 10**100  # no value gets there
 
 
 def rounded(number: Number) -> Number:
@@ -109,8 +110,8 @@ class Node:
 
     @property
     def degree(self) -> int:
-        """In-degree, a stated constant counted as one more parent (as the op count of iGSM does)."""
-        return len(self.parents) + any(isinstance(leaf, NUMBERS) for leaf in leaves(self.expr))
+        """In-degree, constants and repeated operands counted too."""
+        return len(leaves(self.expr))
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,10 @@ class Problem:
         for key in keys:
             try:
                 values[key] = evaluate(self.nodes[key].expr, values, finish)
+                too_large = abs(values[key]) >= LARGEST
             except ArithmeticError:
+                too_large = True
+            if too_large:
                 raise InputError(f"node {key!r}: division by zero, root of a negative number, or too large") from None
         return values
 
@@ -208,8 +212,9 @@ class Problem:
     @cached_property
     def id(self) -> str:
         """Hash of the problem with its names: the same for every wording and every arm that renders it."""
-        return _digest([self.target, sorted((key, node.expr, node.text) if node.text else (key, node.expr)
-                                            for key, node in self.nodes.items())])
+        told = [self.target, sorted((key, node.expr, node.text) if node.text else (key, node.expr)
+                                    for key, node in self.nodes.items())]
+        return _digest([*told, self.ask] if self.ask else told)
 
     @cached_property
     def structure(self) -> str:
@@ -231,41 +236,75 @@ class Problem:
         def anonymous(expr: Expr):
             if isinstance(expr, tuple):
                 return [expr[0], *map(anonymous, expr[1:])]
-            return digest(expr) if isinstance(expr, str) else expr
+            return digests[expr] if isinstance(expr, str) else expr
 
-        def digest(key: str) -> str:
-            if key not in digests:
-                digests[key] = _digest(anonymous(self.nodes[key].expr))
-            return digests[key]
-
-        return {key: digest(key) for key in self.nodes}
+        for key in self.values:  # parents first
+            digests[key] = _digest(anonymous(self.nodes[key].expr))
+        return digests
 
     def to_dict(self) -> dict:
         """In JSON's types; what stands at its default is left out, but for the fields every problem has."""
         nodes = [{"owner": n.owner, "item": n.item, "expr": _json(n.expr), "stated": n.stated}
                  | ({"text": n.text} if n.text else {}) for n in self.nodes.values()]
         extra = {"tolerance": self.tolerance, "ask": self.ask}
-        return {"task": self.task, "num_ops": self.num_ops, "nodes": nodes, "order": self.order,
-                "redundant": self.redundant} | {name: value for name, value in extra.items() if value}
+        return {"task": self.task, "num_ops": self.num_ops, "nodes": nodes, "order": list(self.order),
+                "redundant": list(self.redundant)} | {name: value for name, value in extra.items() if value}
 
     @classmethod
     def from_dict(cls, record: dict) -> "Problem":
+        """The problem that `to_dict` wrote. Raises InputError for anything else."""
+        _check_types(record, PROBLEM_FIELDS, "problem")
+        for node in record["nodes"]:
+            _check_types(node, NODE_FIELDS, "problem: node")
+        for name in ("order", "redundant"):
+            if not all(isinstance(key, str) for key in record[name]):
+                raise InputError(f"problem: field {name!r} must hold names")
         nodes = [Node(n["owner"], n["item"], _expression(n["expr"]), n["stated"], n.get("text", ""))
                  for n in record["nodes"]]
+        if len({node.key for node in nodes}) < len(nodes):
+            raise InputError("problem: two nodes of one name")
         return cls(record["task"], {node.key: node for node in nodes}, tuple(record["order"]),
                    tuple(record["redundant"]), record["num_ops"], record.get("tolerance", 0.0), record.get("ask", ""))
 
 
 def _json(expr: Expr):
-    """Tuples become JSON's lists by themselves; a Decimal becomes a float, whose shortest text is the Decimal's own."""
+    """Tuples become JSON's lists; a Decimal becomes a float, whose shortest text is the Decimal's own."""
     if isinstance(expr, tuple):
-        return tuple(map(_json, expr))
+        return list(map(_json, expr))
     return float(expr) if isinstance(expr, Decimal) else expr
 
 
+def read_problem(line: dict, where: str) -> Problem:
+    """The problem of a JSONL line. Raises InputError("where: what")."""
+    try:
+        return Problem.from_dict(line.get("problem"))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+PROBLEM_FIELDS = {"task": str, "num_ops": int, "nodes": list, "order": list, "redundant": list, "tolerance": float,
+                  "ask": str}
+NODE_FIELDS = {"owner": str, "item": str, "expr": (int, float, str, list), "stated": bool, "text": str}
+OPTIONAL = ("tolerance", "ask", "text")
+
+
+def _check_types(record, kinds: dict[str, type], where: str):
+    for name, kind in kinds.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not (name in OPTIONAL and value is None) and (not isinstance(value, kind)
+                                                         or isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{where}: field {name!r} is missing or of another type")
+
+
 def _expression(value) -> Expr:
+    """An expression from JSON: its lists are tuples here, its floats decimals."""
     if isinstance(value, list):
-        return tuple(map(_expression, value))
+        op, *args = value or [None]
+        if not isinstance(op, str) or op not in OPERATORS or len(args) < 1 or (len(args) > 1) == (op in UNARY):
+            raise InputError(f"problem: no operation: {str(value)[:80]}")
+        return (op, *map(_expression, args))
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise InputError(f"problem: no expression: {str(value)[:80]}")
     return Decimal(str(value)) if isinstance(value, float) else value
 
 

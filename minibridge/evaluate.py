@@ -12,7 +12,7 @@ would get right, and "best constant" is what always giving the commonest right a
 """
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
-from minibridge.dag import Problem
+from minibridge.dag import read_problem
 from minibridge.data import load_prompts
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
@@ -119,26 +119,20 @@ def behaviors(verdicts: list[Verdict]) -> str:
 def rescore(path: str) -> list[Scored]:
     """Score saved answers (of this module, or a step of rollouts) by today's rule."""
     groups: dict[int, list[dict]] = {}
+    verdicts: dict[int, list[Verdict]] = defaultdict(list)
     for number, line in enumerate(read_jsonl(path), 1):
         answer.check_scoring(line, f"{path}:{number}")
         for field, kind in (("group", int), ("text", str), ("num_ops", int)):
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
         if line.get("problem") is not None:
-            line["verdict"] = verify(_problem(line["problem"], f"{path}:{number}"), line["text"])
+            verdicts[line["group"]].append(verify(read_problem(line, f"{path}:{number}"), line["text"]))
         groups.setdefault(line["group"], []).append(line)
     if not groups:
         raise InputError(f"{path}: no lines in it")
     return [Scored(group[0]["answer"], group[0].get("num_ops"),
                    [answer.correct(line["text"], line["answer"], line.get("tolerance", 0.0)) for line in group],
-                   tuple(line["verdict"] for line in group if "verdict" in line)) for group in groups.values()]
-
-
-def _problem(record: dict, where: str) -> Problem:
-    try:
-        return Problem.from_dict(record)
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{where}: field 'problem' is none: {type(error).__name__}: {error}") from None
+                   tuple(verdicts[number])) for number, group in groups.items()]
 
 
 def sample(config: Config) -> list[dict]:

@@ -26,7 +26,7 @@ import torch
 import gen_data
 import train_rl
 import train_sft
-from minibridge import checkpoint, evaluate, igsm, traces
+from minibridge import arms, checkpoint, evaluate, igsm, splits, traces
 from minibridge.config import Run, option, read_jsonl, run_main, same_settings, write_jsonl
 from minibridge.model import Decoder, ModelConfig
 from minibridge.optim import open_model, prompt_limit
@@ -92,15 +92,15 @@ def announce_if_missing(path: Path, title: str) -> bool:
 
 def make_data(config: Toy, out: Path):
     """Both arms get the same SFT problems. No answer is more frequent than 5%, so that none is a shortcut."""
-    sets = [("sft", config.ops, config.sft_rows, {f"sft_{arm}": gen_data.ARMS[arm] for arm in ARMS}),
+    sets = [("sft", config.ops, config.sft_rows, {f"sft_{arm}": arms.ARMS[arm] for arm in ARMS}),
             ("rl", config.ops, config.rl_steps * config.rl_prompts, {"rl": None})]
     sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": None}) for name, ops in TESTS.items()]
     for split, ops, rows, files in sets:
         if all((out / f"{name}.jsonl").exists() for name in files):
             continue
-        drawn = gen_data.problems(split, rows, ops, SCALE, config.seed, balance=0.05)
+        drawn = splits.problems(split, rows, ops, SCALE, config.seed, balance=0.05)
         for name, behaviors in files.items():
-            write_jsonl(out / f"{name}.jsonl", [gen_data.record(problem, config.seed, behaviors, SCALE.letters)
+            write_jsonl(out / f"{name}.jsonl", [arms.record(problem, config.seed, behaviors, SCALE.letters)
                                                 for problem in drawn])
     print(gen_data.summary(read_jsonl(out / "sft_bridge.jsonl")), flush=True)
 
@@ -214,8 +214,8 @@ def main_base(config: Base):
 
 def base_rows(ops: int, rows: int) -> list[dict]:
     lines = []
-    for number, problem in enumerate(gen_data.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1, workers=2)):
-        line = gen_data.record(problem, 0, traces.VANILLA, SCALE.letters)
+    for number, problem in enumerate(splits.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1, workers=2)):
+        line = arms.record(problem, 0, traces.VANILLA, SCALE.letters)
         if ops not in WORDED or number % 2:
             line["messages"][-1]["content"] = traces.equations(problem)
         lines.append(line)
@@ -225,8 +225,8 @@ def base_rows(ops: int, rows: int) -> list[dict]:
 def base_tokenizer():
     """Trained on every wording of the answers to come: a tokenizer is no knowledge of them, and without it their
     sentences would fall into letters."""
-    rows = [gen_data.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), igsm.TOY.letters)
-            for problem in gen_data.problems("base", 2000, (4, 5), SCALE, seed=0, balance=0.1)]
+    rows = [arms.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), igsm.TOY.letters)
+            for problem in splits.problems("base", 2000, (4, 5), SCALE, seed=0, balance=0.1)]
     return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], vocab_size=1024)
 
 

@@ -23,7 +23,7 @@ from functools import partial
 
 from minibridge import arithmetic, igsm
 from minibridge.config import REQUIRED, InputError, option, read_jsonl, run_main
-from minibridge.dag import Problem
+from minibridge.dag import Problem, read_problem
 
 # Rows and op range of the paper's splits, and the share of all structures (in tenths) that a split may draw from.
 SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
@@ -117,24 +117,17 @@ def main(config: Config):
     keys: dict[str, set[str]] = {}
     print("| file | rows | problems | answer 0 | commonest answer |\n|---|---|---|---|---|")
     for path in config.files.split(","):
-        rows = [(line, _problem(line, f"{path}:{number}")) for number, line in enumerate(read_jsonl(path), start=1)]
+        rows = [read_problem(line, f"{path}:{number}") for number, line in enumerate(read_jsonl(path), start=1)]
         if not rows:
             raise InputError(f"{path}: no lines in it")
-        keys[path] = {problem.core if problem.task.startswith("arithmetic") else problem.structure for _, problem in rows}
-        answers = Counter(str(problem.answer) for _, problem in rows)
+        keys[path] = {problem.core if problem.task.startswith("arithmetic") else problem.structure for problem in rows}
+        answers = Counter(str(problem.answer) for problem in rows)
         common, times = answers.most_common(1)[0]
-        print(f"| {path} | {len(rows)} | {len({problem.id for _, problem in rows})} | {answers['0'] / len(rows):.1%} "
+        print(f"| {path} | {len(rows)} | {len({problem.id for problem in rows})} | {answers['0'] / len(rows):.1%} "
               f"| {common}, {times / len(rows):.1%} |")
     print()
     for (path, own), (other, others) in itertools.combinations(keys.items(), 2):
         print(f"structures in both {path} and {other}: {len(own & others)}")
-
-
-def _problem(line: dict, where: str) -> Problem:
-    try:
-        return Problem.from_dict(line["problem"])
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{where}: field 'problem' is none: {type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import gen_data
-from minibridge import checkpoint, igsm, traces
+from minibridge import arms, checkpoint, igsm, splits, traces
 from minibridge.config import read_jsonl, write_jsonl
 from minibridge.model import Decoder, ModelConfig
 from minibridge.tokenizer import Tokenizer, train_toy
@@ -86,9 +85,9 @@ def weights(folder) -> bytes:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Toy:
     folder = tmp_path_factory.mktemp("toy")
-    sft = [gen_data.record(problem, 0, traces.BRIDGE)
-           for problem in gen_data.problems("sft", 12, (1, 3), igsm.TOY, seed=0)]
-    rl = [gen_data.record(problem, 0) for problem in gen_data.problems("rl", 8, (1, 3), igsm.TOY, seed=0)]
+    sft = [arms.record(problem, 0, traces.BRIDGE)
+           for problem in splits.problems("sft", 12, (1, 3), igsm.TOY, seed=0)]
+    rl = [arms.record(problem, 0) for problem in splits.problems("rl", 8, (1, 3), igsm.TOY, seed=0)]
     write_jsonl(folder / "sft.jsonl", sft)
     write_jsonl(folder / "rl.jsonl", rl)
     tokenizer = train_toy([message["content"] for line in sft for message in line["messages"]], 400)

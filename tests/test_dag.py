@@ -46,8 +46,8 @@ def test_evaluate_folds_from_the_left(expr, value):
     (4, (), 1),
     ("a", ("a",), 1),
     (("+", 3, ("-", "b", "a")), ("b", "a"), 3),
-    (("+", ("*", "a", "b"), ("*", "a", "c")), ("a", "b", "c"), 3),
-    (("*", 2, ("+", "a", 2)), ("a",), 2),
+    (("+", ("*", "a", "b"), ("*", "a", "c")), ("a", "b", "c"), 4),
+    (("*", 2, ("+", "a", 2)), ("a",), 3),
 ])
 def test_parents_and_degree(expr, parents, degree):
     node = Node("Crate", "Ball", expr)
@@ -178,6 +178,38 @@ def test_what_cannot_be_computed_is_refused(expr):
 ])
 def test_drift_is_the_error_that_rounding_leaves(expr, drift):
     assert Problem("test", {"t": Node("t", "", expr)}, ("t",), (), 1).drift == pytest.approx(drift, rel=1e-6)
+
+
+GOOD = {"task": "own", "num_ops": 1, "nodes": [{"owner": "a", "item": "", "expr": 2, "stated": True},
+                                               {"owner": "t", "item": "", "expr": ["*", "a", 3.5], "stated": True}],
+        "order": ["a", "t"], "redundant": []}
+
+
+@pytest.mark.parametrize("change", [
+    None, 3, [], {"task": 3}, {"num_ops": "1"}, {"num_ops": True}, {"nodes": {}}, {"nodes": [3]}, {"order": None},
+    {"order": [3]},
+    {"redundant": [["a"]]}, {"tolerance": "x"}, {"tolerance": 1}, {"ask": 7}, {"nodes": GOOD["nodes"] * 2},
+    *({"nodes": [GOOD["nodes"][0], GOOD["nodes"][1] | node]} for node in (
+        {"owner": 7}, {"item": None}, {"stated": 1}, {"text": 5}, {"expr": None}, {"expr": {}}, {"expr": True}, {"expr": []},
+        {"expr": ["*"]}, {"expr": ["*", "a"]}, {"expr": ["sqrt", "a", "a"]}, {"expr": ["%", "a", "a"]},
+        {"expr": [["*"], 1, 2]},
+        {"expr": ["*", "a", None]}, {"expr": ["*", "a", True]}, {"expr": ["/", "a", 0]}, {"expr": ["*", "a", 10**100]},
+        {"expr": ["*", "a", "nobody"]}, {"expr": "t"}))], ids=str)
+def test_from_dict_refuses_what_to_dict_does_not_write(change):
+    assert Problem.from_dict(GOOD).answer == 7
+    with pytest.raises(InputError) as error:
+        Problem.from_dict(GOOD | change if isinstance(change, dict) else change)
+    assert "\n" not in str(error.value)
+
+
+def test_the_question_is_part_of_the_id():
+    assert len({Problem.from_dict(GOOD | {"ask": ask}).id for ask in ("", "t?", "How many?")}) == 3
+
+
+def test_a_long_chain_has_a_structure():
+    names = [f"n{i}" for i in range(3000)]
+    nodes = {a: Node(a, "", ("+", b, 1)) for a, b in zip(names[1:], names)} | {"n0": Node("n0", "", 1)}
+    assert len(Problem("test", nodes, tuple(names), (), 1).structure) == 16
 
 
 def test_round_trip_of_decimals_texts_and_tolerance():

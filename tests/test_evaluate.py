@@ -184,8 +184,8 @@ LINE = {"group": 0, "answer": "6", "text": ""}
     ('{"group": true, "answer": "6", "text": ""}', "'group' must be a int"),
     ('{"group": 0, "answer": "6", "text": "", "tolerance": "x"}', "'tolerance' must be a number"),
     ('{"group": 0, "answer": "6"}', "'text'"),
-    ('{"group": 0, "answer": "6", "text": "", "problem": {}}', "'problem'"),
-    ('{"group": 0, "answer": "6", "text": "", "problem": 3}', "'problem'")])
+    ('{"group": 0, "answer": "6", "text": "", "problem": {}}', "problem: "),
+    ('{"group": 0, "answer": "6", "text": "", "problem": 3}', "problem: ")])
 def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     path = tmp_path / "eval.jsonl"
     write_jsonl(path, [LINE])

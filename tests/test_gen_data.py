@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gen_data
-from minibridge import igsm, splits, traces
+from minibridge import arms, igsm, splits, traces
 from minibridge.answer import OPENING, SYSTEM, extract
 from minibridge.config import read_jsonl, run_main, write_jsonl
 from minibridge.dag import Problem
@@ -73,11 +73,11 @@ def test_arms_hold_the_same_problems_in_other_words(make):
 
 def test_an_rl_file_words_a_problem_as_an_sft_file_does():
     problem = igsm.draw(random.Random(0))
-    sft, rl = gen_data.record(problem, 3, traces.BRIDGE), gen_data.record(problem, 3)
+    sft, rl = arms.record(problem, 3, traces.BRIDGE), arms.record(problem, 3)
     assert rl["prompt"] == sft["messages"][:2]
     assert rl.keys() - {"prompt"} == sft.keys() - {"messages", "behaviors"}
     assert all(rl[key] == sft[key] for key in rl if key != "prompt")
-    assert gen_data.record(problem, 4)["prompt"] != rl["prompt"]
+    assert arms.record(problem, 4)["prompt"] != rl["prompt"]
 
 
 # --- records -------------------------------------------------------------------------------------------
@@ -160,9 +160,6 @@ def test_seeds_splits_and_prefixes(make):
         assert not set(ids) & {row["id"] for row in make("--count", "10", *TOY, *other)}
 
 
-# --- balance -------------------------------------------------------------------------------------------
-
-
 # --- every arm of every task ---------------------------------------------------------------------------
 
 ARMS = ("vanilla", "bridge", "subgoal", "analysis+reflection", "pp-aug", "rc-aug", "prompts")
@@ -220,6 +217,23 @@ def test_line_orders(make):
     (forward, problem), (backward, _) = places("topological"), places("reversed")
     assert forward[::-1] == backward
     assert all(forward.index(parent) < forward.index(key) for key in forward for parent in problem.nodes[key].parents)
+
+
+@pytest.mark.parametrize("argv, named", [
+    ("--split rl --arm bridge", "arm"), ("--split val --reflection 0.3", "reflection"), ("--split test --strict", "strict"),
+    ("--split rl --analysis 3", "analysis"), ("--keep 5-6", "keep"), ("--task arithmetic --ops 3", "ops"),
+    ("--task arithmetic --scale toy", "scale"), ("--depth 3", "depth"), ("--redundant 1-2", "redundant"),
+    (f"--problems {OWN} --task arithmetic", "task"), (f"--problems {OWN} --balance 0.5", "balance"),
+    (f"--problems {OWN} --count 5", "count"), (f"--problems {OWN} --count 0", "count"), ("--arm own-answers", "arm"),
+    ("--rollouts x --keep 20-800", "keep"), ("--task arithmetic --redundant 1000-4000", "redundant"),
+    ("--task arithmetic --depth 30", "depth"), ("--task arithmetic --depth 1", "depth"), ("--workers 0", "workers")])
+def test_options_that_would_do_nothing_or_never_end_are_refused(fails, argv, named):
+    assert fails(*argv.split()).startswith(f"error: {named}: ")
+
+
+def test_a_missing_rollout_file_is_named_before_anything_is_drawn(fails, monkeypatch):
+    monkeypatch.setattr(gen_data, "problems", None)
+    assert "nowhere" in fails("--rollouts", "nowhere")
 
 
 def test_rejection_sampling(make, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "minibridge"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 SCRIPTS = {path.stem for path in PACKAGE.parent.glob("*.py")} | {"gen_data", "train_sft", "train_rl"}
-RUNNABLE = {"evaluate", "influence", "reproduce", "bench"}  # python -m minibridge.<name>
+RUNNABLE = {"evaluate", "influence", "reproduce", "bench", "splits"}  # python -m minibridge.<name>
 
 
 @functools.cache
@@ -53,7 +53,8 @@ def existing(*modules):
 
 
 @pytest.mark.parametrize("module", existing(
-    "config", "dag", "igsm", "arithmetic", "worlds", "custom", "traces", "arms", "answer", "formula", "verify"))
+    "config", "dag", "igsm", "arithmetic", "worlds", "custom", "traces", "arms", "splits", "answer", "formula",
+    "verify"))
 def test_data_generation_needs_only_the_standard_library(module):
     for name in below(module):
         outside = {root for root in imports(PACKAGE / f"{name}.py") if not root.startswith("minibridge")}

@@ -598,6 +598,7 @@ def test_named_arms():
     assert (VANILLA, BRIDGE) == (Behaviors(False, 0, 0.0), Behaviors(True, 2, 0.1))
     assert str(VANILLA) == "subgoal=0 analysis=0 reflection=0"
     assert str(BRIDGE) == "subgoal=1 analysis=2 reflection=0.1"
+    assert str(Behaviors(True, 2, 0.1, strict=True)) == "subgoal=1 analysis=2 reflection=0.1 strict=1"
 
 
 # --- quantities under their own names ------------------------------------------------------------------
@@ -634,4 +635,3 @@ def test_bare_equations_are_the_vanilla_formulas_and_nothing_else(problems):
         assert text.startswith("<think>\n- ") and well_formed(text.removeprefix("<think>\n"))
         assert [line for line in text.split("\n") if line.startswith("- ")] == expected
         assert extract(text) == str(problem.answer)
-    assert str(Behaviors(True, 2, 0.1, strict=True)) == "subgoal=1 analysis=2 reflection=0.1 strict=1"
