@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,13 +86,12 @@ def _chosen(candidate: Candidate, split: str, count: int, balance: float, worker
 
 def _of_split(candidate: Candidate, split: str, workers: int) -> Iterator[tuple[int, Problem | None]]:
     """Candidates in their order; None for those of other splits."""
-    if workers == 1:
-        for number in itertools.count():
-            yield from _block(candidate, split, range(number, number + 1))
-    with process_pool(workers) as pool:
-        for start in itertools.count(step=workers * BLOCK):
-            blocks = [range(first, first + BLOCK) for first in range(start, start + workers * BLOCK, BLOCK)]
-            for block in pool.map(partial(_block, candidate, split), blocks):
+    size = BLOCK if workers > 1 else 1
+    blocks = (range(first, first + size) for first in itertools.count(step=size))
+    with process_pool(workers) if workers > 1 else nullcontext() as pool:
+        run = pool.map if pool else map
+        while True:
+            for block in run(partial(_block, candidate, split), itertools.islice(blocks, workers)):
                 yield from block
 
 
