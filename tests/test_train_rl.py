@@ -379,7 +379,7 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--max-prompt 90", "{rl}:1: a prompt of"),
+    ("--max-prompt 60", "{rl}:1: a prompt of"),
     ("--data {sft}", "{sft}:1: field 'prompt'"),
     ("--val {sft}", "{sft}:1: field 'prompt'"),
     ("--data {folder}/no", "{folder}/no: No such file"),
