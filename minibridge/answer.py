@@ -9,7 +9,6 @@ An assistant turn is
     </answer>
 The prompt ends with OPENING, so a completion starts right after it, in training, sampling and evaluation alike.
 """
-import math
 import re
 
 from minibridge.config import InputError
@@ -68,7 +67,7 @@ def check_scoring(record: dict, where: str) -> None:
     right, tolerance = record.get("answer"), record.get("tolerance", 0.0)
     if not isinstance(right, str):
         raise InputError(f"{where}: field 'answer' must be a string")
-    if type(tolerance) not in (int, float) or not 0 <= tolerance < math.inf:
-        raise InputError(f"{where}: field 'tolerance' must be a number of at least 0")
+    if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
+        raise InputError(f"{where}: field 'tolerance' must be a number of at least 0 and below 1")
     if tolerance and number(right) is None:
         raise InputError(f"{where}: with a tolerance, the answer must be a number, not {right!r}")

@@ -5,8 +5,8 @@
                {"name": "the total", "formula": "Ann's apples + Ben's apples"}],
      "target": "the total", "ask": "How many apples did they pick together?"}
 
-name       what worked answers call the quantity; any text but "it", "and" and numbers, without + - * / ( ) = and without a
-           full stop before a blank or the end. Where all names of a problem are single words, formulas in answers use the
+name       what worked answers call the quantity; any text of at most 100 characters but "it", "and" and numbers, with a letter
+           in it, without + - * / ( ) = and without a full stop before a blank or the end. Where all names of a problem are single words, formulas in answers use the
            names; else each gets a letter, at most 52 nodes then
 formula    numbers, names, + - * / and parentheses, with the usual precedence; its parents are the names in it. Numbers
            have at most nine digits before the point and four behind it; a minus may stand right before a number
@@ -24,12 +24,16 @@ from decimal import Decimal
 
 from minibridge.config import InputError, read_jsonl
 from minibridge.dag import Expr, Node, Number, Problem, evaluate, leaves, rounded
+from minibridge.formula import plain
 
 TOLERANCE = 1e-4  # of the score, and the most that rounding may move the answer
 LARGEST = 10**9
 MOST_TOKENS = 100  # of a formula; it also bounds how deep its parentheses go
 OPERATORS = "+-*/()"
-NO_NAME = re.compile(r"[-+*/()=]|\.(\s|$)|^(it|and)$", re.IGNORECASE)
+NO_NAME = re.compile(r"[-+*/()=]|\.(\s|$)|^(it|and)$|^[\W\d_]*$", re.IGNORECASE)
+MARKS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed")  # of an answer: no text may hold them
+MOST_NODES, LONGEST_NAME = 1000, 100
+STATEMENT = re.compile(r".*\w.*[.!?。！？][\"'”’»)]*")
 
 
 def read(path: str) -> list[Problem]:
@@ -69,7 +73,7 @@ def problem(record: dict) -> Problem:
 
 
 def _checked(problem: Problem) -> Problem:
-    if not problem.ask or problem.ask != _one_line(problem.ask):
+    if not problem.ask or problem.ask != _one_line(problem.ask) or any(mark in problem.ask for mark in MARKS):
         raise InputError("ask: must be one line of text")
     letters = [letter for letter in string.ascii_letters if letter not in problem.nodes]
     if len(problem.nodes) > len(letters) and not problem.symbolic:
@@ -82,14 +86,18 @@ def _checked(problem: Problem) -> Problem:
 
 def _nodes(records: list) -> dict[str, Node]:
     nodes: dict[str, Node] = {}
+    seen: set[str] = set()
+    if len(records) > MOST_NODES:
+        raise InputError(f"nodes: {len(records)}, more than {MOST_NODES}")
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise InputError(f"nodes: number {number} is not an object")
         name = record.get("name")
-        if not isinstance(name, str) or not name or name != _one_line(name) or NO_NAME.search(name) or _is_number(name):
-            raise InputError(f"nodes: number {number} has no usable name: {name!r}")
-        if name.lower() in map(str.lower, nodes):
+        if not isinstance(name, str) or name != _one_line(name) or not _usable(name):
+            raise InputError(f"nodes: number {number} has no usable name: {str(name)[:80]!r}")
+        if plain(name) in seen:
             raise InputError(f"node {name!r}: a second node of this name, upper and lower case being one")
+        seen.add(plain(name))
         try:
             nodes[name] = _node(name, record)
         except InputError as error:
@@ -97,11 +105,18 @@ def _nodes(records: list) -> dict[str, Node]:
     return nodes
 
 
+def _usable(name: str) -> bool:
+    return (len(name) <= LONGEST_NAME and len(name.lower()) == len(name) and not NO_NAME.search(plain(name))
+            and not _is_number(name) and not any(mark in name for mark in MARKS))
+
+
 def _node(name: str, record: dict) -> Node:
     _check_fields(record, {"name": str, "formula": str, "statement": str}, optional="statement")
     text = record.get("statement", "")
-    if "statement" in record and (text != _one_line(text) or text[-1:] not in tuple(".!?")):
+    if "statement" in record and (text != _one_line(text) or not STATEMENT.fullmatch(text)):
         raise InputError("statement: must be one line that ends with a full stop")
+    if any(mark in text for mark in MARKS):
+        raise InputError(f"statement: holds one of {', '.join(MARKS)}")
     node = Node(name, "", parse(record["formula"]), stated=bool(text), text=text)
     if not text and not node.parents:
         raise InputError("statement: missing, and nobody can infer a number")

@@ -43,8 +43,11 @@ def rounded(number: Number) -> Number:
 
 def operate(op: str, *args: Number, finish: Callable[[Number], Number] = rounded) -> Number:
     """One operation, of two numbers or of one. Raises ArithmeticError for a zero divisor, for the root of a negative
-    number, and for results of more than 24 digits that are not whole."""
-    return finish(OPERATORS[op](*args))
+    number, and for results of more than 24 digits that are not whole, or of more than 100."""
+    result = OPERATORS[op](*args)
+    if abs(result) >= LARGEST:
+        raise OverflowError
+    return finish(result)
 
 
 def evaluate(expr: Expr, values: dict[str, Number], finish: Callable[[Number], Number] = rounded) -> Number:
@@ -170,10 +173,7 @@ class Problem:
         for key in keys:
             try:
                 values[key] = evaluate(self.nodes[key].expr, values, finish)
-                too_large = abs(values[key]) >= LARGEST
             except ArithmeticError:
-                too_large = True
-            if too_large:
                 raise InputError(f"node {key!r}: division by zero, root of a negative number, or too large") from None
         return values
 
@@ -261,6 +261,10 @@ class Problem:
                 raise InputError(f"problem: field {name!r} must hold names")
         nodes = [Node(n["owner"], n["item"], _expression(n["expr"]), n["stated"], n.get("text", ""))
                  for n in record["nodes"]]
+        if {node.key for node in nodes} != {*record["order"], *record["redundant"]}:
+            raise InputError("problem: order and redundant must name every node, and nothing else")
+        if not 0 <= record.get("tolerance", 0.0) < 1 or record["num_ops"] < 0:
+            raise InputError("problem: tolerance must be at least 0 and below 1, num_ops at least 0")
         if len({node.key for node in nodes}) < len(nodes):
             raise InputError("problem: two nodes of one name")
         return cls(record["task"], {node.key: node for node in nodes}, tuple(record["order"]),
@@ -286,6 +290,7 @@ PROBLEM_FIELDS = {"task": str, "num_ops": int, "nodes": list, "order": list, "re
                   "ask": str}
 NODE_FIELDS = {"owner": str, "item": str, "expr": (int, float, str, list), "stated": bool, "text": str}
 OPTIONAL = ("tolerance", "ask", "text")
+MOST_NESTED = 50
 
 
 def _check_types(record, kinds: dict[str, type], where: str):
@@ -296,13 +301,15 @@ def _check_types(record, kinds: dict[str, type], where: str):
             raise InputError(f"{where}: field {name!r} is missing or of another type")
 
 
-def _expression(value) -> Expr:
+def _expression(value, depth: int = 0) -> Expr:
     """An expression from JSON: its lists are tuples here, its floats decimals."""
     if isinstance(value, list):
         op, *args = value or [None]
+        if depth == MOST_NESTED:
+            raise InputError(f"problem: operations nested more than {MOST_NESTED} deep")
         if not isinstance(op, str) or op not in OPERATORS or len(args) < 1 or (len(args) > 1) == (op in UNARY):
             raise InputError(f"problem: no operation: {str(value)[:80]}")
-        return (op, *map(_expression, args))
+        return (op, *(_expression(arg, depth + 1) for arg in args))
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InputError(f"problem: no expression: {str(value)[:80]}")
     return Decimal(str(value)) if isinstance(value, float) else value

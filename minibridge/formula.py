@@ -11,6 +11,7 @@ same form. What is copied must be copied exactly; what is computed may be rounde
 
 What cannot be read or computed raises Wrong(kind, reason). Nothing is evaluated as code, and no text is slow to read.
 """
+import functools
 import itertools
 import math
 import operator
@@ -27,7 +28,8 @@ UNREADABLE = "unreadable"
 MAX_DIGITS = 100   # of a number, written or on the way to a value, and
 MAX_TOKENS = 300   # of a formula: what is longer cannot be right, and would be slow or deep
 MAX_REGROUPED = 6  # operands whose regrouping into several others is searched
-ROUNDING = Decimal("5e-5")  # half a unit of the fourth decimal, the last that answers show
+ROUNDING = Decimal("5.0001e-5")  # half a unit of the fourth decimal, the last that answers show, and what 1 / x leaves off
+LOOKALIKES = str.maketrans("×·⋅÷−’", "***/-'")  # one for one: places in a text stay
 
 WORD = r"[^\W\d_]{1,20}\d{0,4}"  # a letter, or what may stand for one
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
@@ -39,6 +41,11 @@ Form = Number | str | tuple
 
 class Wrong(Exception):
     """args: kind of error, reason."""
+
+
+def plain(name: str) -> str:
+    """What is the same in all spellings of a name."""
+    return name.translate(LOOKALIKES).lower()
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
@@ -160,6 +167,7 @@ def size(form: Form) -> int:
 # --- reductions --------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4096)  # nested groups are asked about again and again
 def reduces(form: Form, reduced: Form) -> bool:
     """Whether `reduced` is `form` with some operations done, none included, in any order, or with a product taken into
     a sum. It takes more than the same value: 0 * (3 + 4) is not 0 * 8, and 64 + -45 is not 63 + -44."""
@@ -194,8 +202,8 @@ def _matches(op: str, form: tuple, parts: list[Form], keep_numbers: bool) -> boo
             rest.append(part)
     for part in list(rest):  # reduced inside
         signs = (part, negative(part)) if op == "*" else (part,)
-        group = next((operand for operand in left if isinstance(operand, tuple)
-                      and any(reduces(operand, signed) for signed in signs)), None)
+        groups = [operand for operand in left if isinstance(operand, tuple) and not (operand[0] == "inv" and is_number(part))]
+        group = next((operand for operand in groups if any(reduces(operand, signed) for signed in signs)), None)
         if group is not None:
             left.remove(group)
             rest.remove(part)
@@ -245,7 +253,7 @@ LETTERS_ONLY = tokens_of()
 def parse(text: str, key: Callable[[str], str], pattern: re.Pattern = LETTERS_ONLY) -> Form:
     """Infix text -> canonical form: + - * / with the usual precedence, signs, parentheses, sqrt(x) and square(x); `key`
     turns a letter or name into a node. Raises Wrong when the text is no formula, or too long for one."""
-    tokens = [match[1] for match in itertools.islice(pattern.finditer(text), MAX_TOKENS + 1)]
+    tokens = [match[1] for match in itertools.islice(pattern.finditer(text.strip()), MAX_TOKENS + 1)]
     if len(tokens) > MAX_TOKENS:
         raise Wrong(UNREADABLE, "too long for a formula")
     tokens = [*tokens, ""][::-1]  # popped from the end; "" follows the last one

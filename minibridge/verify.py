@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from minibridge import answer, formula, traces
 from minibridge.dag import Problem, evaluate
-from minibridge.formula import ARITHMETIC, NUMBER, UNREADABLE, WORD, Number, Wrong, is_number, read_number
+from minibridge.formula import (ARITHMETIC, LOOKALIKES, NUMBER, UNREADABLE, WORD, Number, Wrong, is_number, plain,
+                                read_number)
 
 # Kinds of text, in `Step.kind` and `Part.kind`.
 STEP = "step"                      # gives a node its value
@@ -45,8 +46,6 @@ RESTATEMENT = "wrong restatement"    # the restated condition is not the problem
 UNFINISHED = "unfinished"            # the answer closes before the question's node has a value
 WRONG_CLOSING = "wrong closing"      # the closing sentence gives another number than the steps
 WRONG_BOX = "wrong box"              # no box, or not the right answer in it
-
-LOOKALIKES = str.maketrans("×·⋅÷−’", "***/-'")  # one for one: spans stay
 
 FIELDS = {"node": r"(?P<node>.{1,200}?)", "letter": f"(?P<letter>{WORD})", "value": f"(?P<value>{NUMBER})",
           "expression": "(?P<expression>.+)", "text": "(?P<text>.+)", "nodes": "(?P<nodes>.+)", "verb": "(?:is|are)"}
@@ -145,11 +144,6 @@ def verify(problem: Problem, text: str) -> Verdict:
 # --- sentences ---------------------------------------------------------------------------------------------------
 
 
-def _plain(name: str) -> str:
-    """What is the same in all spellings of a name."""
-    return name.translate(LOOKALIKES).lower()
-
-
 def _pattern(template: str) -> str:
     parts = re.split(r"\{(\w+)\}", template.rstrip("."))
     return "".join(FIELDS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts))
@@ -177,13 +171,14 @@ class _Ledger:
         self.problem = problem
         self.letters: dict[str, str] = {}
         self.values: dict[str, Number] = {}
-        self.keys = {_plain(name): key for key, node in problem.nodes.items() for name in (key, traces.phrase(node))}
+        self.keys = {plain(name): key for key, node in problem.nodes.items() for name in (key, traces.phrase(node))}
         names = "|".join(sorted(map(re.escape, self.keys), key=len, reverse=True))
         self.phrases = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
         self.tokens = formula.tokens_of(names)
         self.chain_head = re.compile(rf"{CHAIN_HEAD}({names}|{WORD})\s*", re.IGNORECASE)
         self.texts = {key: node.text.translate(LOOKALIKES) for key, node in problem.nodes.items() if node.text}
-        quotes = [re.escape(quote.format(text=text)) for quote in traces.QUOTE for text in self.texts.values()]
+        texts = sorted(self.texts.values(), key=len, reverse=True)  # one may begin like another
+        quotes = [re.escape(quote.format(text=text)) for quote in traces.QUOTE for text in texts]
         self.sentences = re.compile(f"(?P<quote>{'|'.join(quotes) or '(?!)'})|{SENTENCE}")  # a quote may have several
 
     def step(self, text: str, start: int, end: int) -> Step:
@@ -226,7 +221,7 @@ class _Ledger:
 
     def _name(self, node: str | None = None, letter: str | None = None, value: str | None = None):
         if node is not None:
-            self.node = self.keys.get(_plain(node))
+            self.node = self.keys.get(plain(node))
         if self.node is None:
             raise Wrong(UNDEFINED, f"no node {node!r}" if node else f"nothing to call {letter}")
         if letter is not None and self.letters.setdefault(letter, self.node) != self.node:
@@ -253,7 +248,10 @@ class _Ledger:
         node = self.problem.nodes.get(self.node)
         if node is None or not node.stated:
             raise Wrong(RESTATEMENT, "the problem states no condition of it")
-        (said, names), (words, parents) = map(self._named, (expression, traces.describe(node.expr, self.problem.nodes)))
+        stated = traces.describe(node.expr, self.problem.nodes)
+        if plain(expression) == plain(stated):
+            return  # also where names hold an "and" or a comma, and cannot be told apart
+        (said, names), (words, parents) = map(self._named, (expression, stated))
         if formula.commutes(node.expr):
             names, parents = sorted(names), sorted(parents)
         if (said, names) != (words, parents):
@@ -267,16 +265,18 @@ class _Ledger:
     def _lock(self, nodes: str):
         if self.kind == MENTION:
             self.kind = FAILED_ATTEMPT
+        missing = self.problem.missing(self.node, self.values.keys()) if self.node else []
+        if missing and plain(nodes) == plain(traces.listing([traces.phrase(self.problem.nodes[key]) for key in missing])):
+            return
         said, names = self._named(nodes)
         if said or self.node is None:
             raise Wrong(UNDEFINED, " ".join(said)[:80] or "the node that must wait")
-        missing = self.problem.missing(self.node, self.values.keys())
         if sorted(names) != sorted(missing):
             raise Wrong(LOCK, f"unknown: {', '.join(missing) or 'none'}")
 
     def _named(self, text: str) -> tuple[list[str], list[str]]:
         """The nodes named in a text, and the words around them, without commas and "and"."""
-        text = _plain(text)
+        text = plain(text)
         names = [self.keys[match[0]] for match in self.phrases.finditer(text)]
         words = self.phrases.sub(" ", text).replace(",", " ").split()
         return [word for word in words if word != "and"], names
@@ -332,7 +332,7 @@ class _Ledger:
 
     def _key(self, name: str) -> str:
         """The node of a letter, or of a name that stands in a formula itself."""
-        key = self.letters.get(name) or self.keys.get(" ".join(_plain(name).split()))
+        key = self.letters.get(name) or self.keys.get(" ".join(plain(name).split()))
         if key is None:
             raise Wrong(UNDEFINED, name[:80])
         return key
