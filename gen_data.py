@@ -21,6 +21,7 @@ An augmented arm has 4 rows a problem, so 4 times the optimizer steps of the pla
 import sys
 from collections import Counter
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from minibridge import custom, igsm, traces
@@ -56,14 +57,14 @@ class Config:
     ops: tuple[int, int] | None = option(None, "igsm: operations, as 15-20 or 20; none: the paper's for the split")
     scale: Literal["paper", "toy"] = option("paper", "igsm: size of structures, values and vocabulary")
     depth: int | None = option(None, "arithmetic: levels of the tree; none: the paper's, 4 for sft, 5 for rl, val and test",
-                               least=2, most=8)
+                               least=2, most=6)
     redundant: tuple[int, int] | None = option(None, "arithmetic: unneeded premises, at most 1000; none: 0-8 (20-22 is the "
                                                      "OOD test)")
     lines: traces.Lines | None = option(None, "order of the conditions; none: random, of your own problems as given")
     balance: float = option(1.0, "largest share of the problems that one answer may have")
     rollouts: str | None = option(None, "JSONL file of a model's answers to these problems: keep those of middling accuracy")
     keep: tuple[int, int] | None = option(None, "percent of right rollouts that a problem is kept for; none: 20-80")
-    workers: int = option(1, "processes that draw; any number of them gives the same file", least=1)
+    workers: int = option(1, "processes that draw; any number of them gives the same file", least=1, most=256)
     seed: int = option(0, "seed of everything random", least=0)
 
 
@@ -105,6 +106,9 @@ def check_fit(config: Config):
         raise InputError(f"redundant: at most 1000, not {config.redundant[1]}")
     if config.arm == "own-answers" and config.rollouts is None:
         raise InputError("arm: own-answers needs --rollouts")
+    for name in ("problems", "rollouts"):
+        if (source := getattr(config, name)) is not None and Path(source).resolve() == Path(config.out).resolve():
+            raise InputError(f"out: would replace the file of --{name}")
 
 
 def main(config: Config):

@@ -101,6 +101,9 @@ def middling(problems: Sequence[Problem], rollouts: dict[str, list[dict]], keep:
         return 100 * sum(line["correct"] for line in lines) / len(lines)
 
     tried = [problem for problem in problems if problem.id in rollouts]
+    for problem in tried:
+        if others := {line["answer"] for line in rollouts[problem.id]} - {str(problem.answer)}:
+            raise InputError(f"rollouts: the answer to problem {problem.id} is {problem.answer}, not {min(others)[:40]}")
     kept = [problem for problem in tried if keep[0] <= percent(problem) <= keep[1]]
     if not kept:
         raise InputError(f"rollouts: {len(tried)} of the {len(problems)} problems have rollouts, and of none are "

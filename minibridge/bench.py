@@ -39,7 +39,7 @@ class Data:
     count: int = option(500, "problems of each repeat", least=10)
     repeats: int = option(5, "repeats that count", least=1)
     ops: tuple[int, int] = option((15, 20), "operations of a problem")
-    workers: int = option(2, "processes of the last row", least=1)
+    workers: int = option(2, "processes of the last row", least=1, most=256)
     seed: int = option(0, "seed of the problems", least=0)
 
 

@@ -5,9 +5,9 @@
                {"name": "the total", "formula": "Ann's apples + Ben's apples"}],
      "target": "the total", "ask": "How many apples did they pick together?"}
 
-name       what worked answers call the quantity; any text of at most 100 characters but "it", "and" and numbers, with a letter
-           in it, without + - * / ( ) = and without a full stop before a blank or the end. Where all names of a problem are single words, formulas in answers use the
-           names; else each gets a letter, at most 52 nodes then
+name       what worked answers call the quantity; any text of at most 100 characters but "it", "and" and numbers, with a
+           letter in it, without + - * / ( ) = and without a full stop before a blank or the end. Where all names of a
+           problem are single words, formulas in answers use the names; else each gets a letter, at most 52 nodes then
 formula    numbers, names, + - * / and parentheses, with the usual precedence; its parents are the names in it. Numbers
            have at most nine digits before the point and four behind it; a minus may stand right before a number
 statement  the sentence that tells it; left out where the reader has to infer the formula. The statements, in the order of

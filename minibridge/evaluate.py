@@ -126,7 +126,10 @@ def rescore(path: str) -> list[Scored]:
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
         if line.get("problem") is not None:
-            verdicts[line["group"]].append(verify(read_problem(line, f"{path}:{number}"), line["text"]))
+            problem = read_problem(line, f"{path}:{number}")
+            if str(problem.answer) != line["answer"]:
+                raise InputError(f"{path}:{number}: field 'answer' is {line['answer']}, its problem's {problem.answer}")
+            verdicts[line["group"]].append(verify(problem, line["text"]))
         groups.setdefault(line["group"], []).append(line)
     if not groups:
         raise InputError(f"{path}: no lines in it")

@@ -202,7 +202,8 @@ def _matches(op: str, form: tuple, parts: list[Form], keep_numbers: bool) -> boo
             rest.append(part)
     for part in list(rest):  # reduced inside
         signs = (part, negative(part)) if op == "*" else (part,)
-        groups = [operand for operand in left if isinstance(operand, tuple) and not (operand[0] == "inv" and is_number(part))]
+        groups = [operand for operand in left
+                  if isinstance(operand, tuple) and not (operand[0] == "inv" and is_number(part))]
         group = next((operand for operand in groups if any(reduces(operand, signed) for signed in signs)), None)
         if group is not None:
             left.remove(group)

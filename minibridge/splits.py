@@ -115,17 +115,19 @@ class Config:
 
 def main(config: Config):
     keys: dict[str, set[str]] = {}
-    print("| file | rows | problems | answer 0 | commonest answer |\n|---|---|---|---|---|")
+    table = ["| file | rows | problems | answer 0 | commonest answer |", "|---|---|---|---|---|"]
     for path in config.files.split(","):
+        if not path or path in keys:
+            raise InputError(f"files: {path!r} is " + ("given twice" if path else "no name"))
         rows = [read_problem(line, f"{path}:{number}") for number, line in enumerate(read_jsonl(path), start=1)]
         if not rows:
             raise InputError(f"{path}: no lines in it")
         keys[path] = {problem.core if problem.task.startswith("arithmetic") else problem.structure for problem in rows}
         answers = Counter(str(problem.answer) for problem in rows)
         common, times = answers.most_common(1)[0]
-        print(f"| {path} | {len(rows)} | {len({problem.id for problem in rows})} | {answers['0'] / len(rows):.1%} "
-              f"| {common}, {times / len(rows):.1%} |")
-    print()
+        table.append(f"| {path} | {len(rows)} | {len({problem.id for problem in rows})} | {answers['0'] / len(rows):.1%} "
+                     f"| {common}, {times / len(rows):.1%} |")
+    print("\n".join(table) + "\n")
     for (path, own), (other, others) in itertools.combinations(keys.items(), 2):
         print(f"structures in both {path} and {other}: {len(own & others)}")
 

@@ -101,6 +101,11 @@ def test_order_follows_the_file_as_far_as_it_can(read):
     assert problem.order == tuple("zyxt")
 
 
+@pytest.mark.parametrize("statement", ['He said "3."', "It is 3!", "三个。", "(So it is.)"])
+def test_statements_may_end_in_quotes(read, statement):
+    assert read(nodes(ANN, BEN, TOTAL, node("x", "3", statement)))
+
+
 def test_analysis_quotes_the_statement_and_nothing_is_said_of_what_has_none(read):
     (problem,) = read(GOOD)
     answers = [traces.answer(problem, random.Random(seed), Behaviors(analysis=4)) for seed in range(20)]
@@ -171,7 +176,12 @@ def nodes(*changed):
     (nodes(ANN, BEN, TOTAL, node("12", "1", "So.")), ["number 4", "'12'"]),
     (nodes(ANN, BEN, TOTAL, node("a=b", "1", "So.")), ["number 4", "'a=b'"]),
     (nodes(ANN, BEN, TOTAL, node("Mr. Li", "1", "So.")), ["number 4", "'Mr. Li'"]),
-    (nodes(ANN, BEN, TOTAL, node("etc.", "1", "So.")), ["number 4", "'etc.'"]),
+    *((nodes(ANN, BEN, TOTAL, node(name, "1", "So.")), ["number 4", "name"]) for name in (
+        "etc.", "It", "and", "_", "a × b", "− q", "x" * 101, "<answer>", "\\boxed{7}", "İ_x")),
+    (nodes(ANN, BEN, TOTAL, node("Ben’s apples", "1", "So.")), ["node 'Ben’s apples'", "second"]),
+    *((nodes(ANN, BEN, TOTAL | {"statement": text}), ["node 'the total'", "statement"]) for text in (
+        ".", "See </think>.", "It is \\boxed{7}.")),
+    (GOOD | {"ask": "<think> what?"}, ["ask"]), (nodes(*[ANN] * 1001), ["nodes: 1001"]),
     (nodes(ANN, BEN, TOTAL, node("The Total", "1", "So.")), ["node 'The Total'", "second", "case"]),
     (nodes(ANN, BEN, TOTAL, node(" x", "1", "So.")), ["number 4", "' x'"]),
     (nodes(ANN, BEN, TOTAL, node("", "1", "So.")), ["number 4", "name"]),

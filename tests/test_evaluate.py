@@ -1,5 +1,6 @@
 """Evaluation: pass@k by enumeration, intervals by hand, the table's rows, saved answers scored again."""
 
+import json
 import itertools
 import math
 import random
@@ -174,6 +175,8 @@ def test_a_sampled_line_carries_its_problem(toy, guesser, tmp_path, capsys):
     assert cells(capsys.readouterr().out)["right in every step"] == ["0.0%"]
 
 
+NODE = {"owner": "a", "item": "", "expr": 6, "stated": True}
+SIX = {"task": "own", "num_ops": 0, "nodes": [NODE], "order": ["a"], "redundant": []}
 LINE = {"group": 0, "answer": "6", "text": ""}
 
 
@@ -184,6 +187,8 @@ LINE = {"group": 0, "answer": "6", "text": ""}
     ('{"group": true, "answer": "6", "text": ""}', "'group' must be a int"),
     ('{"group": 0, "answer": "6", "text": "", "tolerance": "x"}', "'tolerance' must be a number"),
     ('{"group": 0, "answer": "6"}', "'text'"),
+    (json.dumps(LINE | {"problem": SIX | {"nodes": [NODE | {"expr": 7}]}}), "'answer' is 6, its problem's 7"),
+    (json.dumps({"group": 0, "answer": "6", "text": "", "tolerance": 10**400}), "'tolerance'"),
     ('{"group": 0, "answer": "6", "text": "", "problem": {}}', "problem: "),
     ('{"group": 0, "answer": "6", "text": "", "problem": 3}', "problem: ")])
 def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):

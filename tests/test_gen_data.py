@@ -226,9 +226,15 @@ def test_line_orders(make):
     (f"--problems {OWN} --task arithmetic", "task"), (f"--problems {OWN} --balance 0.5", "balance"),
     (f"--problems {OWN} --count 5", "count"), (f"--problems {OWN} --count 0", "count"), ("--arm own-answers", "arm"),
     ("--rollouts x --keep 20-800", "keep"), ("--task arithmetic --redundant 1000-4000", "redundant"),
-    ("--task arithmetic --depth 30", "depth"), ("--task arithmetic --depth 1", "depth"), ("--workers 0", "workers")])
+    ("--workers 1000", "workers"), ("--task arithmetic --depth 30", "depth"),
+    ("--task arithmetic --depth 1", "depth"), ("--workers 0", "workers")])
 def test_options_that_would_do_nothing_or_never_end_are_refused(fails, argv, named):
     assert fails(*argv.split()).startswith(f"error: {named}: ")
+
+
+@pytest.mark.parametrize("option", ["--problems", "--rollouts"])
+def test_no_source_is_replaced(fails, tmp_path, option):
+    assert fails(option, str(tmp_path / "." / "rows.jsonl")).startswith("error: out: ")
 
 
 def test_a_missing_rollout_file_is_named_before_anything_is_drawn(fails, monkeypatch):

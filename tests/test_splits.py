@@ -119,6 +119,14 @@ def test_report_of_shares_and_of_shared_structures(tmp_path, capsys):
     assert [line.rsplit(" ", 1)[1] for line in output.out.split("\n") if line.startswith("structures")] == ["2", "0", "6"]
 
 
+@pytest.mark.parametrize("files, message", [("{a},", "'' is no name"), ("{a},{a}", "given twice"), ("{a},{a}\nb", "a\\nb")])
+def test_report_of_wrong_files(tmp_path, capsys, files, message):
+    """One line, and nothing of a table that will not be finished."""
+    write_jsonl(tmp_path / "a", [arms.record(splits.problems("sft", 1, (2, 5), igsm.TOY, 0)[0], 0)])
+    status, output = report(capsys, files.format(a=tmp_path / "a"))
+    assert status == 2 and message in output.err and output.err.count("\n") == 1 and output.out == ""
+
+
 @pytest.mark.parametrize("line, message", [("{}", "x:1: problem: "), ("", "no lines"), ("[]", "x:1: "),
                                            ('{"problem": {"nodes": 3}}', "x:1: problem: ")])
 def test_report_of_a_bad_file(tmp_path, capsys, line, message):

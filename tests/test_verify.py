@@ -549,6 +549,21 @@ def test_slips_in_problems_of_a_file(old, new, step, error):
     assert found(OWN_TEXT.replace(old, new), custom.problem(OWN)) == (step, error)
 
 
+@pytest.mark.parametrize("nodes", [
+    [("zz z", "3"), ("Ann", "4"), ("Ben", "5"), ("Ann and Ben", "Ann + Ben + zz z"), ("x of all", "Ann and Ben * 2")],
+    [("p p", "18"), ("q q", "192"), ("r r", "5"), ("u u", "p p / q q + r r")],  # 18 / 192 is halfway, 0.09375
+    [("p p", "12"), ("q q", "48280245"), ("r r", "4"), ("s s", "5"), ("u u", "p p / q q / r r + s s")],  # 12 / 48280245 is 0
+    [("z z", "3"), ("p p", "2 * z z", "Twice."), ("q q", "3 * p p", "Twice. And more."), ("u u", "p p - q q")],
+    [("salt", "1"), ("pepper", "2"), ("oil", "3"), ("pepper and oil", "pepper + oil"), ("all", "salt + pepper and oil")],
+], ids=lambda nodes: nodes[-1][0])
+def test_generated_answers_to_odd_problems_are_right(nodes):
+    nodes = [dict(zip(("name", "formula", "statement"), (*node, f"Number {i} is told."))) for i, node in enumerate(nodes)]
+    problem = custom.problem({"nodes": nodes, "target": nodes[-1]["name"], "ask": "?"})
+    for seed, behaviors in itertools.product(range(10), (traces.VANILLA, traces.BRIDGE, traces.Behaviors(True, 4, 1.0))):
+        verdict = check(text := traces.answer(problem, random.Random(seed), behaviors), problem)
+        assert verdict.correct, (verdict.steps[verdict.first_wrong_step], text)
+
+
 def test_names_and_statements_in_any_typography():
     problem = custom.problem({"nodes": [
         {"name": "Ann’s apples", "formula": "5", "statement": "Ann’s apples: 5 × 1."},
@@ -677,6 +692,20 @@ def test_hostile_sums(chain):
     begun = time.process_time()
     assert not check("\n".join(lines), problem).correct
     assert time.process_time() - begun < 5
+
+
+def test_hostile_nesting_and_blanks():
+    def deep(depth, leaf):
+        return f"a + a * ({deep(depth - 1, leaf)})" if depth else leaf
+
+    problem = custom.problem({"nodes": [{"name": "a", "formula": "1", "statement": "x."},
+                                        {"name": "b", "formula": "2", "statement": "y."},
+                                        {"name": "c", "formula": deep(16, "b")}], "target": "c", "ask": "?"})
+    chain = f"c = {deep(16, '2')} = {deep(15, '9')} = 7".replace("a", "1")
+    begun = time.process_time()
+    assert found("- a = 1.\n- b = 2.\n- " + chain + ".", problem) == (2, ARITHMETIC)
+    assert found("- a = 1.\n- b = 2.\n- c = a" + " " * 200_000 + "= 12.", problem) == (2, RETRIEVAL)
+    assert time.process_time() - begun < 3
 
 
 @pytest.mark.parametrize("name", HOSTILE)
