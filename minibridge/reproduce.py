@@ -1,7 +1,7 @@
 """The paper's comparison from an empty folder to its table, at toy scale.
 
     python -m minibridge.reproduce toy      problems -> SFT (vanilla, BRIDGE) -> GRPO -> accuracy before and after
-    python -m minibridge.reproduce base     makes the toy base model anew, into --out (40 minutes of two cores); it
+    python -m minibridge.reproduce base     makes the toy base model anew, into --out (an hour and a half of two cores); it
                                             comes with the package, in minibridge/toy_base
 
 What is shrunk: five operations where the paper has fifteen to twenty, no quantity that is not needed, four small
@@ -187,7 +187,7 @@ BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 38
 @dataclass(frozen=True)
 class Base:
     out: str = option("runs/base", "run folder; the model is in its folder toy_base")
-    epochs: float = option(1.5, "passes over the 249,600 examples")
+    epochs: float = option(1.0, "passes over the 249,600 examples")
 
 
 def main_base(config: Base):
