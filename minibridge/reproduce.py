@@ -4,12 +4,12 @@
     python -m minibridge.reproduce base     makes the toy base model anew, into --out (an hour and a half of two cores); it
                                             comes with the package, in minibridge/toy_base
 
-What is shrunk: five operations where the paper has fifteen to twenty, no quantity that is not needed, four small
-categories of one-word names, which formulas use as they are (no letters), values below 50, no KL and no entropy term, a
-Qwen2-shaped model of a million parameters. The part of the pretrained model is played by one trained from scratch on other
-problems of three to six operations, solved in bare equations, half of the smallest ones in the words of vanilla answers: it
-has seen no injected behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every
-stage.
+What is shrunk: three and four operations in SFT and six in RL, where the paper has fifteen to twenty in both (but, in its
+arithmetic task, an SFT on easier problems than RL); no quantity that is not needed, four small categories of one-word
+names, which formulas use as they are (no letters), values below 50, no KL and no entropy term, a Qwen2-shaped model of a
+million parameters. The part of the pretrained model is played by one trained from scratch on other problems of three to six
+operations, solved in bare equations, half of the smallest ones in the words of vanilla answers: it has seen no injected
+behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage.
 
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
 interrupted run is continued by the same command.
@@ -46,17 +46,18 @@ class Toy:
     out: str = option("runs/toy", "run folder")
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
     seed: int = option(0, "seed of problems, training and sampling", least=0)
-    ops: tuple[int, int] = option((5, 5), "operations of the SFT, RL and in-distribution test problems")
-    ood_ops: tuple[int, int] = option((6, 6), "operations of the out-of-distribution test problems")
-    sft_rows: int = option(1200, "SFT examples of each arm", least=SFT_BATCH)
-    sft_epochs: float = option(2.0, "passes over them", least=1, most=1e6)
+    sft_ops: tuple[int, int] = option((3, 4), "operations of the SFT problems")
+    ops: tuple[int, int] = option((6, 6), "operations of the RL and in-distribution test problems")
+    ood_ops: tuple[int, int] = option((7, 7), "operations of the out-of-distribution test problems")
+    sft_rows: int = option(800, "SFT examples of each arm", least=SFT_BATCH)
+    sft_epochs: float = option(1.0, "passes over them", least=1, most=1e6)
     sft_learning_rate: float = option(1e-3, "peak, then a cosine", least=0)
-    rl_steps: int = option(40, "rollout batches", least=1)
+    rl_steps: int = option(50, "rollout batches", least=1)
     rl_prompts: int = option(16, "prompts of a rollout batch", least=1)
     rl_samples: int = option(8, "answers sampled for each prompt", least=2)
     rl_learning_rate: float = option(1.5e-4, "peak, after five steps of warm-up, then a cosine", least=0)
-    test_problems: int = option(400, "problems of each test set", least=2)
-    test_samples: int = option(3, "answers to each at temperature 1, beside the greedy one", least=1)
+    test_problems: int = option(600, "problems of each test set", least=2)
+    test_samples: int = option(2, "answers to each at temperature 1, beside the greedy one", least=1)
     max_new_tokens: int = option(320, "longest answer, in tokens", least=1)
 
 
@@ -92,7 +93,7 @@ def announce_if_missing(path: Path, title: str) -> bool:
 
 def make_data(config: Toy, out: Path):
     """Both arms get the same SFT problems. No answer is more frequent than 5%, so that none is a shortcut."""
-    sets = [("sft", config.ops, config.sft_rows, {f"sft_{arm}": arms.ARMS[arm] for arm in ARMS}),
+    sets = [("sft", config.sft_ops, config.sft_rows, {f"sft_{arm}": arms.ARMS[arm] for arm in ARMS}),
             ("rl", config.ops, config.rl_steps * config.rl_prompts, {"rl": None})]
     sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": None}) for name, ops in TESTS.items()]
     for split, ops, rows, files in sets:
