@@ -15,8 +15,8 @@ from minibridge.evaluate import Scored
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("reproduce") / "run"
-    config = reproduce.Toy(out=str(out), base=toy.model, sft_ops=(2, 3), ops=(2, 3), sft_rows=32, sft_epochs=1.0, rl_steps=2, rl_prompts=2,
-                           rl_samples=2, test_problems=24, test_samples=3, max_new_tokens=24)
+    config = reproduce.Toy(out=str(out), base=toy.model, sft_ops=(2, 3), ops=(2, 3), sft_rows=32, sft_epochs=1.0, rl_steps=2,
+                           rl_prompts=2, rl_samples=2, test_problems=24, test_samples=3, max_new_tokens=24)
     reproduce.main_toy(config)
     return config, out
 

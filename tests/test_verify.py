@@ -469,6 +469,8 @@ def worked(task, name):
     """A problem of a task, an answer to it in any arm and wording, the random stream, and whether it has letters."""
     rng = random.Random(f"{task} {name}")
     problem = TASKS[task](rng)
+    if rng.random() < 0.2:  # as in arm rc-aug
+        problem = replace(problem, order=problem.topological_order(rng))
     lettered = task == "igsm" and rng.random() < 0.7
     letters = igsm.PAPER.letters if lettered else ""
     return problem, traces.answer(problem, rng, rng.choice(COMBINATIONS + STRICT), letters), rng, lettered
