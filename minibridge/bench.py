@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minibridge import arms, igsm, splits, traces
-from minibridge.config import option, run_main
+from minibridge.config import option, run_command
 
 
 def rates(work: int, repeats: int, *functions: Callable[[], object]) -> list[list[float]]:
@@ -78,8 +78,4 @@ def _told(config: Data, problem) -> str:
 COMMANDS = {"data": (main_data, Data)}
 
 if __name__ == "__main__":
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        print(f"error: the first argument must be one of {', '.join(COMMANDS)}; each has a --help", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(run_main(*COMMANDS[name], sys.argv[2:]))
+    sys.exit(run_command(COMMANDS))

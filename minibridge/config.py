@@ -171,6 +171,15 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
     return status
 
 
+def run_command(commands: dict[str, tuple[Callable[[Any], Any], type]]) -> int:
+    """`run_main` for the command that the first argument names."""
+    name, *argv = sys.argv[1:] or [""]
+    if name in commands:
+        return run_main(*commands[name], argv)
+    print(f"error: the first argument must be one of {', '.join(commands)}; each has a --help", file=sys.stderr)
+    return 2
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """One JSON object a line. Raises InputError("path:line: reason"), also for a blank line."""
     rows = []

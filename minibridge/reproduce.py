@@ -27,7 +27,7 @@ import gen_data
 import train_rl
 import train_sft
 from minibridge import arms, checkpoint, evaluate, igsm, splits, traces
-from minibridge.config import Run, option, read_jsonl, run_main, same_settings, write_jsonl
+from minibridge.config import Run, option, read_jsonl, run_command, same_settings, write_jsonl
 from minibridge.model import Decoder, ModelConfig
 from minibridge.optim import open_model, prompt_limit
 from minibridge.tokenizer import Tokenizer, train_toy
@@ -234,8 +234,4 @@ def base_tokenizer():
 COMMANDS = {"toy": (main_toy, Toy), "base": (main_base, Base)}
 
 if __name__ == "__main__":
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        print(f"error: the first argument must be one of {', '.join(COMMANDS)}; each has a --help", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(run_main(*COMMANDS[name], sys.argv[2:]))
+    sys.exit(run_command(COMMANDS))
