@@ -38,7 +38,6 @@ from typing import Any
 
 REQUIRED = dataclasses.MISSING  # default of an option that the command line must give
 MOST = 2**53  # largest number of any option: JSON readers keep whole numbers exactly up to here
-LONGEST_LINE = 500  # of an error; it may quote a file
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
 
 
@@ -166,7 +165,7 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
     except OSError as error:  # no permission, disk full: an open knows its filename, a write does not
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         message, status = f"error: {reason}", 2
-    shown = (letter if letter.isprintable() else repr(letter)[1:-1] for letter in message[:LONGEST_LINE])
+    shown = (letter if letter.isprintable() else repr(letter)[1:-1] for letter in message[:500])  # may quote a file
     print("".join(shown), file=sys.stderr)
     return status
 
