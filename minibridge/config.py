@@ -14,8 +14,7 @@ A script has one frozen dataclass. It is the list of defaults, the command line 
     if __name__ == "__main__":
         sys.exit(run_main(main, Config))
 
-What it is not: there are no config files, no overrides from the environment, no logging framework. `Run.log`
-is the only place in the package that prints during training.
+There are no config files, no overrides from the environment, no logging framework: `Run.log` prints during training.
 """
 
 import argparse
