@@ -21,7 +21,7 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
-from minibridge.dag import read_problem
+from minibridge.dag import Problem, read_problem
 from minibridge.data import load_prompts
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
@@ -126,16 +126,20 @@ def rescore(path: str) -> list[Scored]:
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
         if line.get("problem") is not None:
-            problem = read_problem(line, f"{path}:{number}")
-            if str(problem.answer) != line["answer"]:
-                raise InputError(f"{path}:{number}: field 'answer' is {line['answer']}, its problem's {problem.answer}")
-            verdicts[line["group"]].append(verify(problem, line["text"]))
+            verdicts[line["group"]].append(verify(_problem(line, f"{path}:{number}"), line["text"]))
         groups.setdefault(line["group"], []).append(line)
     if not groups:
         raise InputError(f"{path}: no lines in it")
     return [Scored(group[0]["answer"], group[0].get("num_ops"),
                    [answer.correct(line["text"], line["answer"], line.get("tolerance", 0.0)) for line in group],
                    tuple(verdicts[number])) for number, group in groups.items()]
+
+
+def _problem(line: dict, where: str) -> Problem:
+    problem = read_problem(line, where)
+    if str(problem.answer) != line["answer"]:
+        raise InputError(f"{where}: field 'answer' is {line['answer']}, its problem's {problem.answer}")
+    return problem
 
 
 def sample(config: Config) -> list[dict]:
@@ -147,10 +151,15 @@ def sample(config: Config) -> list[dict]:
     device = pick_device(config.device)
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts = load_prompts(config.data, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
+    graphs = [prompt.record.get("problem") for prompt in prompts]
+    graphs = [graph if isinstance(graph, dict) else None for graph in graphs]  # elsewhere "problem" is often a text
+    for number, (prompt, graph) in enumerate(zip(prompts, graphs), 1):
+        if graph is not None:  # what is wrong is said before the answers are sampled
+            _problem(prompt.record, f"{config.data}:{number}")
     generator = torch.Generator(device).manual_seed(config.seed)
     episodes = rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
                        temperature=config.temperature, rows=config.rows, generator=generator)
-    return [{**line, "problem": prompts[line["group"]].record.get("problem")} for line in lines(episodes)]
+    return [{**line, "problem": graphs[line["group"]]} for line in lines(episodes)]
 
 
 def main(config: Config):

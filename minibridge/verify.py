@@ -211,13 +211,13 @@ class _Ledger:
     def _sentence(self, words: str, at: int, quoted: bool):
         if "=" in words and not quoted:
             return self._chain(words, at)
-        plain = " ".join(words.split()).rstrip(" .")
+        sentence = " ".join(words.split()).rstrip(" .")
         for pattern, method in GRAMMAR:
-            if match := pattern.fullmatch(plain):
+            if match := pattern.fullmatch(sentence):
                 if method in ("_restate", "_quote"):
                     self.parts.append(Part(ANALYSIS, at, at + len(words)))
                 return getattr(self, method)(**match.groupdict())
-        raise Wrong(UNREADABLE, plain[:80])
+        raise Wrong(UNREADABLE, sentence[:80])
 
     def _name(self, node: str | None = None, letter: str | None = None, value: str | None = None):
         if node is not None:
@@ -303,8 +303,7 @@ class _Ledger:
         with some operations done; the last must be a number. `at`: where links[0] begins."""
         wanted = formula.canonical(self.problem.nodes[key].expr)
         current = formula.parse(links[0], self._key, self.tokens)
-        in_letters = bool(formula.operands(current))
-        if in_letters and current != wanted or is_number(wanted) and current != wanted:
+        if formula.operands(current) and current != wanted:
             raise Wrong(RETRIEVAL, f"{links[0].strip()[:80]} is not the formula of {key}")
         wanted = formula.substitute(wanted, self.values)
         current = formula.substitute(current, self.values)

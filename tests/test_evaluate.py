@@ -168,6 +168,19 @@ def test_no_behaviors_without_problems(tmp_path, capsys):
     assert "behavior" not in capsys.readouterr().out
 
 
+def test_a_problem_that_is_a_text_is_passed_over_and_a_broken_one_named_first(toy, guesser, tmp_path, capsys):
+    first, *others = read_jsonl(toy.rl)
+    argv = ("--model", guesser, "--max-new-tokens", 8, "--device", "cpu", "--out", tmp_path / "out", "--data")
+    write_jsonl(tmp_path / "a", [first | {"problem": "How many?"}, *others])
+    assert run(*argv, tmp_path / "a") == 0 and read_jsonl(tmp_path / "out")[0]["problem"] is None
+    (tmp_path / "out").unlink()
+    for change, message in (({"problem": {"nodes": []}}, "problem: "), ({"answer": "77777"}, "'answer' is 77777")):
+        write_jsonl(tmp_path / "a", [*others, first | change])
+        assert run(*argv, tmp_path / "a") == 2 and not (tmp_path / "out").exists()
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'a'}:{len(others) + 1}: " in error and message in error
+
+
 def test_a_sampled_line_carries_its_problem(toy, guesser, tmp_path, capsys):
     out = tmp_path / "eval.jsonl"
     assert run("--model", guesser, "--data", toy.rl, "--max-new-tokens", 8, "--device", "cpu", "--out", out) == 0
