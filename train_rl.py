@@ -25,10 +25,14 @@ from minibridge import checkpoint
 from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
 from minibridge.data import Prompt, index_stream, load_prompts
-from minibridge.grpo import group_advantages, grpo_loss
+from minibridge.grpo import group_advantages, grpo_loss, token_loss, token_weights
+from minibridge.logprob import fused_loss
+from minibridge.measure import matmul_rate
 from minibridge.model import Decoder
-from minibridge.optim import adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, update
-from minibridge.policy import MicroBatch, pack, score
+from minibridge.optim import (
+    adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, training_flops, update
+)
+from minibridge.policy import MicroBatch, answer_hidden, pack, padding, score
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.tokenizer import Tokenizer
 
@@ -65,6 +69,8 @@ class Config:
     show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never", least=0)
     resume: bool = option(False, "go on from the newest checkpoint of --out")
     seed: int = option(0, "seed of the order of prompts and of sampling", least=0)
+    checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile the decoding of rollouts; auto: on a GPU")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
@@ -83,17 +89,41 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
     for number in range(config.updates):
         parts = []
         for batch in batches:
-            logps, entropy = score(model, batch, config.temperature, with_entropy=True)
-            old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
-            loss, metrics = grpo_loss(
-                logps, old_logps, batch.ref_logps, batch.advantages, batch.trained, clip=(config.clip_low, config.clip_high),
-                kl_coef=config.kl_coef, kl_threshold=config.kl_threshold, entropy=entropy,
-                entropy_coef=config.entropy_coef, aggregate="sequence", normalizer=rollouts)
+            loss, metrics = (fused_batch_loss if config.kl_threshold is None else batch_loss)(model, batch, rollouts, config)
             loss.backward()
-            parts.append({**metrics, "mismatch": (logps.detach() - batch.sampled_logps).abs().max()})
+            parts.append(metrics)
         norm = update(model, optimizer, rate, config.clip)
         first = first or {**total(parts), "grad_norm": norm}
     return first
+
+
+def batch_loss(model: Decoder, batch: MicroBatch, rollouts: int, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of the loss of a step of `rollouts`, and of its metrics, by way of all log-probabilities."""
+    logps, entropy = score(model, batch, config.temperature, with_entropy=True)
+    loss, metrics = grpo_loss(
+        logps, logps.detach() if batch.old_logps is None else batch.old_logps, batch.ref_logps, batch.advantages,
+        batch.trained, clip=(config.clip_low, config.clip_high), kl_coef=config.kl_coef, kl_threshold=config.kl_threshold,
+        entropy=entropy, entropy_coef=config.entropy_coef, aggregate="sequence", normalizer=rollouts)
+    return loss, {**metrics, "mismatch": (logps.detach() - batch.sampled_logps).abs().max()}
+
+
+def fused_batch_loss(model: Decoder, batch: MicroBatch, rollouts: int, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same, token by token, so that no logits are computed twice; a threshold needs whole rollouts."""
+    trained = batch.trained
+    weights = token_weights(trained.to(batch.sampled_logps.dtype), "sequence", rollouts)[trained]  # (tokens,)
+    advantages = batch.advantages[:, None].expand_as(trained)[trained]
+    sampled, old, ref = (None if x is None else x[trained] for x in (batch.sampled_logps, batch.old_logps, batch.ref_logps))
+    gaps = []
+
+    def loss_of(logps: Tensor, entropy: Tensor, rows: slice):
+        gaps.append((logps.detach() - sampled[rows]).abs().max())
+        return token_loss(logps, logps.detach() if old is None else old[rows], None if ref is None else ref[rows],
+                          advantages[rows], weights[rows], clip=(config.clip_low, config.clip_high), kl_coef=config.kl_coef,
+                          entropy=entropy, entropy_coef=config.entropy_coef)
+
+    hidden = answer_hidden(model, batch)[trained]  # (tokens, C)
+    loss, metrics = fused_loss(hidden, model.lm_head_weight, batch.answers[trained], loss_of, config.temperature)
+    return loss, {**metrics, "mismatch": torch.stack(gaps).max()}
 
 
 def total(parts: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -121,6 +151,17 @@ def describe(groups: list[list[Episode]]) -> dict[str, float]:
     }
 
 
+def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool, config: Config) -> float:
+    """Of the training on these rollouts, each prompt run once: three passes an update, one each for other log-probs."""
+    tokens, scored, pairs = 0, 0, 0.0
+    for group in groups:
+        prompt, answers = len(group[0].prompt.ids), [len(episode.completion.ids) for episode in group]
+        tokens += prompt + sum(answers)
+        scored += sum(answers)
+        pairs += prompt**2 / 2 + sum(answer * (prompt + answer / 2) for answer in answers)
+    return training_flops(model, tokens, scored, pairs, 3 * config.updates + with_reference + (config.updates > 1))
+
+
 def validate(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], config: Config) -> float:
     groups = rollout(model, tokenizer, prompts, 1, max_new_tokens=config.max_new_tokens, temperature=0.0, rows=config.rows)
     return sum(group[0].correct for group in groups) / len(groups)
@@ -139,6 +180,10 @@ def main(config: Config):
     model, tokenizer = open_model(config.model, device, config.dtype)
     with_reference = config.kl_coef or config.kl_threshold is not None
     reference = open_model(config.model, device, config.dtype)[0] if with_reference else None
+    if reference is not None:
+        reference.to(reference.activation_dtype)  # frozen: it needs no wider copy of its weights
+    model.checkpointing = config.checkpointing
+    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     limit = prompt_limit(model, config.max_prompt, config.max_new_tokens)
     prompts = load_prompts(config.data, tokenizer, limit)
@@ -154,6 +199,7 @@ def main(config: Config):
     generator.set_state(state["generator"])
     run = Run(config.out, config, device=str(device), steps=config.steps, resume_step=state["step"] + 1 if saved else None)
     (run.path / "rollouts").mkdir(exist_ok=True)
+    peak = matmul_rate(device, model.activation_dtype)
     if held_out and not saved:
         run.log(0, val_accuracy=validate(model, tokenizer, held_out, config))
 
@@ -162,7 +208,7 @@ def main(config: Config):
         began = time.monotonic()
         groups = rollout(model, tokenizer, [prompts[index] for index in indices], config.samples,
                          max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                         format_scale=config.format_scale, rows=config.rows, generator=generator)
+                         format_scale=config.format_scale, rows=config.rows, generator=generator, compiled=compiled)
         decoded = time.monotonic()
         write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
         advantages = group_advantages(torch.tensor([[episode.reward for episode in group] for group in groups]))  # (N, G)
@@ -172,7 +218,9 @@ def main(config: Config):
         trained = time.monotonic()
 
         numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
-                    "tokens_per_second": numbers["length"] * config.prompts * config.samples / (decoded - began)}
+                    "tokens_per_second": numbers["length"] * config.prompts * config.samples / (decoded - began),
+                    "padding": padding(batches),
+                    "utilisation": step_flops(model, groups, reference is not None, config) / (trained - decoded) / peak}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
             numbers["val_accuracy"] = validate(model, tokenizer, held_out, config)
         run.log(step, console=CONSOLE, **numbers)

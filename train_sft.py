@@ -19,9 +19,10 @@ import torch
 from minibridge import checkpoint
 from minibridge.config import REQUIRED, InputError, Run, option, run_main
 from minibridge.data import Example, batches, index_stream, load_sft, micro_batches, pad_batch
-from minibridge.logprob import token_logprobs
+from minibridge.logprob import fused_loss
+from minibridge.measure import matmul_rate
 from minibridge.model import Decoder
-from minibridge.optim import adamw, learning_rate, open_model, pick_device, resume_point, update
+from minibridge.optim import adamw, learning_rate, open_model, pick_device, resume_point, training_flops, update
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Config:
     log_every: int = option(1, "steps between console lines; metrics.jsonl has every step", least=0)
     resume: bool = option(False, "go on from the newest checkpoint of --out")
     seed: int = option(0, "seed of the order of examples", least=0)
+    checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
@@ -56,8 +58,9 @@ def answer_loss(model: Decoder, batch: list[Example], device: torch.device, pad_
     ids, mask = (tensor.to(device) for tensor in pad_batch(batch, pad_id))  # (B, T), (B, T)
     trained = mask[:, 1:].bool()  # (B, T-1): hidden state t predicts token t + 1
     hidden = model(ids[:, :-1])[trained]  # (N, C)
-    logprobs, _ = token_logprobs(hidden, model.lm_head_weight, ids[:, 1:][trained], with_entropy=False)
-    return -logprobs.sum(), len(hidden)
+    loss, _ = fused_loss(hidden, model.lm_head_weight, ids[:, 1:][trained], lambda logprobs, *_: (-logprobs.sum(), {}),
+                         with_entropy=False)
+    return loss, len(hidden)
 
 
 def accumulate(model: Decoder, batch: list[Example], config: Config, device: torch.device, pad_id: int) -> float:
@@ -84,6 +87,7 @@ def main(config: Config):
         raise InputError(f"epochs: must be above 0, not {config.epochs:g}")
     device, saved = pick_device(config.device), resume_point(config)
     model, tokenizer = open_model(config.model, device, config.dtype)
+    model.checkpointing = config.checkpointing
     optimizer = adamw(model, (0.9, config.beta2), config.weight_decay)
     examples = load_sft(config.data, tokenizer, config.max_length, config.whole_chat, config.truncate)
     held_out = load_sft(config.val, tokenizer, config.max_length, config.whole_chat, config.truncate) if config.val else []
@@ -98,6 +102,7 @@ def main(config: Config):
     micro_batches(examples + held_out, config.micro_tokens)  # a too long example is an error now, not at its step
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     run = Run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None)
+    peak = matmul_rate(device, model.activation_dtype)
 
     stream = index_stream(len(examples), config.batch_size, config.seed, start)
     for step, indices in enumerate(itertools.islice(stream, max(0, steps - start)), start + 1):
@@ -107,8 +112,11 @@ def main(config: Config):
         loss = accumulate(model, batch, config, device, tokenizer.pad_id)
         norm = update(model, optimizer, rate, config.clip)
         seconds = time.monotonic() - began
+        lengths = [len(example.ids) for example in batch]
+        scored = sum(sum(example.mask[1:]) for example in batch)
+        flops = training_flops(model, sum(lengths), scored, sum(length**2 / 2 for length in lengths))
         numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "seconds": seconds,
-                   "tokens_per_second": sum(len(example.ids) for example in batch) / seconds}
+                   "tokens_per_second": sum(lengths) / seconds, "utilisation": flops / seconds / peak}
         if held_out and (step == steps or config.eval_every and step % config.eval_every == 0):
             numbers["val_loss"] = validation_loss(model, held_out, config, device, tokenizer.pad_id)
         shown = step == steps or config.log_every and step % config.log_every == 0 or "val_loss" in numbers

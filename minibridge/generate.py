@@ -1,24 +1,25 @@
 """Sampling completions: prompts in, token ids and their log-probabilities out.
 
-Each prompt is prefilled once and its keys and values are copied to the rows of its samples. Live rows are
-always the first ones of the cache: when a row finishes, the last live row moves into its place and the next
-waiting sample joins at the end, so no step computes anything for a finished row. Not here: chat format,
-rewards, penalties, beam search.
+Each prompt is prefilled once and its samples share its keys and values. Live rows are always the first ones of the
+cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end, so no
+step computes anything for a finished row. Not here: chat format, rewards, penalties, beam search.
 
-Axes: B rows, T tokens, S cache slots, C hidden, V vocabulary.
+Axes: N prompts of P tokens, B rows, C hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from minibridge.cache import KVCache, PromptCache
 from minibridge.config import InputError
-from minibridge.model import Decoder, KVCache
+from minibridge.model import Decoder
+from minibridge.sampling import sample
 
 
 class Decodes(Protocol):
@@ -49,6 +50,7 @@ def generate(
     tokenizer: Decodes | None = None,
     generator: torch.Generator | None = None,
     rows: int = 64,
+    compiled: bool = False,
 ) -> list[list[Completion]]:
     """`samples` completions of each prompt (token ids), in the order of the prompts, `rows` at a time.
 
@@ -56,16 +58,15 @@ def generate(
     temperature 0 takes the most likely token and gives its log-probability under softmax(logits). A
     completion ends with one of stop_ids, with the token that completes one of stop_strings in the decoded
     text, or after max_new_tokens. The generator is on the model's device (None: torch's own); the same state
-    and arguments give the same completions. Raises InputError for a prompt that is empty or, with
+    and arguments give the same completions. `compiled`: each step is one graph of torch.compile, which takes about a
+    minute to make and is worth it for long runs. Raises InputError for a prompt that is empty or, with
     max_new_tokens, longer than the model's max_position_embeddings.
     """
     _check(model, prompts, samples, max_new_tokens, rows)
     stop = _Stop(frozenset(stop_ids), tuple(stop_strings), tokenizer, max_new_tokens)
     results = [[Completion() for _ in range(samples)] for _ in prompts]
-    waiting = _prefill(model, prompts, results, batch=max(1, rows // samples))
-    slots = max(map(len, prompts), default=0) + max_new_tokens
-    pool = _Pool(model, min(rows, samples * len(prompts)), slots)
-    while pool.admit(waiting):
+    pool = _Pool(model, prompts, results, rows, max_new_tokens, compiled)
+    while pool.admit():
         tokens, logprobs = sample(model.logits(pool.hidden), temperature, top_p, generator)  # (B,), (B,)
         drawn = torch.stack((tokens.double(), logprobs.double())).tolist()  # the step's one wait
         if not all(map(math.isfinite, drawn[1])):
@@ -76,30 +77,6 @@ def generate(
         pool.retire(stop)
         pool.advance()
     return results
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None):
-    """Tokens (B,) drawn from fp32 logits (B, V) as `generate` says, and their log-probabilities (B,)."""
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    weights = (logits / temperature).softmax(-1)  # (B, V)
-    if top_p < 1:
-        weights = nucleus(weights, top_p)
-    # Inverse transform: one uniform number a row. The sums are fp64 so that rare tokens keep their chance.
-    edges = weights.cumsum(-1, dtype=torch.float64)
-    total = edges[:, -1:]
-    uniform = torch.rand(total.shape, dtype=torch.float64, device=logits.device, generator=generator)
-    tokens = torch.searchsorted(edges, uniform * total, right=True)  # (B, 1), never one of weight 0
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # past the end only if the logits are NaN
-    return tokens[:, 0], (weights.gather(-1, tokens) / total).log().float()[:, 0]
-
-
-def nucleus(weights: Tensor, top_p: float) -> Tensor:
-    """Probabilities (B, V), set to 0 outside the fewest most likely tokens that hold top_p of the whole."""
-    ordered, order = weights.sort(-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p  # what comes before already holds top_p
-    return weights.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0)
 
 
 def _check(model: Decoder, prompts, samples: int, max_new_tokens: int, rows: int):
@@ -116,74 +93,101 @@ def _check(model: Decoder, prompts, samples: int, max_new_tokens: int, rows: int
 
 
 @dataclass
+class _Prompt:
+    """A prefilled prompt: where the cache has it, the hidden state (C,) of its last token, its unfinished samples."""
+
+    place: int
+    length: int
+    hidden: Tensor
+    samples: int
+
+
+@dataclass
 class _Row:
     """A completion in the making."""
 
     completion: Completion
-    prompt_length: int
-
-    @property
-    def length(self) -> int:
-        return self.prompt_length + len(self.completion.ids)
-
-
-def _prefill(model: Decoder, prompts, results, batch: int) -> Iterator[tuple[_Row, KVCache, int, Tensor]]:
-    """Each sample in order: with the cache and the row of it that hold its prompt, and its last hidden (C,).
-
-    A batch of prompts is run when the first of its samples is asked for.
-    """
-    for start in range(0, len(prompts), batch):
-        lengths = [len(prompt) for prompt in prompts[start : start + batch]]
-        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)  # (B, T), padded on the right
-        for b, length in enumerate(lengths):
-            ids[b, :length] = torch.as_tensor(prompts[start + b])
-        cache = model.new_cache(*ids.shape)
-        hidden = model(ids.to(model.device), cache=cache)  # (B, T, C)
-        last = [hidden[b, length - 1].clone() for b, length in enumerate(lengths)]
-        del hidden  # while these samples wait, only the ends are needed
-        for b, length in enumerate(lengths):
-            for completion in results[start + b]:
-                yield _Row(completion, length), cache, b, last[b]
+    prompt: _Prompt
 
 
 class _Pool:
     """The samples being decoded: live[b] owns row b of the cache; its next token is drawn from hidden[b]."""
 
-    def __init__(self, model: Decoder, rows: int, slots: int):
-        self.model, self.rows, self.cache = model, rows, model.new_cache(rows, slots)
+    def __init__(self, model: Decoder, prompts, results: list[list[Completion]], rows: int, max_new_tokens: int,
+                 compiled: bool):
+        samples = len(results[0]) if results else 1
+        self.model, self.rows = model, min(rows, samples * len(prompts))
+        self.batch = max(1, rows // samples)  # prompts of a prefill
+        self.cache = KVCache(model.config, min(2 * self.batch, len(prompts)), max(map(len, prompts), default=0),
+                             self.rows, max_new_tokens, model.activation_dtype, model.device, compiled)
         self.live: list[_Row] = []
+        self.prompts: list[_Prompt] = []  # those of live and of waiting rows, in the order of the cache
+        self.changed = False  # whether the rows are no longer those that the cache has been told of
+        self.waiting = self._prefill(prompts, results)
         self.hidden = torch.empty(0, model.config.hidden_size).to(model.device, model.activation_dtype)
 
-    def admit(self, waiting: Iterator[tuple[_Row, KVCache, int, Tensor]]) -> bool:
-        """Fill the free rows with samples from `waiting`; False when nothing is left to decode."""
-        new = list(islice(waiting, self.rows - len(self.live)))
-        for source, group in groupby(new, key=lambda item: item[1]):
-            added, _, source_rows, _ = zip(*group)
-            rows = range(len(self.live), len(self.live) + len(added))
-            self.cache.copy_rows(source, list(source_rows), list(rows))
-            self.live += added
-        self.hidden = torch.cat((self.hidden, *(item[3][None] for item in new)))  # (B, C)
+    def _prefill(self, prompts, results: list[list[Completion]]) -> Iterator[_Row]:
+        """Each sample in order. A batch of prompts is run when the first of its samples is asked for."""
+        for start in range(0, len(prompts), self.batch):
+            lengths = [len(prompt) for prompt in prompts[start : start + self.batch]]
+            ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)  # (N, P), padded on the right
+            for n, length in enumerate(lengths):
+                ids[n, :length] = torch.as_tensor(prompts[start + n])
+            filled, first = PromptCache(), len(self.prompts)
+            hidden = self.model(ids.to(self.model.device), cache=filled)  # (N, P, C)
+            self.cache.put_prompts(first, filled)
+            self.prompts += [_Prompt(first + n, length, hidden[n, length - 1].clone(), len(results[start + n]))
+                             for n, length in enumerate(lengths)]
+            del filled, hidden  # while samples wait, only the ends and what the cache holds are needed
+            for prompt, group in zip(self.prompts[first:], results[start:]):
+                for completion in group:
+                    yield _Row(completion, prompt)
+
+    def admit(self) -> bool:
+        """Fill the free rows with waiting samples; False when nothing is left to decode."""
+        new = list(islice(self.waiting, self.rows - len(self.live)))
+        self.live += new
+        self.changed |= bool(new)
+        self.hidden = torch.cat((self.hidden, *(row.prompt.hidden[None] for row in new)))  # (B, C)
         return bool(self.live)
 
     def retire(self, stop: "_Stop"):
-        """Let go of the rows that have come to their end, and close the gaps with rows from the back."""
-        alive = [b for b, row in enumerate(self.live) if not stop(row.completion)]
-        moved = [b for b in alive if b >= len(alive)]
-        gaps = sorted(set(range(len(alive))) - set(alive))
-        self.cache.limit = max((self.live[b].length for b in alive), default=0)
-        if gaps:
-            self.cache.copy_rows(self.cache, moved, gaps)
-        for gap, b in zip(gaps, moved):
-            self.live[gap] = self.live[b]
-        del self.live[len(alive) :]
+        """Let go of the rows that have come to their end, and of prompts whose last sample has."""
+        ended = {b for b, row in enumerate(self.live) if stop(row.completion)}
+        for b in ended:
+            self.live[b].prompt.samples -= 1
+        if ended:
+            self.changed = True
+            _close_gaps(self.live, ended, self.cache.move_rows)
+            over = {n for n, prompt in enumerate(self.prompts) if not prompt.samples}
+            _close_gaps(self.prompts, over, self.cache.move_prompts)
+            for n, prompt in enumerate(self.prompts):
+                prompt.place = n
 
     def advance(self):
         """Run the newest token of every live row."""
-        self.hidden, self.cache.rows = self.hidden[:0], len(self.live)
-        if self.live:
-            newest = [[row.completion.ids[-1], row.length - 1] for row in self.live]
-            ids, positions = torch.tensor(newest, device=self.model.device).T[:, :, None]  # (B, 1) each
-            self.hidden = self.model(ids, positions, self.cache)[:, 0]
+        self.hidden = self.hidden[:0]
+        if not self.live:
+            return
+        if self.changed:
+            self.cache.arrange([row.prompt.place for row in self.live], [prompt.length for prompt in self.prompts])
+            self.changed = False
+        said = [len(row.completion.ids) for row in self.live]
+        newest = [[row.completion.ids[-1], row.prompt.length + n - 1] for row, n in zip(self.live, said)]
+        ids, positions = torch.tensor(newest, device=self.model.device).T  # (B,) each
+        self.hidden = self.cache.step(self.model, ids, positions, longest=max(said) - 1)
+
+
+def _close_gaps(items: list, gone: set[int], move: Callable[[list[int], list[int]], None]):
+    """Takes the items at `gone` out of the list by moving the last ones there; `move` does the same elsewhere."""
+    kept = len(items) - len(gone)
+    gaps = sorted(index for index in gone if index < kept)
+    sources = [index for index in range(kept, len(items)) if index not in gone]
+    if gaps:
+        move(sources, gaps)
+    for gap, source in zip(gaps, sources):
+        items[gap] = items[source]
+    del items[kept:]
 
 
 @dataclass

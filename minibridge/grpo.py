@@ -88,25 +88,41 @@ def grpo_loss(
     '-0.4667'
     """
     weights = token_weights(mask.to(logps.dtype), aggregate, normalizer)  # (B, T)
-    mask = mask.bool()
-    log_ratio = torch.where(mask, logps - old_logps, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (B, T)
-    policy, clipped = clipped_surrogate(log_ratio.exp(), advantages[:, None], clip)  # (B, T), (B, T)
+    logps, old_logps, ref_logps, entropy = (
+        None if x is None else torch.where(mask.bool(), x, 0.0) for x in (logps, old_logps, ref_logps, entropy))
+    kept = None
+    if kl_threshold is not None:
+        if ref_logps is None:
+            raise ValueError("kl_threshold needs ref_logps")
+        k3 = kl_k3(ref_logps - logps.detach()).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        kept = (k3 < kl_threshold).to(k3.dtype)  # (B, 1)
+    return token_loss(logps, old_logps, ref_logps, advantages[:, None], weights, kept, clip=clip, kl_coef=kl_coef,
+                      entropy=entropy, entropy_coef=entropy_coef)
+
+
+def token_loss(
+    logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, weights: Tensor,
+    kept: Tensor | None = None, *, clip: tuple[float, float] = (0.2, 0.2), kl_coef: float = 0.0,
+    entropy: Tensor | None = None, entropy_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `grpo_loss` computes, of tokens of any shape that each bring their weight: any part of an optimizer step.
+
+    All of one shape, or broadcast to it; `kept` is 1 or 0, and 0 takes a token's terms out of the loss.
+    """
+    log_ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    policy, clipped = clipped_surrogate(log_ratio.exp(), advantages, clip)
     terms, means = policy, {"clip_fraction": clipped, "log_ratio": log_ratio.abs()}
-    kept = torch.ones_like(advantages)  # (B,)
     if ref_logps is not None:
-        means["kl"] = k3 = kl_k3(torch.where(mask, ref_logps - logps, 0.0))  # (B, T)
+        means["kl"] = k3 = kl_k3(ref_logps - logps)
         terms = terms + kl_coef * k3
-        if kl_threshold is not None:
-            kept = (k3.sum(1) / mask.sum(1).clamp(min=1) < kl_threshold).to(k3.dtype)  # (B,)
-    elif kl_coef or kl_threshold is not None:
-        raise ValueError("kl_coef and kl_threshold need ref_logps")
+    elif kl_coef:
+        raise ValueError("kl_coef needs ref_logps")
     if entropy is not None:
-        entropy = entropy if entropy_coef else entropy.detach()  # no backward pass for a number that is only logged
-        means["entropy"] = masked_entropy = torch.where(mask, entropy, 0.0)  # (B, T)
-        terms = terms - entropy_coef * masked_entropy
+        means["entropy"] = entropy if entropy_coef else entropy.detach()  # no backward pass for what is only logged
+        terms = terms - entropy_coef * means["entropy"]
     elif entropy_coef:
         raise ValueError("entropy_coef needs entropy")
-    kept_weights = weights * kept[:, None]  # (B, T)
+    kept_weights = weights if kept is None else weights * kept
     loss = (terms * kept_weights).sum()
     metrics = {"loss": loss, "policy_loss": (policy * kept_weights).sum(), "kept": kept_weights.sum()}
     metrics |= {name: (values * weights).sum() for name, values in means.items()}

@@ -1,12 +1,11 @@
-"""The decoder: Qwen2 / Qwen2.5, Qwen3 and Llama 3.x in one class, and the key/value cache for sampling.
+"""The decoder: Qwen2 / Qwen2.5, Qwen3 and Llama 3.x in one class.
 
 One `forward` serves training, prefill and decoding; positions are an argument. Parameter names are those
 of Hugging Face's classes, so a checkpoint maps one to one. Not here: text, sampling, losses, files.
 Departures from the library models: no dropout, no sliding window, and no attention mask (rows are padded on
 the right, where causality already keeps the padding from every real token).
 
-Axes: B rows, T tokens, S cache slots, C hidden, H heads, K key/value heads, G = H / K, D head size,
-V vocabulary.
+Axes: B rows, T tokens, C hidden, H heads, K key/value heads, D head size, V vocabulary.
 """
 
 import math
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from minibridge.cache import Attend, Cache, causal_attention
 from minibridge.config import InputError
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -144,50 +145,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
-def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Attention (B, T, H, D) of q (B, T, H, D) over cached keys and values (B, K, S, D), without copies.
-
-    The G query heads of a key head are laid along the query-time axis: the same numbers as repeating keys and
-    values G times. bias (B, 1, G*T, S) is 0 where a query sees a slot and -inf elsewhere.
-    """
-    B, T, H, D = q.shape
-    K = keys.shape[1]
-    q = q.view(B, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-    return out.view(B, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
-
-
-class KVCache:
-    """Keys and values of all layers, (L, B, K, S, D) each; a token's slot is its position in its row.
-
-    Only the first `rows` rows take part, and attention reads slots 0 .. limit - 1 of them: the caller, who
-    knows the positions without asking the device, keeps `limit` one past the largest in use. Slots start at
-    zero, because what is masked is still multiplied by 0, and uninitialised memory may hold a NaN.
-    """
-
-    def __init__(self, config: ModelConfig, rows: int, slots: int, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows, self.limit = rows, slots
-
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, T, K, D) at slots positions (B, T); returns the layer's (B, K, limit, D) views."""
-        keys, values = self.keys[layer, : self.rows], self.values[layer, : self.rows]
-        row = torch.arange(self.rows, device=positions.device)[:, None]  # (B, 1)
-        keys[row, :, positions], values[row, :, positions] = k, v
-        return keys[:, :, : self.limit], values[:, :, : self.limit]
-
-    def copy_rows(self, source: "KVCache", source_rows: list[int], rows: list[int]):
-        """Overwrite `rows` with `source_rows` of source, up to its limit; source may be this cache."""
-        self.keys[:, rows, :, : source.limit] = source.keys[:, source_rows, :, : source.limit]
-        self.values[:, rows, :, : source.limit] = source.values[:, source_rows, :, : source.limit]
-
-    def slot_positions(self, positions: Tensor) -> Tensor:
-        """(1, S) position of the token in each slot that attention reads."""
-        return torch.arange(self.limit, device=positions.device)[None]
-
-
 class Linear(nn.Linear):
     """x Wᵀ + b in the dtype of x: the one place where fp32 parameters meet bf16 activations.
 
@@ -215,9 +172,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary embeddings and K <= H key/value heads."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         qkv_bias = config.attention_bias or config.model_type == "qwen2"
@@ -229,19 +186,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, rope, positions: Tensor, cache: KVCache | None, bias: Tensor | None):
+    def project(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q (B, T, H, D) and k (B, T, K, D), and v (B, T, K, D)."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # (B, T, H, D), (B, T, K, D)
-        if cache is not None:
-            keys, values = cache.write(self.layer, positions, k, v)  # (B, K, S, D)
-        if bias is None:
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        else:
-            out = grouped_attention(q, keys, values, bias)
-        return self.o_proj(out.flatten(2))  # (B, T, C)
+        return rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope), v
 
 
 class MLP(nn.Module):
@@ -258,27 +208,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x: Tensor, rope, layer: int, attend: Attend) -> Tensor:
+        q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
+        x = x + self.self_attn.o_proj(attend(layer, q, k, v).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """The language model. Its activations are in compute_dtype, by default the dtype of the parameters."""
+    """The language model. Its activations are in compute_dtype, by default the dtype of the parameters.
+
+    checkpointing: training keeps only what goes into each layer, and runs the layer again in the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
         self.model = nn.Module()
         self.model.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)  # (V, C)
-        self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -297,24 +251,22 @@ class Decoder(nn.Module):
     def activation_dtype(self) -> torch.dtype:
         return self.compute_dtype or self.lm_head_weight.dtype
 
-    def new_cache(self, rows: int, slots: int) -> KVCache:
-        return KVCache(self.config, rows, slots, self.activation_dtype, self.device)
-
-    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of ids (B, T) at positions (B, T), by default 0 .. T - 1.
 
-        With a cache, token t of row b is written at slot positions[b, t]. Attention is causal among the
-        tokens given (training, prefill), unless both positions and a cache are: then a query at position p
-        sees what the cache holds of positions 0 .. p of its row (decoding, prefill in pieces). Whatever has
-        `write` and `slot_positions` is a cache: `policy` trains answers on shared prompts with one of its own.
+        Attention is causal among the tokens given, unless a cache says otherwise (`cache.KVCache` in sampling,
+        `cache.PromptCache` in prefill and training).
         """
         x = F.embedding(ids, self.model.embed_tokens.weight).to(self.activation_dtype)  # (B, T, C)
-        bias = None if cache is None or positions is None else self._cache_bias(positions, cache)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         rope = self._rope_tables(positions)
-        for block in self.model.layers:
-            x = block(x, rope, positions, cache, bias)
+        attend = causal_attention if cache is None else cache.attention(positions)
+        for layer, block in enumerate(self.model.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, layer, attend, use_reentrant=False)
+            else:
+                x = block(x, rope, layer, attend)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -326,12 +278,6 @@ class Decoder(nn.Module):
         angles = positions[:, :, None, None] * self.frequencies  # (B, T, 1, D/2) fp32
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, T, 1, D) each
-
-    def _cache_bias(self, positions: Tensor, cache: KVCache) -> Tensor:
-        later = cache.slot_positions(positions)[:, None] > positions[:, :, None]  # (B, T, S)
-        bias = torch.zeros(later.shape, dtype=self.activation_dtype, device=positions.device)
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        return bias.masked_fill_(later, -torch.inf).repeat(1, groups, 1)[:, None]  # (B, 1, G*T, S)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, std: float = 0.02):

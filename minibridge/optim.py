@@ -12,7 +12,8 @@ from minibridge.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Settings that a resumed run may change: they touch no number, or (micro_tokens) only its last digits.
-MAY_CHANGE = ("out", "resume", "micro_tokens", "eval_every", "save_every", "log_every", "show_every")
+MAY_CHANGE = ("out", "resume", "micro_tokens", "checkpointing", "compile", "eval_every",
+              "save_every", "log_every", "show_every")
 
 
 def pick_device(name: str) -> torch.device:
@@ -20,7 +21,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.empty(0, device=name).device.type in ("cpu", "cuda"):
+        if (kind := torch.empty(0, device=name).device.type) in ("cpu", "cuda"):
+            if kind == "cuda":
+                torch.cuda.set_device(name)  # what is timed and counted without a name is then this one
             return torch.device(name)
         reason = "only cpu and cuda are supported"
     except (RuntimeError, AssertionError) as error:
@@ -67,6 +70,17 @@ def resume_point(config: Any) -> Path | None:
     elif saved or (Path(config.out) / "model").exists():
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
     return saved
+
+
+def training_flops(model: Decoder, tokens: int, scored: int, pairs: float, passes: float = 3) -> float:
+    """Floating-point operations of `passes` forward passes' worth of work: a backward pass is two. In a forward pass each
+    parameter takes part in two for every token, but those of the head only for the tokens `scored`, and each pair of a
+    token and one that it attends to in 4 D of each head of each layer."""
+    c, head = model.config, model.lm_head_weight.numel()
+    embedding = head if c.tie_word_embeddings else 2 * head  # looked up, and the head
+    body = sum(parameter.numel() for parameter in model.parameters()) - embedding
+    attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+    return passes * (2 * body * tokens + 2 * head * scored + attention)
 
 
 def adamw(model: Decoder, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:

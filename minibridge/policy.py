@@ -16,40 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from minibridge.cache import PromptCache
 from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
 from minibridge.rollout import Episode
-
-
-class PromptCache:
-    """Keys and values of N prompts in a training forward: B answers attend to them, and gradients flow back.
-
-    The first forward (prompts (N, P), padded on the right) fills it; after `share`, the second (answers (B, T) at
-    their positions) reads the prompt of each row, and its own tokens after it. Nothing is written in place.
-    """
-
-    def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []  # (N, K, P, D) each
-        self.owner: Tensor | None = None
-
-    def share(self, owner: Tensor, lengths: Tensor):
-        """Row b goes on from prompt owner[b] (B,), of lengths[owner[b]] tokens; lengths (N,)."""
-        self.owner, self.lengths = owner, lengths[owner]
-
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes k, v (B, T, K, D); returns the keys and values to attend to, (B, K, P + T, D)."""
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if self.owner is None:
-            self.layers.append((k, v))
-            return k, v
-        keys, values = (prompt.index_select(0, self.owner) for prompt in self.layers[layer])
-        return torch.cat((keys, k), 2), torch.cat((values, v), 2)
-
-    def slot_positions(self, positions: Tensor) -> Tensor:
-        """(B, P + T) position of the token in each slot; padding behind a prompt is later than everything."""
-        slots = torch.arange(self.layers[0][0].shape[2], device=positions.device).expand(len(positions), -1)
-        never = torch.iinfo(positions.dtype).max
-        return torch.cat((slots.masked_fill(slots >= self.lengths[:, None], never), positions), 1)
 
 
 @dataclass
@@ -81,6 +51,12 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
         else:
             packed.append([place])
     return [_micro_batch(groups, advantages, places, device) for places in packed]
+
+
+def padding(batches: list[MicroBatch]) -> float:
+    """Share of the positions of all micro-batches that hold padding."""
+    real = sum(int(batch.prompt_lengths.sum() + batch.trained.sum()) for batch in batches)
+    return 1 - real / sum(batch.prompts.numel() + batch.answers.numel() for batch in batches)
 
 
 def _length(episode: Episode) -> int:

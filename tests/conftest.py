@@ -75,7 +75,7 @@ def metrics(out) -> list[dict]:
 
 
 def without_times(rows) -> list[dict]:
-    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+    return [{name: value for name, value in row.items() if "second" not in name and name != "utilisation"} for row in rows]
 
 
 def weights(folder) -> bytes:

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 
+from minibridge.cache import KVCache
 from minibridge.config import InputError
-from minibridge.generate import generate, nucleus, sample
+from minibridge.generate import generate
 from minibridge.model import Decoder, ModelConfig
+from minibridge.sampling import inverse_transform, nucleus, sample
 
 VOCAB = 23
 CONFIG = ModelConfig("qwen2", vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -106,12 +108,33 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature, top_p):
 
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (1 - 2**-53, 3)])
 def test_the_ends_of_the_unit_interval_are_tokens_that_can_be_drawn(monkeypatch, uniform, token):
-    def fixed(shape, dtype, **options):
+    def fixed(*shape, dtype, **options):
         return torch.full(shape, uniform, dtype=dtype)
 
     monkeypatch.setattr(torch, "rand", fixed)
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, 0.3, -torch.inf]])
     assert sample(logits, 1.0, 1.0, None)[0].item() == token
+    weights = torch.zeros(3, 1000)
+    weights[:, [130, 131, 700]] = torch.tensor([[1e-30, 1.0, 2.0], [0.3, 3e-8, 1e-8], [5.0, 1e-9, 1e20]])
+    assert inverse_transform(weights, None).tolist() == [130 if uniform == 0 else 700] * 3
+
+
+@pytest.mark.parametrize("vocabulary", [64, 100])
+def test_nan_weights_give_some_token_and_a_nan(vocabulary):
+    """Which `generate` reports; an index beyond the vocabulary would end in a crash."""
+    tokens, logprobs = sample(torch.full((2, vocabulary), torch.nan), 1.0, 1.0, seeded())
+    assert (tokens < vocabulary).all() and logprobs.isnan().all()
+
+
+def test_a_token_is_drawn_where_its_stretch_of_the_unit_interval_lies(monkeypatch):
+    """Over 300 tokens, of very different weights, in blocks of 64 and of 7: the naive search says which."""
+    weights = (4 * torch.randn(5, 300, generator=seeded())).exp() * (torch.rand(5, 300, generator=seeded(1)) < 0.8)
+    edges = weights.double().cumsum(-1)
+    for number in range(200):
+        uniform = torch.rand(5, 1, dtype=torch.float64, generator=seeded(number))
+        expected = (edges <= uniform * edges[:, -1:]).sum(-1)
+        for block in (64, 7):
+            assert torch.equal(inverse_transform(weights, seeded(number), block), expected)
 
 
 def test_generate_draws_the_samples_of_a_prompt_independently(model):
@@ -184,35 +207,29 @@ def test_completions_end_where_a_stop_string_first_appears(model, stop_strings):
 # What it costs
 
 
-class Recorder:
-    """Stands in for the decoder and notes the shape of each forward pass."""
-
-    def __init__(self, model: Decoder):
-        self.model, self.prefills, self.steps = model, [], []
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def __call__(self, ids, positions=None, cache=None):
-        if positions is None:
-            self.prefills.append(tuple(ids.shape))
-        else:
-            self.steps.append(len(ids))
-            assert cache.limit == positions.max() + 1  # attention reads no further than it must
-        return self.model(ids, positions, cache)
-
-
 @pytest.mark.parametrize("rows", [1, 4, 12, 64])
-def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(model, rows):
-    recorder, samples = Recorder(model), 4
-    results = generate(recorder, PROMPTS, samples, 9, stop_ids=(0, 1, 2, 3), generator=seeded(), rows=rows)
-    completions = flat(results)
-    assert sum(batch for batch, _ in recorder.prefills) == len(PROMPTS)
-    assert max(batch for batch, _ in recorder.prefills) <= max(1, rows // samples)
-    assert max(recorder.steps) <= rows
-    assert sum(recorder.steps) == sum(len(completion.ids) - 1 for completion in completions)
-    ideal = sum(recorder.steps) / min(rows, len(completions))
-    assert len(recorder.steps) <= ideal + 2 * 9  # rows are refilled as they end
+def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(model, monkeypatch, rows):
+    prefills, steps, samples = [], [], 4
+    put_prompts, step = KVCache.put_prompts, KVCache.step
+
+    def noted_prompts(cache, first, filled):
+        prefills.append(len(filled.layers[0][0]))
+        put_prompts(cache, first, filled)
+
+    def noted_step(cache, decoder, ids, positions, longest):
+        steps.append(len(ids))
+        assert longest == (positions - cache.lengths).max()  # attention reads no further than it must
+        assert len(cache.grid) <= rows + max(1, rows // samples)  # prompts whose answers are all over are gone
+        return step(cache, decoder, ids, positions, longest)
+
+    monkeypatch.setattr(KVCache, "put_prompts", noted_prompts)
+    monkeypatch.setattr(KVCache, "step", noted_step)
+    completions = flat(generate(model, PROMPTS, samples, 9, stop_ids=(0, 1, 2, 3), generator=seeded(), rows=rows))
+    assert sum(prefills) == len(PROMPTS) and max(prefills) <= max(1, rows // samples)
+    assert max(steps) <= rows
+    assert sum(steps) == sum(len(completion.ids) - 1 for completion in completions)
+    ideal = sum(steps) / min(rows, len(completions))
+    assert len(steps) <= ideal + 2 * 9  # rows are refilled as they end
 
 
 # Bad input

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minibridge import logprob
-from minibridge.logprob import token_logprobs, token_logprobs_naive
+from minibridge.logprob import fused_loss, token_logprobs, token_logprobs_naive
 
 N, V, C = 23, 17, 6
 
@@ -16,6 +16,17 @@ def inputs(dtype=torch.float64, weight_dtype=None, scale=1.5):
     hidden = (torch.randn(N, C, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
     weight = torch.randn(V, C, generator=generator, dtype=torch.float64).to(weight_dtype or dtype)
     return hidden, weight.requires_grad_(), torch.randint(V, (N,), generator=generator)
+
+
+def fused(hidden, weight, targets, *, slopes=(1.0, 1.0), **options):
+    """`fused_loss` of the sum of everything, each value times its slope."""
+    def loss_of(logprobs, entropy, rows):
+        values = [x for x in (logprobs, entropy) if x is not None]
+        loss = sum((x * torch.as_tensor(slope, dtype=x.dtype).expand(len(hidden))[rows]).sum()
+                   for x, slope in zip(values, slopes))
+        return loss, {"tokens": torch.tensor(float(len(logprobs))), "logprob": logprobs.sum()}
+
+    return fused_loss(hidden, weight, targets, loss_of, **options)
 
 
 def gradients(function, hidden, weight, targets, **options):
@@ -55,10 +66,39 @@ def test_equals_the_naive_twin_for_every_chunk_size(chunk, temperature):
     assert_all_close(results, expected, rtol=1e-11, atol=1e-12)
 
 
+def fused_gradients(hidden, weight, targets, **options):
+    """What `gradients` gives for the same loss, as far as the fused form gives it: loss, sum of logprobs, gradients."""
+    slopes = torch.linspace(-1, 2, N, dtype=torch.float64), torch.linspace(0.5, -1, N, dtype=torch.float64)
+    loss, metrics = fused(hidden, weight, targets, slopes=slopes, **options)
+    assert metrics["tokens"] == N
+    (3 * loss).backward()  # a factor that comes from outside
+    return [loss.detach(), metrics["logprob"], hidden.grad / 3, weight.grad / 3]
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [None, 1, 4, N - 1, N, N + 1])
+def test_the_fused_loss_equals_the_loss_of_the_naive_twin(chunk, temperature, with_entropy):
+    logprobs, entropy, *grads = gradients(lambda *a, **o: [*token_logprobs_naive(*a, **o)][:1 + with_entropy] + [None] * (
+        not with_entropy), *inputs(), temperature=temperature)
+    slopes = torch.linspace(-1, 2, N, dtype=torch.float64), torch.linspace(0.5, -1, N, dtype=torch.float64)
+    loss = (logprobs * slopes[0]).sum() + ((entropy * slopes[1]).sum() if with_entropy else 0.0)
+    results = fused_gradients(*inputs(), temperature=temperature, chunk=chunk, with_entropy=with_entropy)
+    assert_all_close(results, [loss.detach(), logprobs.sum().detach(), *grads], rtol=1e-10, atol=1e-10)
+
+
 def test_equals_the_naive_twin_in_fp32():
     results = gradients(token_logprobs, *inputs(torch.float32), chunk=4)
     assert all(result.dtype == torch.float32 for result in results)
     assert_all_close(results, gradients(token_logprobs_naive, *inputs(torch.float32)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_the_fused_loss_in_bf16(weight_dtype):
+    results = fused_gradients(*inputs(torch.bfloat16, weight_dtype), chunk=4)
+    expected = gradients(token_logprobs_naive, *inputs(torch.bfloat16, weight_dtype))
+    assert [result.dtype for result in results] == [torch.float32] * 2 + [torch.bfloat16, weight_dtype]
+    assert_all_close(results[2:], expected[2:], rtol=2e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
@@ -73,8 +113,15 @@ def test_equals_the_naive_twin_in_bf16(weight_dtype):
 def test_weight_gradient_of_bf16_chunks_adds_up_in_fp32():
     hidden = torch.tensor([[512.0]] + [[1.0]] * 16, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, requires_grad=True)  # both tokens have probability 1/2
-    token_logprobs(hidden, weight, torch.zeros(17, dtype=torch.long), chunk=1)[0].sum().backward()
+    fused(hidden, weight, torch.zeros(17, dtype=torch.long), slopes=(1.0, 0.0), chunk=1)[0].backward()
     assert weight.grad.flatten().tolist() == [264, -264]  # 256 + 16 / 2; in bf16 it would stay at 256
+
+
+def test_hidden_gradient_of_bf16_blocks_adds_up_in_fp32():
+    hidden = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)  # all 18 tokens have probability 1/18
+    weight = torch.tensor([[-18 * 512.0]] + [[-18.0]] * 16 + [[0.0]], dtype=torch.bfloat16)
+    token_logprobs(hidden, weight, torch.tensor([17]), chunk=1)[0].sum().backward()
+    assert hidden.grad.item() == 512 + 16  # one by one, in bf16, no 1 would be added to 512
 
 
 def test_gradcheck():
@@ -162,9 +209,9 @@ def created(function, rows, vocabulary, width, train=True, **options):
     hidden = torch.randn(rows, width, requires_grad=train)
     weight = torch.randn(vocabulary, width, requires_grad=train)
     with Created() as mode:
-        logprobs, entropy = function(hidden, weight, torch.arange(rows) % vocabulary, **options)
+        results = function(hidden, weight, torch.arange(rows) % vocabulary, **options)
         if train:
-            (logprobs.sum() + entropy.sum()).backward()
+            sum(x.sum() for x in results if isinstance(x, torch.Tensor)).backward()
     return mode
 
 
@@ -174,23 +221,39 @@ def test_the_measure_sees_the_matrix_of_the_naive_twin():
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("chunk", [1, 5, 8])
-def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(chunk, train):
+def test_no_tensor_is_larger_than_a_block_of_logits_or_the_weight(chunk, train):
     mode = created(token_logprobs, 64, 50, 4, train, chunk=chunk)
+    assert mode.largest() <= max(64 * chunk, 50 * 4, 64 * 4)
+    assert (64, 50) not in mode.shapes and (64, chunk) in mode.shapes
+    mode = created(fused, 64, 50, 4, train, chunk=chunk)
     assert mode.largest() <= max(chunk * 50, 50 * 4, 64 * 4)
     assert (64, 50) not in mode.shapes and (chunk, 50) in mode.shapes
 
 
-def test_the_default_chunk_is_an_eighth_of_the_rows_and_bounded(monkeypatch):
-    assert created(token_logprobs, 64, 50, 4).largest() == 64 // 8 * 50
-    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 3 * 50)
-    assert created(token_logprobs, 64, 50, 2).largest() == 3 * 50
-    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 1)  # never zero rows
-    assert (1, 50) in created(token_logprobs, 64, 50, 2).shapes
+def test_the_default_blocks_are_a_share_of_all_and_bounded(monkeypatch):
+    assert created(token_logprobs, 64, 160, 2).largest() == created(fused, 64, 160, 2).largest() == 64 * 160  # so few
+    monkeypatch.setattr(logprob, "WHOLE_ELEMENTS", 64 * 2)
+    assert created(token_logprobs, 64, 16, 1).largest() == 64 * 2
+    monkeypatch.setattr(logprob, "WHOLE_ELEMENTS", 0)
+    assert created(token_logprobs, 64, 160, 2).largest() == 64 * 160 // 16
+    assert created(fused, 64, 50, 2).largest() == 64 // 8 * 50
+    monkeypatch.setattr(logprob, "BLOCK_ELEMENTS", 3 * 64)
+    assert created(token_logprobs, 64, 160, 1).largest() == 3 * 64
+    monkeypatch.setattr(logprob, "BLOCK_ELEMENTS", 3 * 50)
+    assert created(fused, 64, 50, 2).largest() == 3 * 50
+    monkeypatch.setattr(logprob, "BLOCK_ELEMENTS", 1)  # never none
+    assert (64, 1) in created(token_logprobs, 64, 50, 2).shapes
+    assert (1, 50) in created(fused, 64, 50, 2).shapes
 
 
-def test_each_chunk_is_multiplied_once_without_gradients_and_four_times_with():
-    assert created(token_logprobs, 64, 50, 4, train=False).names.count("mm") == 8
-    assert created(token_logprobs, 64, 50, 4, train=True).names.count("mm") == 4 * 8
+def test_nothing_is_multiplied_more_often_than_it_must_be():
+    """With gradients: logits, their recomputation, and one product for each gradient; the fused loss recomputes nothing."""
+    def products(function, train):
+        names = created(function, 64, 48, 4, train, chunk=8).names
+        return names.count("mm") + names.count("addmm")
+
+    assert products(token_logprobs, False) == 48 // 8 and products(token_logprobs, True) == 4 * 48 // 8
+    assert products(fused, False) == 64 // 8 and products(fused, True) == 3 * 64 // 8
     with torch.no_grad():
         assert token_logprobs(*inputs())[0].grad_fn is None
 
@@ -212,3 +275,7 @@ def test_no_rows():
     assert logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
     assert weight.grad.eq(0).all()
+    hidden, weight, targets = inputs()
+    loss, metrics = fused(hidden[:0], weight, targets[:0])
+    loss.backward()
+    assert loss == 0 and metrics == {} and weight.grad.eq(0).all()

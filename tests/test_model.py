@@ -6,9 +6,7 @@ import torch.nn.functional as F
 
 from minibridge.config import InputError
 from minibridge.generate import generate
-from minibridge.model import (
-    Decoder, KVCache, ModelConfig, RMSNorm, grouped_attention, rope_frequencies, rotate
-)
+from minibridge.model import Decoder, ModelConfig, RMSNorm, rope_frequencies, rotate
 
 SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)
@@ -22,7 +20,6 @@ FAMILIES = {
     "llama-tied": dict(model_type="llama", head_dim=8, tie_word_embeddings=True, rope_theta=500.0,
                        rope_scaling=LLAMA3),
 }
-LENGTHS = [5, 9, 3]  # of the ragged rows
 
 
 @pytest.fixture(params=FAMILIES, name="config")
@@ -92,81 +89,11 @@ def test_logits_equal_the_naive_decoder(config):
 
 
 @torch.no_grad()
-def test_cached_decoding_of_ragged_rows_equals_the_full_forward(config):
-    model, ids, steps = random_decoder(config), random_ids(3, 16), 6
-    full = model(ids)  # (B, T, C)
-    cache = KVCache(config, rows=3, slots=16)
-    padded = torch.zeros(3, max(LENGTHS), dtype=torch.long)
-    for b, length in enumerate(LENGTHS):
-        padded[b, :length] = ids[b, :length]
-    hidden = model(padded, cache=cache)
-    for b, length in enumerate(LENGTHS):
-        torch.testing.assert_close(hidden[b, :length], full[b, :length])
-    for step in range(steps):
-        positions = torch.tensor(LENGTHS)[:, None] + step  # (B, 1): each row is at its own place
-        cache.limit = max(LENGTHS) + step + 1
-        hidden = model(ids.gather(1, positions), positions, cache)
-        torch.testing.assert_close(hidden[:, 0], full[range(3), positions[:, 0]], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_prefill_in_pieces_equals_the_full_forward(config):
-    model, ids = random_decoder(config), random_ids(2, 12)
-    cache = KVCache(config, rows=2, slots=20)
-    pieces = []
-    for start, end in ((0, 5), (5, 6), (6, 12)):
-        cache.limit = end
-        pieces.append(model(ids[:, start:end], torch.arange(start, end).expand(2, -1), cache))
-    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_copied_rows_go_on_as_their_source_would(config):
-    model, ids = random_decoder(config), random_ids(2, 8)
-    prompts, cache = KVCache(config, rows=2, slots=7), KVCache(config, rows=5, slots=12)
-    cache.keys.fill_(9.0)  # what an earlier sample left behind
-    cache.values.fill_(9.0)
-    model(ids[:, :7], cache=prompts)
-    cache.copy_rows(prompts, [1, 0, 1], [0, 3, 2])
-    cache.rows, cache.limit = 4, 8
-    hidden = model(ids[[1, 0, 1, 0], 7:], torch.full((4, 1), 7), cache)[:, 0]
-    expected = model(ids)[:, 7]
-    torch.testing.assert_close(hidden[[0, 2, 3]], expected[[1, 1, 0]], atol=1e-5, rtol=1e-5)
-
-
-def test_cache_is_read_only_up_to_its_limit_and_rows():
-    config = ModelConfig(**SHAPE, **FAMILIES["qwen2"])
-    cache = KVCache(config, rows=5, slots=30)
-    cache.rows, cache.limit = 3, 4
-    k = torch.randn(3, 1, 2, 8)
-    keys, values = cache.write(1, torch.tensor([[0], [3], [1]]), k, -k)
-    assert keys.shape == values.shape == (3, 2, 4, 8)
-    assert keys.data_ptr() == cache.keys[1].data_ptr() and values.data_ptr() == cache.values[1].data_ptr()
-    torch.testing.assert_close(cache.keys[1, [0, 1, 2], :, [0, 3, 1]], k[:, 0])
-    torch.testing.assert_close(cache.values[1, [0, 1, 2], :, [0, 3, 1]], -k[:, 0])
-    assert cache.keys.count_nonzero() == k.numel()
-
-
-@torch.no_grad()
 def test_padding_never_changes_a_real_token(config):
     model, ids = random_decoder(config), random_ids(1, 7)
     padded = torch.cat((ids.expand(2, -1), torch.tensor([[0] * 5, [7] * 5])), 1)
     hidden = model(padded)[:, :7]
     torch.testing.assert_close(hidden, model(ids).expand(2, -1, -1), atol=1e-5, rtol=1e-5)
-
-
-def test_grouped_attention_equals_repeated_keys_and_values():
-    generator = torch.Generator().manual_seed(0)
-    B, T, S, H, K, D = 3, 4, 10, 6, 2, 8
-    q = torch.randn(B, T, H, D, generator=generator)
-    keys, values = torch.randn(2, B, K, S, D, generator=generator)
-    hidden = torch.rand(B, T, S, generator=generator) < 0.4
-    hidden[..., 0] = False
-    bias = torch.zeros(B, T, S).masked_fill(hidden, -torch.inf)
-    out = grouped_attention(q, keys, values, bias.repeat(1, H // K, 1)[:, None])
-    k, v = keys.repeat_interleave(H // K, 1), values.repeat_interleave(H // K, 1)  # (B, H, S, D)
-    scores = q.transpose(1, 2) @ k.transpose(2, 3) / D**0.5 + bias[:, None]  # (B, H, T, S)
-    torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_every_parameter_gets_a_gradient(config):
@@ -195,7 +122,7 @@ def test_bfloat16_copy_equals_bfloat16_compute(config):
     copy = random_decoder(config).to(torch.bfloat16)
     assert copy.frequencies.dtype == torch.float32
     torch.testing.assert_close(copy(ids), rounded(ids), atol=0, rtol=0)
-    assert copy.new_cache(1, 1).keys.dtype == rounded.new_cache(1, 1).keys.dtype == torch.bfloat16
+    assert copy.activation_dtype == rounded.activation_dtype == torch.bfloat16
 
 
 # Its parts

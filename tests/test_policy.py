@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import make_model
+from minibridge.cache import PromptCache
 from minibridge.data import Prompt
 from minibridge.generate import Completion
 from minibridge.policy import answer_hidden, pack, score
@@ -131,3 +132,31 @@ def test_no_gradient_is_asked_for_where_none_flows(model, groups):
     with torch.no_grad():
         (logps,) = score(model, batch, 1.0)
     assert not logps.requires_grad and logps.shape == batch.trained.shape
+
+
+def test_checkpointing_changes_no_gradient(model, groups):
+    """Layers that run again in the backward pass find the prompts' keys as the first run left them."""
+    found = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        for batch in pack(groups, ADVANTAGES, 60, CPU):
+            logps, entropy = score(model, batch, 0.7, with_entropy=True)
+            (logps.sum() + entropy.square().sum()).backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-12, rtol=1e-12)
+
+
+def test_checkpointing_runs_layers_again(model, groups, monkeypatch):
+    """But keeps no second copy of the prompts' keys and values."""
+    runs, caches = [], []
+    new = PromptCache.__init__
+    monkeypatch.setattr(PromptCache, "__init__", lambda cache: caches.append(cache) or new(cache))
+    block = model.model.layers[0]
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda *args: runs.append(1) or forward(*args))
+    (batch,) = pack(groups, ADVANTAGES, 10**6, CPU)
+    for model.checkpointing, expected in ((False, 2), (True, 4)):
+        runs.clear()
+        score(model, batch, 1.0)[0].sum().backward()
+        assert len(runs) == expected and len(caches[-1].layers) == len(model.model.layers)

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import train_rl
 from conftest import make_model, metrics, weights, without_times
-from minibridge import checkpoint, evaluate
+from minibridge import cache, checkpoint, evaluate, logprob
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts
 from minibridge.generate import Completion
 from minibridge.optim import learning_rate
-from minibridge.policy import pack
+from minibridge.policy import pack, padding, score
 from minibridge.rollout import Episode, rollout
 from minibridge.tokenizer import Tokenizer
-from train_rl import Config, describe, improve
+from train_rl import Config, describe, improve, step_flops
 
 CPU = torch.device("cpu")
 
@@ -132,6 +132,7 @@ def test_micro_batches_and_order_change_nothing(toy, groups):
 @pytest.mark.parametrize("row, column", [(0, 0), (2, 2)])
 def test_mismatch_is_the_largest_of_all_micro_batches(toy, groups, monkeypatch, row, column):
     catch_gradients(monkeypatch)
+    monkeypatch.setattr(logprob, "WHOLE_ELEMENTS", 0)  # several chunks to a micro-batch, too
     config = settings("--micro-tokens 200")
     groups[row][column].completion.logprobs[-1] -= 0.5
     batches = pack(groups, ADVANTAGES, config.micro_tokens, CPU)
@@ -142,14 +143,14 @@ def test_mismatch_is_the_largest_of_all_micro_batches(toy, groups, monkeypatch, 
 def test_later_updates_are_off_policy(toy, groups, monkeypatch):
     """The ratio is to the policy that sampled, not to the last update's; the metrics are the first's."""
     calls = []
-    grpo_loss = train_rl.grpo_loss
+    token_loss = train_rl.token_loss
 
     def spy(logps, old_logps, *rest, **options):
-        loss, found = grpo_loss(logps, old_logps, *rest, **options)
+        loss, found = token_loss(logps, old_logps, *rest, **options)
         calls.append((logps.detach(), old_logps, found))
         return loss, found
 
-    monkeypatch.setattr(train_rl, "grpo_loss", spy)
+    monkeypatch.setattr(train_rl, "token_loss", spy)
     config = settings("--updates 3 --micro-tokens 440")
     model, reference = toy.load(), make_model(toy.tokenizer.vocab_size, seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -163,6 +164,50 @@ def test_later_updates_are_off_policy(toy, groups, monkeypatch):
         assert gap < 1e-6 if number < 2 else gap > 1e-3
     assert found["loss"] == pytest.approx(sum(metrics["loss"].item() for _, _, metrics in calls[:2]))
     assert found["log_ratio"] < 1e-6 and found["mismatch"] < 1e-4
+
+
+def test_the_fused_loss_is_the_loss(toy, groups):
+    """In value, metrics and gradient; the second update's, so that ratios are not 1 and clips decide."""
+    config = settings("--kl-coef 0.1 --entropy-coef 0.05 --clip-low 0.01 --clip-high 0.02")
+    (batch,) = pack(groups, ADVANTAGES, 16384, CPU)
+    other = make_model(toy.tokenizer.vocab_size, seed=1)
+    with torch.no_grad():
+        batch.old_logps, batch.ref_logps = batch.sampled_logps + 0.03, score(other, batch, 0.7)[0]
+    results = []
+    for loss_of in (train_rl.batch_loss, train_rl.fused_batch_loss):
+        model = toy.load()
+        loss, found = loss_of(model, batch, 9, config)
+        loss.backward()
+        results.append(({name: value.item() for name, value in found.items()}, loss.item(),
+                        {name: parameter.grad for name, parameter in model.named_parameters()}))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5, abs=1e-6) and results[0][0]["clip_fraction"] > 0.1
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)
+    assert largest_difference(results[0][2], results[1][2]) < 1e-6
+    assert max(gradient.abs().max().item() for gradient in results[0][2].values()) > 0.01
+
+
+def test_a_threshold_drops_whole_rollouts(toy, groups):
+    (batch,) = pack(groups, ADVANTAGES, 16384, CPU)
+    with torch.no_grad():
+        batch.ref_logps = score(make_model(toy.tokenizer.vocab_size, seed=1), batch, 0.7)[0]
+        k3 = train_rl.batch_loss(toy.load(), batch, 9, settings("--kl-coef 0.1"))[1]["kl"].item()
+    results = [improve(toy.load(), None, torch.optim.SGD([torch.zeros(1)], lr=0.0), [batch], 0.0,
+                       settings(f"--kl-coef 0.1 --kl-threshold {limit}"))["kept"] for limit in (k3 / 1e3, k3, 1e3)]
+    assert results[0] == 0.0 < results[1] < results[2] == pytest.approx(1.0)
+
+
+def test_padding_and_flops_are_those_counted_by_hand(toy):
+    prompt = [Episode(Prompt([5] * 4, "6", {}), Completion([1] * n, [-1.0] * n, "stop"), "", False, False, 0.0)
+              for n in (3, 1)]
+    batches = pack([prompt], torch.zeros(1, 2), 16384, CPU)
+    assert padding(batches) == pytest.approx(1 - (4 + 3 + 1) / (4 + 3 + 3))
+    model = toy.load()
+    c, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
+    pairs = 4**2 / 2 + 3 * 4 + 3**2 / 2 + 1 * 4 + 1 / 2
+    head = c.vocab_size * c.hidden_size  # tied: for the four tokens that are scored
+    once = 2 * (parameters - head) * 8 + 2 * head * 4 + 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+    assert step_flops(model, [prompt], False, settings()) == pytest.approx(3 * once)
+    assert step_flops(model, [prompt], True, settings("--updates 2")) == pytest.approx(8 * once)
 
 
 def episode(text: str, reward: float, tokens: int = 1, reason: str = "stop", well_formed=False) -> Episode:
@@ -262,18 +307,33 @@ def test_flags_reach_their_places(toy, guesser, tmp_path, monkeypatch):
 
     for name in ("rollout", "grpo_loss", "adamw", "update"):
         spy(name)
-    flags = """--steps 1 --samples 5 --temperature 0.9 --format-scale 0.25 --rows 7 --clip-low 0.3
+    monkeypatch.setattr(cache, "compiled_decode_step", lambda: cache.decode_step)  # in no need of a compiler
+    flags = """--steps 1 --compile on --samples 5 --temperature 0.9 --format-scale 0.25 --rows 7 --clip-low 0.3
                --clip-high 0.4 --kl-coef 0.05 --kl-threshold 0.6 --entropy-coef 0.07 --weight-decay 0.08
                --clip 0.9"""
     assert train(guesser, toy.rl, tmp_path, flags) == 0
     words, options = seen["rollout"]
     assert len(words[2]) == 3 and words[3] == 5 and isinstance(options.pop("generator"), torch.Generator)
-    assert options == {"max_new_tokens": 8, "temperature": 0.9, "format_scale": 0.25, "rows": 7}
+    assert options == {"max_new_tokens": 8, "temperature": 0.9, "format_scale": 0.25, "rows": 7, "compiled": True}
     options = seen["grpo_loss"][1]
     assert options.pop("entropy") is not None
     assert options == {"clip": (0.3, 0.4), "kl_coef": 0.05, "kl_threshold": 0.6, "entropy_coef": 0.07,
                        "aggregate": "sequence", "normalizer": 15}
     assert seen["adamw"][0][2] == 0.08 and seen["update"][0][2:] == (0.01, 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_frozen_reference_has_no_wider_copy_of_its_weights(toy, guesser, tmp_path, monkeypatch, dtype):
+    def look(model, reference, *rest):
+        assert {parameter.dtype for parameter in reference.parameters()} == {dtype}
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        return original(model, reference, *rest)
+
+    original = train_rl.improve
+    monkeypatch.setattr(train_rl, "improve", look)
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    assert train(guesser, toy.rl, tmp_path, f"--steps 1 --dtype {name}") == 0
+    assert metrics(tmp_path)[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # rounded once or at each use, it is the same model
 
 
 def test_kl_threshold_alone_needs_the_reference_and_no_kl_needs_none(toy, guesser, tmp_path):
@@ -366,11 +426,11 @@ def test_a_folder_with_checkpoints_is_not_begun_again(toy, guesser, whole, tmp_p
 
 def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path, monkeypatch, capsys):
     def broken(*words, **options):
-        loss, found = grpo_loss(*words, **options)
+        loss, found = fused_batch_loss(*words, **options)
         return loss * (math.nan if metrics(tmp_path)[-1]["step"] == 2 else 1), found
 
-    grpo_loss = train_rl.grpo_loss
-    monkeypatch.setattr(train_rl, "grpo_loss", broken)
+    fused_batch_loss = train_rl.fused_batch_loss
+    monkeypatch.setattr(train_rl, "fused_batch_loss", broken)
     assert long(toy, guesser, tmp_path) == 2
     assert capsys.readouterr().err.startswith("error: the gradient norm is nan")
     assert len(read_jsonl(tmp_path / "rollouts" / "step_0003.jsonl")) == 12  # the batch that did it is kept

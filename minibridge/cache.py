@@ -1,0 +1,222 @@
+"""Keys and values that outlive a forward pass: those of a prompt are kept once, whatever the number of its answers.
+
+`Decoder.forward` asks a cache for `attention(positions)`, the function that every layer then calls with its q, k and v:
+
+    PromptCache   training and prefill: the first forward leaves the prompts' keys and values, the second reads them
+    KVCache       sampling: a fixed place for prompts and one for answers, written as the answers grow
+
+With G answers to each prompt, the keys of a prompt are read once a step instead of G times: the queries of its answers
+are laid side by side and meet them in one product (the idea of Hydragen, arXiv 2402.05099).
+
+Axes: N prompts of P slots, J answers to a prompt at most, B answers of S slots, L layers, H query and K key heads,
+G = H / K, D head size.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)
+
+
+class Cache(Protocol):
+    def attention(self, positions: Tensor) -> Attend: ...
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention among the tokens given: an `Attend` without a cache."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Attention (B, T, H, D) of q (B, T, H, D) over keys and values (B, K, S, D), without copies of them.
+
+    The G query heads of a key head are laid along the query-time axis: the same numbers as repeating keys and
+    values G times. bias (B, T, S) is 0 where a query sees a slot and -inf elsewhere.
+    """
+    B, T, H, D = q.shape
+    K = keys.shape[1]
+    q = q.view(B, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.repeat(1, H // K, 1)[:, None])
+    return out.view(B, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: Tensor, grid: Tensor, place: Tensor,
+                     prompt_bias: Tensor, answer_bias: Tensor) -> Tensor:
+    """Attention (B, K, G, D) of new tokens' q (B, K, G, D), each over its prompt, its answer so far, and itself.
+
+    k and v (B, K, D) are the new tokens'; prompts (2, N, K, P, D) and answers (2, B, K, S, D) hold keys and values.
+    grid (N, J) names the rows of q that belong to each prompt, filled up with any row; place (B,) is where a row is
+    found in the flattened grid. The biases, (N, P) and (B, S), are 0 where there is a token and -inf elsewhere.
+    The three parts have one softmax, in fp32: each is summed relative to its own maximum, and scaled to the common one.
+    Prompts with fewer answers than the most have fillers in the grid, whose results nobody reads.
+    """
+    J, G = grid.shape[1], q.shape[2]
+    q = q * q.shape[-1] ** -0.5
+    grouped = q[grid].transpose(1, 2).flatten(2, 3)  # (N, K, J*G, D)
+    scores = (grouped @ prompts[0].mT).float() + prompt_bias[:, None, None]  # (N, K, J*G, P)
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp()
+    summed = ((weights.to(q.dtype) @ prompts[1]).float(), weights.sum(-1, keepdim=True), top)
+    shared = torch.cat(summed, -1).unflatten(2, (J, G)).transpose(1, 2).flatten(0, 1)[place]  # (B, K, G, D + 2)
+    out, total, top = shared.split((q.shape[-1], 1, 1), -1)
+
+    scores = (q @ answers[0].mT).float() + answer_bias[:, None, None]  # (B, K, G, S)
+    itself = (q * k[:, :, None]).float().sum(-1, keepdim=True)  # (B, K, G, 1)
+    highest = torch.maximum(torch.maximum(top, itself), scores.amax(-1, keepdim=True))
+    scale, weights, weight = (top - highest).exp(), (scores - highest).exp(), (itself - highest).exp()
+    out = out * scale + (weights.to(q.dtype) @ answers[1]).float() + weight * v[:, :, None].float()
+    return (out / (total * scale + weights.sum(-1, keepdim=True) + weight)).to(q.dtype)
+
+
+@dataclass
+class _Step:
+    """The cache as one decoding step reads it; what the step adds is left in `new`, and nothing is written in place, so
+    that torch.compile makes one graph of the whole step."""
+
+    prompts: Tensor  # (L, 2, N, K, P, D)
+    answers: Tensor  # (L, 2, B, K, S, D)
+    grid: Tensor
+    place: Tensor
+    prompt_bias: Tensor
+    answer_bias: Tensor
+    new: list[Tensor] = field(default_factory=list)  # (2, B, K, D) of each layer
+
+    def attention(self, positions: Tensor) -> Attend:
+        return self.attend
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, _, H, D = q.shape
+        k, v = k[:, 0], v[:, 0]
+        self.new.append(torch.stack((k, v)))
+        q = q.view(B, k.shape[1], -1, D)
+        out = shared_attention(q, k, v, self.prompts[layer], self.answers[layer], self.grid, self.place, self.prompt_bias,
+                               self.answer_bias)
+        return out.view(B, 1, H, D)
+
+
+def decode_step(model, ids: Tensor, positions: Tensor, *read: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, C) of one new token a row, and their keys and values (L, 2, B, K, D)."""
+    step = _Step(*read)
+    hidden = model(ids[:, None], positions[:, None], step)
+    return hidden[:, 0], torch.stack(step.new)
+
+
+@cache
+def compiled_decode_step() -> Callable:
+    return torch.compile(decode_step)
+
+
+class KVCache:
+    """What sampling keeps: `prompts` (L, 2, N, K, P, D), keys and values, and `answers` (L, 2, B, K, S, D).
+
+    `arrange` says which answers there are: row b goes on from prompt owner[b]. Of their slots the first `used` are in use;
+    the caller tells, who knows the positions without asking the device.
+    Slots start at zero, because what is masked is still multiplied by 0, and uninitialised memory may hold a NaN.
+    No size that attention sees is one, and none the whole of a dimension: torch.compile would make other graphs for those.
+    """
+
+    def __init__(self, config, prompts: int, prompt_slots: int, rows: int, slots: int, dtype=torch.float32, device="cpu",
+                 compiled: bool = False):
+        layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        prompts, prompt_slots, rows, slots = (size + 2 for size in (prompts, prompt_slots, rows, slots))
+        self.prompts = torch.zeros(layers, 2, prompts, K, prompt_slots, D, dtype=dtype, device=device)
+        self.answers = torch.zeros(layers, 2, rows, K, slots, D, dtype=dtype, device=device)
+        self.used, self.compiled = 0, compiled
+
+    def put_prompts(self, first: int, filled: "PromptCache"):
+        """Copy prefilled prompts to places first, first + 1, ...; there is always room: it doubles when it is short."""
+        n, _, p, _ = filled.layers[0][0].shape
+        while first + n >= self.prompts.shape[2]:
+            self.prompts = torch.cat((self.prompts, torch.zeros_like(self.prompts)), 2)
+        for layer, pair in enumerate(filled.layers):
+            self.prompts[layer, :, first : first + n, :, :p] = torch.stack(pair)
+
+    def move_prompts(self, sources: list[int], places: list[int]):
+        self.prompts[:, :, places] = self.prompts[:, :, sources]
+
+    def move_rows(self, sources: list[int], places: list[int]):
+        self.answers[:, :, places, :, : self.used] = self.answers[:, :, sources, :, : self.used]
+
+    def arrange(self, owner: list[int], lengths: list[int]):
+        """Row b answers prompt owner[b]; lengths: tokens of each prompt, by place."""
+        owner = owner * 2 if len(owner) == 1 else owner
+        members: list[list[int]] = [[] for _ in range(max(2, len(lengths)))]
+        for row, prompt in enumerate(owner):
+            members[prompt].append(row)
+        most = max(2, *map(len, members))
+        grid = [rows + [0] * (most - len(rows)) for rows in members]
+        rank = {row: rank for rows in members for rank, row in enumerate(rows)}
+        place = [prompt * most + rank[row] for row, prompt in enumerate(owner)]
+        device = self.answers.device
+        self.grid, self.place = torch.tensor(grid, device=device), torch.tensor(place, device=device)  # (N, J), (B,)
+        self.lengths = torch.tensor([lengths[prompt] for prompt in owner], device=device)  # (B,)
+        self.prompt_limit = max(2, *lengths)
+        lengths = torch.tensor([*lengths, 1, 1][: len(grid)], device=device)  # at least one slot of each is seen
+        self.prompt_bias = _bias(torch.arange(self.prompt_limit, device=device) < lengths[:, None])  # (N, P)
+
+    def step(self, model, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Hidden states (B, C) of one new token for each row, ids (B,) at positions (B,); their keys and values are kept.
+
+        longest: tokens that the longest of the answers had before."""
+        rows, said = torch.arange(len(self.place), device=ids.device), positions - self.lengths  # (B,) the new slots
+        most = max(2, longest)
+        answer_bias = _bias(torch.arange(most, device=ids.device) < said[:, None])  # (B, S)
+        prompts = self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
+        answers = self.answers[:, :, : len(rows), :, :most]
+        inputs = (*(x.expand(len(rows)).contiguous() for x in (ids, positions)), prompts, answers, self.grid, self.place,
+                  self.prompt_bias, answer_bias)
+        if self.compiled:
+            for tensor, dims in zip(inputs, ((0,), (0,), (2, 4), (2, 4), (0, 1), (0,), (0, 1), (0, 1))):
+                torch._dynamo.mark_dynamic(tensor, dims)  # sizes that change from step to step
+        hidden, new = (compiled_decode_step() if self.compiled else decode_step)(model, *inputs)
+        self.answers[:, :, rows, :, said] = new.permute(2, 0, 1, 3, 4)
+        self.used = longest + 1
+        return hidden[: len(ids)]
+
+
+def _bias(seen: Tensor) -> Tensor:
+    """0 where there is something to see, -inf elsewhere."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+class PromptCache:
+    """Keys and values of N prompts, filled by one forward; in a second one B answers attend to them, and gradients flow
+    back through them.
+
+    The first forward (prompts (N, P), padded on the right) fills it; after `share`, the second (answers (B, T) at
+    their positions) reads the prompt of each row, and its own tokens after it. Nothing is written in place.
+    """
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []  # (N, K, P, D) each
+        self.owner: Tensor | None = None
+
+    def share(self, owner: Tensor, lengths: Tensor):
+        """Row b goes on from prompt owner[b] (B,), of lengths[owner[b]] tokens; lengths (N,)."""
+        self.owner, self.lengths = owner, lengths[owner]
+
+    def attention(self, positions: Tensor) -> Attend:
+        if self.owner is None:
+            return self._fill
+        slots = torch.arange(self.layers[0][0].shape[2], device=positions.device)
+        behind = (slots >= self.lengths[:, None])[:, None].expand(-1, positions.shape[1], -1)  # (B, T, P): padding
+        later = positions[:, None] > positions[:, :, None]  # (B, T, T)
+        unseen = torch.cat((behind, later), 2)  # (B, T, P + T)
+        bias = torch.zeros(unseen.shape, dtype=self.layers[0][0].dtype, device=positions.device)
+        return partial(self._read, bias.masked_fill_(unseen, -torch.inf))
+
+    def _fill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer == len(self.layers):  # and not when activation checkpointing runs the layer again
+            self.layers.append((k.transpose(1, 2), v.transpose(1, 2)))
+        return causal_attention(layer, q, k, v)
+
+    def _read(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (torch.cat((prompt.index_select(0, self.owner), own.transpose(1, 2)), 2)
+                        for prompt, own in zip(self.layers[layer], (k, v)))  # (B, K, P + T, D)
+        return grouped_attention(q, keys, values, bias)

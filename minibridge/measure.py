@@ -1,0 +1,103 @@
+"""Rates of a device and of functions on it: what `bench` prints, and what training logs measure themselves by."""
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; `limit_share` is ours / limit."""
+    work: str
+    shape: str
+    device: str
+    ours: float
+    peer: str
+    peer_value: float
+    ratio: float
+    unit: str
+    limit: float
+    limit_share: float
+
+
+def row(config, work: str, unit: str, ours: list[float], peer: str = "", peer_found: list[float] = (), limit: float = 0.0):
+    value, other = statistics.median(ours), statistics.median(peer_found or [0.0])
+    return Row(work, config.shape, config.device, value, peer, other, value / other if other else 0.0, unit, limit,
+               value / limit if limit else 0.0)
+
+
+def report(config, rows: list[Row]):
+    print("| work | shape | unit | ours | peer | its figure | ratio | limit | share of it |\n" + "|---" * 9 + "|")
+    for r in rows:
+        numbers = (r.ours, r.peer_value, r.ratio, r.limit)
+        cells = [f"{number:,.3g}" if number < 1000 else f"{number:,.0f}" for number in numbers]
+        ours, theirs, ratio, limit = (cell if cell != "0" else "" for cell in cells)
+        share = f"{r.limit_share:.0%}" if r.limit else ""
+        print(f"| {r.work} | {r.shape} | {r.unit} | {ours} | {r.peer} | {theirs} | {ratio} | {limit} | {share} |")
+    if config.json:
+        Path(config.json).write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def clock() -> float:
+    """Seconds, when all work given to the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def rates(repeats: int, *functions: Callable[[], int]) -> list[list[float]]:
+    """Units of work per second of each function, which says how many it did; they take turns, `repeats` times after one
+    turn that does not count."""
+    measured: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, found in zip(functions, measured):
+            started = clock()
+            done = function()
+            found.append(done / (clock() - started))
+    return [found[1:] for found in measured]
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Floating-point operations per second of a square matrix product, by default one that takes little time."""
+    size = size or (4096 if device.type == "cuda" else 768)
+    a = torch.randn(size, size, device=device).to(dtype)
+
+    def products() -> int:
+        for _ in range(4):
+            a @ a
+        return 4 * 2 * size**3
+
+    return max(rates(3, products)[0])
+
+
+def bandwidth(device: torch.device, megabytes: int = 512) -> float:
+    """Bytes read per second from memory."""
+    x = torch.ones(megabytes * 2**18, device=device)
+
+    def read() -> int:
+        x.sum()
+        return megabytes * 2**20
+
+    return max(rates(5, read)[0])
+
+
+def peak_memory(device: torch.device, function: Callable[[], object]) -> int:
+    """Bytes in use at the highest, above those before: of the device, or resident (Linux) for the CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+
+    def resident(field: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    before = resident("VmRSS")
+    function()
+    return resident("VmHWM") - before

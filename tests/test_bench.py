@@ -1,0 +1,103 @@
+"""The bench: its arithmetic by hand, and each command once on work of a second."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from minibridge import bench, measure, peers
+from minibridge.config import parse
+from minibridge.generate import Completion
+
+CPU = torch.device("cpu")
+SMALL = "--prompts 2 --samples 3 --prompt-tokens 9 --new-tokens 8 --repeats 2 --eager"
+
+
+def test_functions_take_turns_and_the_first_turn_does_not_count():
+    calls = []
+
+    def work(name, seconds):
+        def run():
+            calls.append(name)
+            time.sleep(seconds if len(calls) > 2 else 0.2)
+            return 10
+        return run
+
+    found = measure.rates(3, work("a", 0.01), work("b", 0.02))
+    assert calls == ["a", "b"] * 4 and [len(rates) for rates in found] == [3, 3]
+    assert all(500 < rate <= 1000 for rate in found[0][1:]) or max(found[0]) > 200  # not the slow first turn's 50
+    assert max(found[1]) <= 500
+
+
+def test_a_row_holds_medians_their_ratio_and_the_share_of_the_limit():
+    config = parse(bench.Work, [])
+    row = measure.row(config, "decode", "tokens/s", [1.0, 30.0, 20.0], "peer", [10.0, 1.0, 99.0], limit=80.0)
+    assert (row.ours, row.peer_value, row.ratio, row.limit_share) == (20.0, 10.0, 2.0, 0.25)
+    alone = measure.row(config, "decode", "tokens/s", [5.0])
+    assert (alone.peer_value, alone.ratio, alone.limit, alone.limit_share) == (0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("vocabulary, longest", [(1024, 256), (151_936, 1024)])
+def test_ragged_answers_are_half_as_long_as_they_may_be(vocabulary, longest):
+    chance = len(bench.stop_ids(vocabulary, longest)) / vocabulary
+    mean = sum((1 - chance) ** n for n in range(longest))  # of a geometric length, cut off
+    assert 0.45 < mean / longest < 0.55
+
+
+def test_the_limit_of_decoding_by_hand(monkeypatch):
+    model = bench.build(parse(bench.Work, ["--new-tokens", "8"]), CPU)
+    answers = [[Completion([1] * 4), Completion([1] * 2)], [Completion([1] * 4)]]
+    parameters = 3_409_664 + 256  # 4 (4 C^2 / 2 + ...) by the shape, checked against the model itself
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=2e-3)
+    parameters = sum(p.numel() for p in model.parameters())
+    pairs = (4 * 9 + 8) + (2 * 9 + 2) + (4 * 9 + 8)  # each new token and its prompt of 9, and half its answer squared
+    flops = 2 * parameters * 10 + 4 * 4 * 4 * 64 * pairs
+    slot = 2 * 4 * 2 * 64 * 4  # bytes of a token's keys and values, 4 layers of 2 heads of 64 in fp32
+    read = 4 * parameters * 4 + slot * ((8 + 2 + 8) + 9 * (4 + 4))  # four steps; each prompt once a step
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(bench, "bandwidth", lambda *_: 1e18)
+    assert bench.decode_limit(model, answers, 9) == pytest.approx(10 / (flops / 1e9))
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1e18)
+    monkeypatch.setattr(bench, "bandwidth", lambda *_: 1e9)
+    assert bench.decode_limit(model, answers, 9) == pytest.approx(10 / (read / 1e9))
+
+
+@pytest.mark.parametrize("work, flags, names", [
+    ("decode", SMALL, ["decode, equal", "decode, ragged"]),
+    ("train", SMALL, ["train"]),
+    ("step", SMALL, ["GRPO step"]),
+    ("logprob", "--shape toy --tokens 32 --repeats 2", ["fused_loss", "token_logprobs", "fused_loss, with entropy: memory"]),
+    ("data", "--count 10 --repeats 1 --ops 3-5 --workers 1", ["both: a problem with its texts"]),
+])
+def test_each_command_measures_and_writes_its_rows(work, flags, names, tmp_path, capsys):
+    main, config = bench.COMMANDS[work]
+    main(parse(config, [*flags.split(), "--json", str(tmp_path / "rows.json")]))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert set(names) <= {row["work"] for row in rows}
+    assert set(rows[0]) == {"work", "shape", "device", "ours", "peer", "peer_value", "ratio", "unit", "limit", "limit_share"}
+    assert all(row["ours"] > 0 for row in rows if "memory" not in row["work"])
+    table = capsys.readouterr().out
+    assert all(f"| {row['work']} |" in table for row in rows)
+
+
+def test_peak_memory_sees_what_a_function_held_for_a_while():
+    def held():
+        torch.ones(2**24).add_(1)  # 64 MiB, gone at the end
+
+    assert 60 * 2**20 < measure.peak_memory(CPU, held) < 100 * 2**20
+
+
+@pytest.mark.oracle
+def test_the_peer_does_the_same_work(tmp_path):
+    config = parse(bench.Work, SMALL.split())
+    model, prompts = bench.build(config, CPU), bench.random_prompts(config)
+    bench.checkpoint.save(model, tmp_path)
+    peer = peers.Transformers(tmp_path, torch.float32, CPU)
+    assert peer.decode(prompts, 3, 8, []) == 2 * 3 * 8
+    stop = list(range(1024))  # every token stops
+    assert peer.decode(prompts, 3, 8, stop) == 2 * 3
+    assert 2 * 3 < peer.decode(prompts, 3, 8, list(range(256))) < 2 * 3 * 8
+    ids = torch.tensor(prompts)
+    before = peer.model.get_input_embeddings().weight.clone()
+    assert peer.trainer(ids)() == 18 and not torch.equal(before, peer.model.get_input_embeddings().weight)

@@ -1,0 +1,146 @@
+"""Keys and values kept between forward passes: decoding and shared prompts against the full forward."""
+
+import pytest
+import torch
+
+from minibridge.cache import KVCache, PromptCache, grouped_attention, shared_attention
+from minibridge.model import ModelConfig
+from test_model import FAMILIES, SHAPE, config_of_each_family, random_decoder, random_ids  # noqa: F401 (a fixture)
+
+PROMPTS = [5, 9, 3]  # tokens
+OWNERS = [2, 0, 2, 1, 0, 2]  # the prompt that each row answers: in no order, and not equally often
+
+
+def cache_of(config, **sizes) -> KVCache:
+    """A cache full of what earlier samples left behind."""
+    cache = KVCache(config, **dict(prompts=3, prompt_slots=9, rows=6, slots=7) | sizes)
+    cache.prompts.fill_(9.0)
+    cache.answers.fill_(9.0)
+    return cache
+
+
+def prefill(model, cache: KVCache, ids: torch.Tensor, lengths: list[int], first: int = 0) -> torch.Tensor:
+    """Hidden states (N, P, C) of the prompts: the first `lengths` tokens of each row of ids."""
+    padded = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for n, length in enumerate(lengths):
+        padded[n, :length] = ids[n, :length]
+    filled = PromptCache()
+    hidden = model(padded, cache=filled)
+    cache.put_prompts(first, filled)
+    return hidden
+
+
+def step(model, cache: KVCache, texts: torch.Tensor, owners: list[int], lengths: list[int], said: int) -> torch.Tensor:
+    """Hidden states (B, C) of token `said` of each row's answer; row b of texts is its prompt and its answer."""
+    positions = torch.tensor([lengths[owner] + said for owner in owners])  # (B,)
+    return cache.step(model, texts.gather(1, positions[:, None])[:, 0], positions, longest=said)
+
+
+def texts_of(owners: list[int], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts (N, 9), and rows (B, 16) that begin with their prompt and go on each in its own way."""
+    prompts, texts = random_ids(len(lengths), 9), random_ids(len(owners), 16).flip(1)
+    for row, owner in enumerate(owners):
+        texts[row, :lengths[owner]] = prompts[owner, :lengths[owner]]
+    return prompts, texts
+
+
+@torch.no_grad()
+def test_decoding_on_shared_prompts_equals_the_full_forward(config):
+    model, cache = random_decoder(config), cache_of(config)
+    prompts, texts = texts_of(OWNERS, PROMPTS)
+    full = model(texts)  # (B, T, C)
+    hidden = prefill(model, cache, prompts, PROMPTS)
+    for row, owner in enumerate(OWNERS):
+        torch.testing.assert_close(hidden[owner, :PROMPTS[owner]], full[row, :PROMPTS[owner]], atol=1e-5, rtol=1e-5)
+    cache.arrange(OWNERS, PROMPTS)
+    for said in range(7):
+        hidden = step(model, cache, texts, OWNERS, PROMPTS, said)
+        expected = torch.stack([full[row, PROMPTS[owner] + said] for row, owner in enumerate(OWNERS)])
+        torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_and_prompts_that_move_go_on_as_before(config):
+    model, cache = random_decoder(config), cache_of(config)
+    prompts, texts = texts_of(OWNERS, PROMPTS)
+    full = model(texts)
+    prefill(model, cache, prompts, PROMPTS)
+    cache.arrange(OWNERS, PROMPTS)
+    step(model, cache, texts, OWNERS, PROMPTS, 0)
+    # Prompt 0 is over, and its rows 1 and 4: prompt 2 and row 5 take their places; of the rest row 4 is cut off.
+    cache.move_rows([5], [1])
+    cache.move_prompts([2], [0])
+    rows, owners, lengths = [0, 5, 2, 3], [0, 0, 0, 1], [3, 9]
+    cache.arrange(owners, lengths)
+    for said in (1, 2):
+        hidden = step(model, cache, texts[rows], owners, lengths, said)
+        expected = torch.stack([full[row, lengths[owner] + said] for row, owner in zip(rows, owners)])
+        torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_there_is_always_room_for_one_more_prompt():
+    config = ModelConfig(**SHAPE, **FAMILIES["qwen2"])
+    model, cache = random_decoder(config), cache_of(config, prompts=1)
+    prompts, texts = texts_of(OWNERS, PROMPTS)
+    prefill(model, cache, prompts[[1]], [9], first=0)  # in the way of nobody
+    places = cache.prompts.shape[2]
+    prefill(model, cache, prompts, PROMPTS, first=places - 1)
+    owners, lengths = [places - 1 + owner for owner in OWNERS], [9] * (places - 1) + PROMPTS
+    cache.arrange(owners, lengths)
+    expected = torch.stack([model(texts)[row, PROMPTS[owner]] for row, owner in enumerate(OWNERS)])
+    torch.testing.assert_close(step(model, cache, texts, owners, lengths, 0), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loud", ["prompt", "answer", "itself"])
+def test_shared_attention_is_finite_whichever_part_is_loud(loud):
+    """Scores of thousands in one part, of which exp() overflows, and nothing in the others: that part's value comes out."""
+    q = torch.full((2, 1, 1, 4), 50.0)
+    keys = {part: torch.full((4,), 50.0 if part == loud else 0.0) for part in ("prompt", "answer", "itself")}
+    values = {"prompt": 1.0, "answer": 2.0, "itself": 3.0}
+    prompts, answers = (torch.stack((keys[part].expand(2, 1, 3, 4), torch.full((2, 1, 3, 4), values[part])))
+                        for part in ("prompt", "answer"))
+    out = shared_attention(q, keys["itself"].expand(2, 1, 4), torch.full((2, 1, 4), 3.0), prompts, answers,
+                           torch.tensor([[0, 0], [1, 1]]), torch.tensor([0, 2]), torch.zeros(2, 3), torch.zeros(2, 3))
+    torch.testing.assert_close(out, torch.full((2, 1, 1, 4), values[loud]))
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_shared_attention_equals_attention_on_copies(dtype, close):
+    generator = torch.Generator().manual_seed(0)
+    N, B, K, G, P, S, D = 3, 6, 2, 3, 9, 4, 8
+    q, k, v = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((B, K, G, D), (B, K, D), (B, K, D)))
+    prompts, answers = (torch.randn(2, n, K, s, D, generator=generator).to(dtype) for n, s in ((N, P), (B, S)))
+    prompt_bias = torch.zeros(N, P).masked_fill(torch.arange(P) >= torch.tensor([4, 9, 1])[:, None], -torch.inf)
+    answer_bias = torch.zeros(B, S).masked_fill(torch.arange(S) >= torch.tensor([3, 0, 4, 1, 2, 0])[:, None], -torch.inf)
+    bias = torch.cat((prompt_bias[OWNERS], answer_bias, torch.zeros(B, 1)), 1)  # (B, P + S + 1)
+    grid, place = torch.tensor([[1, 4, 0], [3, 0, 0], [0, 2, 5]]), torch.tensor([6, 0, 7, 3, 1, 8])
+    out = shared_attention(q, k, v, prompts, answers, grid, place, prompt_bias, answer_bias)
+    keys, values = torch.cat((prompts[:, OWNERS], answers, torch.stack((k, v))[:, :, :, None]), 3).float()
+    scores = q.float() @ keys.mT / D**0.5 + bias[:, None, None]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), scores.softmax(-1) @ values, atol=close, rtol=close)
+
+
+def test_a_step_writes_one_slot_of_each_row():
+    config = ModelConfig(**SHAPE, **FAMILIES["qwen2"])
+    cache = KVCache(config, prompts=2, prompt_slots=5, rows=5, slots=30)
+    cache.arrange([1, 0, 0], [2, 5])
+    cache.step(random_decoder(config), torch.tensor([3, 4, 5]), torch.tensor([5, 5, 3]), longest=3)
+    written = cache.answers[:, :, [0, 1, 2], :, [0, 3, 1]]  # the slots that are new in their answers
+    assert written.ne(0).all() and cache.answers.count_nonzero() == written.numel()
+    assert cache.prompts.count_nonzero() == 0
+
+
+def test_grouped_attention_equals_repeated_keys_and_values():
+    generator = torch.Generator().manual_seed(0)
+    B, T, S, H, K, D = 3, 4, 10, 6, 2, 8
+    q = torch.randn(B, T, H, D, generator=generator)
+    keys, values = torch.randn(2, B, K, S, D, generator=generator)
+    hidden = torch.rand(B, T, S, generator=generator) < 0.4
+    hidden[..., 0] = False
+    bias = torch.zeros(B, T, S).masked_fill(hidden, -torch.inf)
+    out = grouped_attention(q, keys, values, bias)
+    k, v = keys.repeat_interleave(H // K, 1), values.repeat_interleave(H // K, 1)  # (B, H, S, D)
+    scores = q.transpose(1, 2) @ k.transpose(2, 3) / D**0.5 + bias[:, None]  # (B, H, T, S)
+    torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2), atol=1e-5, rtol=1e-5)
