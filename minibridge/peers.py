@@ -64,7 +64,7 @@ def trl_steps(folder: Path, texts: list[str], samples: int, new_tokens: int, ste
             self.seconds.append(clock() - self.began)
             between()
 
-    clock = Clock()
+    watch = Clock()
     config = trl.GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=len(texts) * samples, num_generations=samples,
         gradient_accumulation_steps=1, max_completion_length=new_tokens, max_steps=steps, beta=0.001, loss_type="grpo",
@@ -78,5 +78,5 @@ def trl_steps(folder: Path, texts: list[str], samples: int, new_tokens: int, ste
     rows = datasets.Dataset.from_list([{"prompt": text} for text in texts] * steps)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trl.GRPOTrainer(model, reward, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[clock]).train()
-    return f"TRL {trl.__version__}" + ", checkpointing" * checkpointing, clock.seconds
+    trl.GRPOTrainer(model, reward, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]).train()
+    return f"TRL {trl.__version__}" + ", checkpointing" * checkpointing, watch.seconds
