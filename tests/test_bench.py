@@ -90,6 +90,7 @@ def test_peak_memory_sees_what_a_function_held_for_a_while():
 
 @pytest.mark.oracle
 def test_the_peer_does_the_same_work(tmp_path):
+    pytest.importorskip("transformers")
     config = parse(bench.Work, SMALL.split())
     model, prompts = bench.build(config, CPU), bench.random_prompts(config)
     bench.checkpoint.save(model, tmp_path)
