@@ -10,6 +10,7 @@
 device's own rates, measured first, would allow: multiplications over its matmul rate, or bytes over its bandwidth.
 Wall time of this machine, whatever else runs on it: let nothing else run.
 """
+import importlib.util
 import json
 import random
 import sys
@@ -77,6 +78,7 @@ def random_prompts(config: Work) -> list[list[int]]:
 
 
 def main_decode(config: Work):
+    check_peers(config, "transformers")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, prompts, rows = build(config, device).to(dtype), random_prompts(config), []
@@ -177,6 +179,7 @@ def main_logprob(config: LogProb):
 
 def main_train(config: Work):
     """Cross-entropy of every token of prompts * samples rows, and AdamW; the peer does the same."""
+    check_peers(config, "transformers")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model = build(config, device)
@@ -213,6 +216,7 @@ def main_train(config: Work):
 def main_step(config: Work):
     """One GRPO step with a KL term: sampling, reference log-probs, loss, update. No answer stops early; the reward is
     whether the sum of its ids is odd. The tokenizer of the toy base model makes the peer's prompts."""
+    check_peers(config, "transformers", "trl", "datasets")
     if config.peers and config.shape != "toy":
         raise InputError("shape: TRL is measured at the toy shape only")
     device = pick_device(config.device)
@@ -299,6 +303,13 @@ def _drawn(config: Data, number: int):
 def _told(config: Data, problem) -> str:
     rng = random.Random(config.seed)
     return traces.question(problem, rng) + traces.answer(problem, rng, traces.BRIDGE)
+
+
+def check_peers(config: Work, *packages: str):
+    """InputError, before anything is measured, if a package of the peers is missing."""
+    missing = [name for name in packages if config.peers and importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"peers: {', '.join(missing)} not installed (pip install {' '.join(missing)})")
 
 
 COMMANDS = {"decode": (main_decode, Work), "logprob": (main_logprob, LogProb), "train": (main_train, Work),

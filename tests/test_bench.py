@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minibridge import bench, measure, peers
-from minibridge.config import parse
+from minibridge.config import InputError, parse
 from minibridge.generate import Completion
 
 CPU = torch.device("cpu")
@@ -86,6 +86,15 @@ def test_peak_memory_sees_what_a_function_held_for_a_while():
         torch.ones(2**24).add_(1)  # 64 MiB, gone at the end
 
     assert 60 * 2**20 < measure.peak_memory(CPU, held) < 100 * 2**20
+
+
+@pytest.mark.parametrize("work, packages", [("decode", "transformers"), ("train", "transformers"),
+                                            ("step", "transformers, trl, datasets")])
+def test_a_missing_library_is_named_before_anything_is_measured(work, packages, monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    main, config = bench.COMMANDS[work]
+    with pytest.raises(InputError, match=f"peers: {packages} not installed"):
+        main(parse(config, ["--peers"]))
 
 
 @pytest.mark.oracle
