@@ -26,7 +26,7 @@ def inverse_transform(weights: Tensor, generator: torch.Generator | None, block:
     edges = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     uniform = torch.rand(len(weights), 1, dtype=torch.float64, device=weights.device, generator=generator)
     point = uniform * edges[:, -1:]
-    chosen = torch.searchsorted(edges, point, right=True).clamp(max=edges.shape[-1] - 1)  # past the end only if NaN, as below
+    chosen = torch.searchsorted(edges, point, right=True).clamp(max=edges.shape[-1] - 1)  # past the end: NaN, as below
     before = torch.where(chosen > 0, edges.gather(-1, (chosen - 1).clamp(min=0)), 0.0)
     fraction = (point - before) / (edges.gather(-1, chosen) - before)  # in [0, 1): uniform again
     inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, block))[:, 0].cumsum(-1, dtype=torch.float64)  # (B, block)
