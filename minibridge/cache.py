@@ -180,9 +180,9 @@ class KVCache:
         return hidden[: len(ids)]
 
 
-def _bias(seen: Tensor) -> Tensor:
+def _bias(seen: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """0 where there is something to see, -inf elsewhere."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 class PromptCache:
@@ -207,9 +207,7 @@ class PromptCache:
         slots = torch.arange(self.layers[0][0].shape[2], device=positions.device)
         behind = (slots >= self.lengths[:, None])[:, None].expand(-1, positions.shape[1], -1)  # (B, T, P): padding
         later = positions[:, None] > positions[:, :, None]  # (B, T, T)
-        unseen = torch.cat((behind, later), 2)  # (B, T, P + T)
-        bias = torch.zeros(unseen.shape, dtype=self.layers[0][0].dtype, device=positions.device)
-        return partial(self._read, bias.masked_fill_(unseen, -torch.inf))
+        return partial(self._read, _bias(~torch.cat((behind, later), 2), self.layers[0][0].dtype))  # (B, T, P + T)
 
     def _fill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer == len(self.layers):  # and not when activation checkpointing runs the layer again

@@ -58,8 +58,8 @@ def generate(
     temperature 0 takes the most likely token and gives its log-probability under softmax(logits). A
     completion ends with one of stop_ids, with the token that completes one of stop_strings in the decoded
     text, or after max_new_tokens. The generator is on the model's device (None: torch's own); the same state
-    and arguments give the same completions. `compiled`: each step is one graph of torch.compile, which takes about a
-    minute to make and is worth it for long runs. Raises InputError for a prompt that is empty or, with
+    and arguments give the same completions. `compiled`: each step is one graph of torch.compile, which takes from
+    some seconds to minutes to make and is worth it for long runs. Raises InputError for a prompt that is empty or, with
     max_new_tokens, longer than the model's max_position_embeddings.
     """
     _check(model, prompts, samples, max_new_tokens, rows)
