@@ -30,7 +30,7 @@ from minibridge.logprob import fused_loss
 from minibridge.measure import matmul_rate
 from minibridge.model import Decoder
 from minibridge.optim import (
-    adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, training_flops, update
+    adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, save_checkpoint, training_flops, update
 )
 from minibridge.policy import MicroBatch, answer_hidden, pack, padding, score
 from minibridge.rollout import Episode, lines, rollout
@@ -67,6 +67,7 @@ class Config:
     eval_every: int = option(5, "steps between validations; also before the first step and after the last", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: only at the end", least=0)
     show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never", least=0)
+    keep: int = option(2, "newest checkpoints that stay; 0: all", least=0)
     resume: bool = option(False, "go on from the newest checkpoint of --out")
     seed: int = option(0, "seed of the order of prompts and of sampling", least=0)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
@@ -227,8 +228,7 @@ def main(config: Config):
         if config.show_every and (step - 1) % config.show_every == 0:
             show(groups)
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            state = {"step": step, "generator": generator.get_state()}
-            checkpoint.save_training(run.path / "checkpoints" / f"step_{step}", model, optimizer, state, tokenizer)
+            save_checkpoint(config, step, model, optimizer, tokenizer, generator=generator.get_state())
     checkpoint.save(model, run.path / "model", tokenizer)
     run.finish()
 

@@ -22,7 +22,9 @@ from minibridge.data import Example, batches, index_stream, load_sft, micro_batc
 from minibridge.logprob import fused_loss
 from minibridge.measure import matmul_rate
 from minibridge.model import Decoder
-from minibridge.optim import adamw, learning_rate, open_model, pick_device, resume_point, training_flops, update
+from minibridge.optim import (
+    adamw, learning_rate, open_model, pick_device, resume_point, save_checkpoint, training_flops, update
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Config:
     eval_every: int = option(0, "steps between validation losses; 0: only at the end", least=0)
     save_every: int = option(0, "steps between checkpoints; 0: only at the end", least=0)
     log_every: int = option(1, "steps between console lines; metrics.jsonl has every step", least=0)
+    keep: int = option(2, "newest checkpoints that stay; 0: all", least=0)
     resume: bool = option(False, "go on from the newest checkpoint of --out")
     seed: int = option(0, "seed of the order of examples", least=0)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
@@ -122,7 +125,7 @@ def main(config: Config):
         shown = step == steps or config.log_every and step % config.log_every == 0 or "val_loss" in numbers
         run.log(step, console=None if shown else (), **numbers)
         if config.save_every and step % config.save_every == 0 and step < steps:
-            checkpoint.save_training(run.path / "checkpoints" / f"step_{step}", model, optimizer, {"step": step}, tokenizer)
+            save_checkpoint(config, step, model, optimizer, tokenizer)
     checkpoint.save(model, run.path / "model", tokenizer)
     run.finish()
 

@@ -3,7 +3,7 @@
     load, save                     config.json, model.safetensors (or shards and their index), the tokenizer's
                                    files and generation_config.json: what transformers and vLLM open
     save_training, load_training   the same, and training.json and training.safetensors in it
-    latest                         the checkpoint to resume from
+    latest, prune                  the checkpoint to resume from; making room for it
 
 A folder is written beside its place and then renamed, so nobody ever sees half of one.
 Nothing is pickled. What it is not: sharded saving, other weight formats, quantised weights, downloads.
@@ -243,12 +243,29 @@ def _fill_optimizer(optimizer: Optimizer, model: Decoder, moments: dict, path: P
     })  # fmt: skip
 
 
+def read_state(folder: str | Path) -> dict:
+    """The numbers among the `state` that `save_training` was given."""
+    return _read_json(Path(folder) / TRAINING)
+
+
 def latest(checkpoints: str | Path) -> Path | None:
     """The folder in `checkpoints` that training resumes from: the largest step. None if there is none."""
+    return next(iter(_newest_first(checkpoints)), None)
+
+
+def prune(checkpoints: str | Path, keep: int) -> None:
+    """Delete all but the `keep` newest folders (0: none is), and what a killed process left of its own."""
+    for path in _newest_first(checkpoints)[keep:] if keep else []:
+        path.rename(path.with_name(f".{path.name}.old"))  # at once: half a checkpoint is never taken for one
+    for path in Path(checkpoints).glob(".*"):
+        shutil.rmtree(path)
+
+
+def _newest_first(checkpoints: str | Path) -> list[Path]:
     found = {}
     for path in Path(checkpoints).glob("[!.]*/" + TRAINING):
-        step = _read_json(path).get("step")
+        step = read_state(path.parent).get("step")
         if type(step) is not int or step < 0:
             raise InputError(f"{path}: field 'step' must be a whole number, not {step!r}")
         found[step] = path.parent
-    return found[max(found)] if found else None
+    return [found[step] for step in sorted(found, reverse=True)]

@@ -1,9 +1,14 @@
-"""What the scripts share: opening a model, room for a prompt, where to resume, the optimizer, its rate, a clipped step."""
+"""What the scripts share: opening a model, room for a prompt, a run's checkpoints, the optimizer, its rate, a clipped step."""
+import dataclasses
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from torch import Tensor
 
 from minibridge import checkpoint
 from minibridge.config import InputError, same_settings
@@ -13,7 +18,7 @@ from minibridge.tokenizer import Tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Settings that a resumed run may change: they touch no number, or (micro_tokens) only its last digits.
 MAY_CHANGE = ("out", "resume", "micro_tokens", "checkpointing", "compile", "eval_every",
-              "save_every", "log_every", "show_every")
+              "save_every", "keep", "log_every", "show_every")
 
 
 def pick_device(name: str) -> torch.device:
@@ -65,11 +70,34 @@ def resume_point(config: Any) -> Path | None:
         raise InputError(f"{config.out}: holds checkpoints, but no run.json to say of which run")
     if config.resume:
         same_settings(config.out, config, but=MAY_CHANGE)
+        if saved and checkpoint.read_state(saved).get("fingerprint") != fingerprint(config):
+            raise InputError(f"{saved}: not of this run, or {config.data} has changed since")
         if not saved and (Path(config.out) / "run.json").exists():
             print(f"{config.out}: no checkpoint yet, so the run begins anew", flush=True)
     elif saved or (Path(config.out) / "model").exists():
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
     return saved
+
+
+def fingerprint(config: Any) -> str:
+    """SHA-256 of the settings that no resumed run may change, and of the bytes of its data file: with the step, they say
+    which rows come next."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(Path(config.data).read_bytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(config: Any, step: int, model: Decoder, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
+                    **state: int | Tensor):
+    """All that the steps after `step` depend on, in out/checkpoints/step_K; the oldest make room for it.
+
+    The schedule and the order of the rows are functions of the settings and the step; `state` is what is not.
+    """
+    folder = Path(config.out) / "checkpoints"
+    state = {"step": step, "fingerprint": fingerprint(config), **state}
+    checkpoint.save_training(folder / f"step_{step}", model, optimizer, state, tokenizer)
+    checkpoint.prune(folder, config.keep)
 
 
 def training_flops(model: Decoder, tokens: int, scored: int, pairs: float, passes: float = 3) -> float:

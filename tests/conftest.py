@@ -15,6 +15,10 @@ from minibridge.tokenizer import Tokenizer, train_toy
 torch.set_num_threads(1)  # on matrices this small threads only wait for one another
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="how often test_kill.py kills each script")
+
+
 @dataclass(frozen=True)
 class Toy:
     """Paths as the command line takes them. `model` is Qwen2-shaped and random, not near uniform."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 
 import pytest
@@ -194,6 +195,49 @@ def test_interrupted_run_is_resumed_bit_for_bit(toy, whole, tmp_path, monkeypatc
     assert train(toy, tmp_path, SETTINGS, "--resume") == 0
     assert weights(tmp_path / "model") == weights(whole / "model")
     assert without_times(metrics(tmp_path)) == without_times(metrics(whole))
+
+
+def test_a_full_disk_costs_the_new_checkpoint_only(toy, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    before, limits = weights(out / "checkpoints" / "step_2"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) * 3 // 2, limits[1]))  # the optimizer's file is twice the model's
+    try:
+        assert train(toy, out, SETTINGS, "--resume --save-every 1") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out}/checkpoints") and "File too large" in error and error.count("\n") == 1
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_2"]
+    assert weights(out / "checkpoints" / "step_2") == before
+    assert train(toy, out, SETTINGS, "--resume") == 0
+    assert weights(out / "model") == weights(whole / "model")
+
+
+def test_the_newest_checkpoints_stay(toy, whole, tmp_path):
+    for keep, names in ((1, ["step_3"]), (2, ["step_2", "step_3"]), (0, ["step_1", "step_2", "step_3"])):
+        out = tmp_path / str(keep)
+        assert train(toy, out, SETTINGS, "--save-every 1 --keep", keep) == 0
+        assert sorted(path.name for path in (out / "checkpoints").iterdir()) == names
+        assert weights(out / "model") == weights(whole / "model")
+
+
+def test_a_checkpoint_of_another_run_or_other_data_is_refused(toy, whole, tmp_path, capsys):
+    """run.json alone would not notice either."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert train(toy, other, SETTINGS, "--seed 1") == 0
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints")
+    shutil.copytree(other / "checkpoints", out / "checkpoints")
+    assert train(toy, out, SETTINGS, "--resume") == 2
+    assert f"{out}/checkpoints/step_2: not of this run" in capsys.readouterr().err
+    data = tmp_path / "data.jsonl"
+    shutil.copy(toy.sft, data)
+    assert train(toy, tmp_path / "third", SETTINGS, data=data) == 0
+    write_jsonl(data, read_jsonl(toy.sft)[::-1])
+    assert train(toy, tmp_path / "third", SETTINGS, "--resume", data=data) == 2
+    assert f"{data} has changed since" in capsys.readouterr().err
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(toy, whole, tmp_path, capsys):
