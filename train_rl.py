@@ -193,7 +193,7 @@ def main(config: Config):
         raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
     if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
         raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "generator": generator.get_state()}
     if "generator" not in state:
         raise InputError(f"{saved}: not a checkpoint of train_rl.py")

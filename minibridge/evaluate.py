@@ -156,7 +156,7 @@ def sample(config: Config) -> list[dict]:
     for number, (prompt, graph) in enumerate(zip(prompts, graphs), 1):
         if graph is not None:  # what is wrong is said before the answers are sampled
             _problem(prompt.record, f"{config.data}:{number}")
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     episodes = rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
                        temperature=config.temperature, rows=config.rows, generator=generator)
     return [{**line, "problem": graphs[line["group"]]} for line in lines(episodes)]

@@ -49,6 +49,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     tokenizer: Decodes | None = None,
     generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
     rows: int = 64,
     compiled: bool = False,
 ) -> list[list[Completion]]:
@@ -57,17 +58,21 @@ def generate(
     Tokens are drawn from softmax(logits / temperature), cut to its top_p nucleus (arXiv 1904.09751);
     temperature 0 takes the most likely token and gives its log-probability under softmax(logits). A
     completion ends with one of stop_ids, with the token that completes one of stop_strings in the decoded
-    text, or after max_new_tokens. The generator is on the model's device (None: torch's own); the same state
-    and arguments give the same completions. `compiled`: each step is one graph of torch.compile, which takes from
+    text, or after max_new_tokens. `compiled`: each step is one graph of torch.compile, which takes from
     some seconds to minutes to make and is worth it for long runs. Raises InputError for a prompt that is empty or, with
     max_new_tokens, longer than the model's max_position_embeddings.
+
+    Each prompt has a seed of its own for all its samples: what is drawn for it depends neither on the other prompts nor on
+    `rows`, but for the rounding of logits. By default the seeds come from `generator` (a CPU one; None: torch's own).
     """
     _check(model, prompts, samples, max_new_tokens, rows)
     stop = _Stop(frozenset(stop_ids), tuple(stop_strings), tokenizer, max_new_tokens)
     results = [[Completion() for _ in range(samples)] for _ in prompts]
-    pool = _Pool(model, prompts, results, rows, max_new_tokens, compiled)
+    if seeds is None:
+        seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator).tolist()
+    pool = _Pool(model, prompts, results, seeds, rows, max_new_tokens, compiled)
     while pool.admit():
-        tokens, logprobs = sample(model.logits(pool.hidden), temperature, top_p, generator)  # (B,), (B,)
+        tokens, logprobs = sample(model.logits(pool.hidden), temperature, top_p, pool.uniform())  # (B,), (B,)
         drawn = torch.stack((tokens.double(), logprobs.double())).tolist()  # the step's one wait
         if not all(map(math.isfinite, drawn[1])):
             raise InputError("the model's logits are not finite: its weights are broken")
@@ -104,19 +109,20 @@ class _Prompt:
 
 @dataclass
 class _Row:
-    """A completion in the making."""
+    """A completion in the making, and the uniform numbers (T,) that draw its tokens."""
 
     completion: Completion
     prompt: _Prompt
+    numbers: Tensor
 
 
 class _Pool:
-    """The samples being decoded: live[b] owns row b of the cache; its next token is drawn from hidden[b]."""
+    """The samples being decoded: live[b] owns row b of the cache; its next token, number said[b], is drawn from hidden[b]."""
 
-    def __init__(self, model: Decoder, prompts, results: list[list[Completion]], rows: int, max_new_tokens: int,
-                 compiled: bool):
+    def __init__(self, model: Decoder, prompts, results: list[list[Completion]], seeds: Sequence[int], rows: int,
+                 max_new_tokens: int, compiled: bool):
         samples = len(results[0]) if results else 1
-        self.model, self.rows = model, min(rows, samples * len(prompts))
+        self.model, self.rows, self.seeds = model, min(rows, samples * len(prompts)), seeds
         self.batch = max(1, rows // samples)  # prompts of a prefill
         self.cache = KVCache(model.config, min(2 * self.batch, len(prompts)), max(map(len, prompts), default=0),
                              self.rows, max_new_tokens, model.activation_dtype, model.device, compiled)
@@ -125,6 +131,8 @@ class _Pool:
         self.changed = False  # whether the rows are no longer those that the cache has been told of
         self.waiting = self._prefill(prompts, results)
         self.hidden = torch.empty(0, model.config.hidden_size).to(model.device, model.activation_dtype)
+        self.said = torch.empty(0, dtype=torch.long, device=model.device)
+        self.numbers = torch.empty(self.rows, max_new_tokens, dtype=torch.float64, device=model.device)
 
     def _prefill(self, prompts, results: list[list[Completion]]) -> Iterator[_Row]:
         """Each sample in order. A batch of prompts is run when the first of its samples is asked for."""
@@ -139,17 +147,26 @@ class _Pool:
             self.prompts += [_Prompt(first + n, length, hidden[n, length - 1].clone(), len(results[start + n]))
                              for n, length in enumerate(lengths)]
             del filled, hidden  # while samples wait, only the ends and what the cache holds are needed
-            for prompt, group in zip(self.prompts[first:], results[start:]):
-                for completion in group:
-                    yield _Row(completion, prompt)
+            for prompt, group, seed in zip(self.prompts[first:], results[start:], self.seeds[start:]):
+                shape, stream = (len(group), self.numbers.shape[1]), torch.Generator().manual_seed(seed)
+                numbers = torch.rand(shape, dtype=torch.float64, generator=stream).to(self.model.device)
+                for completion, row in zip(group, numbers):
+                    yield _Row(completion, prompt, row)
 
     def admit(self) -> bool:
         """Fill the free rows with waiting samples; False when nothing is left to decode."""
         new = list(islice(self.waiting, self.rows - len(self.live)))
-        self.live += new
+        for row in new:
+            self.numbers[len(self.live)] = row.numbers
+            self.live.append(row)
         self.changed |= bool(new)
         self.hidden = torch.cat((self.hidden, *(row.prompt.hidden[None] for row in new)))  # (B, C)
+        self.said = torch.cat((self.said, self.said.new_zeros(len(new))))  # (B,)
         return bool(self.live)
+
+    def uniform(self) -> Tensor:
+        """The number in [0, 1) that draws the next token of each live row: (B,)."""
+        return self.numbers[: len(self.live)].gather(1, self.said[:, None])[:, 0]
 
     def retire(self, stop: "_Stop"):
         """Let go of the rows that have come to their end, and of prompts whose last sample has."""
@@ -158,23 +175,27 @@ class _Pool:
             self.live[b].prompt.samples -= 1
         if ended:
             self.changed = True
-            _close_gaps(self.live, ended, self.cache.move_rows)
+            _close_gaps(self.live, ended, self.move_rows)
             over = {n for n, prompt in enumerate(self.prompts) if not prompt.samples}
             _close_gaps(self.prompts, over, self.cache.move_prompts)
             for n, prompt in enumerate(self.prompts):
                 prompt.place = n
 
+    def move_rows(self, sources: list[int], places: list[int]):
+        self.cache.move_rows(sources, places)
+        self.numbers[places] = self.numbers[sources]
+
     def advance(self):
         """Run the newest token of every live row."""
-        self.hidden = self.hidden[:0]
+        self.hidden, self.said = self.hidden[:0], self.said[:0]
         if not self.live:
             return
         if self.changed:
             self.cache.arrange([row.prompt.place for row in self.live], [prompt.length for prompt in self.prompts])
             self.changed = False
         said = [len(row.completion.ids) for row in self.live]
-        newest = [[row.completion.ids[-1], row.prompt.length + n - 1] for row, n in zip(self.live, said)]
-        ids, positions = torch.tensor(newest, device=self.model.device).T  # (B,) each
+        newest = [[row.completion.ids[-1], row.prompt.length + n - 1, n] for row, n in zip(self.live, said)]
+        ids, positions, self.said = torch.tensor(newest, device=self.model.device).T  # (B,) each
         self.hidden = self.cache.step(self.model, ids, positions, longest=max(said) - 1)
 
 

@@ -1,4 +1,5 @@
 """Prompts -> sampled completions -> scored episodes: the one object that RL, evaluation and the analysis share."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +37,16 @@ class Episode:
 
 def rollout(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], samples: int, *, max_new_tokens: int,
             temperature: float = 1.0, format_scale: float = 0.0, rows: int = 64,
-            generator: torch.Generator | None = None, compiled: bool = False) -> list[list[Episode]]:
+            generator: torch.Generator | None = None, seeds: Sequence[int] | None = None,
+            compiled: bool = False) -> list[list[Episode]]:
     """`samples` episodes for each prompt, grouped by position: two equal prompts are still two groups.
 
     Sampling is from the full distribution (no top-k or top-p), so that the loss can describe it; temperature 0 is greedy.
     A completion stops at the end-of-turn or end-of-text token.
     """
     groups = generate(model, [prompt.ids for prompt in prompts], samples, max_new_tokens, temperature,
-                      stop_ids=tokenizer.stop_ids, generator=generator, rows=rows, compiled=compiled)
+                      stop_ids=tokenizer.stop_ids, generator=generator, seeds=seeds, rows=rows,
+                      compiled=compiled)
     return [[score(prompt, completion, tokenizer.decode(completion.ids), format_scale) for completion in group]
             for prompt, group in zip(prompts, groups)]
 

@@ -1,31 +1,32 @@
-"""Logits to tokens, drawn from the full distribution or its nucleus: pure functions of a batch and a generator."""
+"""Logits to tokens, drawn from the full distribution or its nucleus: pure functions of a batch and of its uniform numbers."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None):
-    """Tokens (B,) drawn from fp32 logits (B, V) as `generate.generate` says, and their log-probabilities (B,)."""
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor):
+    """Tokens (B,) drawn from fp32 logits (B, V) as `generate.generate` says, and their log-probabilities (B,).
+
+    uniform (B,): fp64 numbers in [0, 1), independent of all else; temperature 0 has no use for them."""
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     weights = (logits if temperature == 1 else logits / temperature).softmax(-1)  # (B, V)
     if top_p < 1:
         weights = nucleus(weights, top_p)
-    tokens = inverse_transform(weights, generator)[:, None]  # (B, 1)
+    tokens = inverse_transform(weights, uniform)[:, None]  # (B, 1)
     return tokens[:, 0], (weights.gather(-1, tokens) / weights.sum(-1, keepdim=True)).log()[:, 0]
 
 
-def inverse_transform(weights: Tensor, generator: torch.Generator | None, block: int = 64) -> Tensor:
-    """Indices (B,) drawn as often as weights (B, V) say, by one uniform number a row: first a block, then a token in it.
+def inverse_transform(weights: Tensor, uniform: Tensor, block: int = 64) -> Tensor:
+    """Indices (B,) drawn as often as weights (B, V) say, by a uniform number a row (B,): first a block, then a token in it.
 
     The sums are fp64, so that rare tokens keep their chance; those over all tokens are few, so that they cost little.
     """
     blocks = F.pad(weights, (0, -weights.shape[-1] % block)).unflatten(-1, (-1, block))  # (B, V / block, block)
     edges = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(len(weights), 1, dtype=torch.float64, device=weights.device, generator=generator)
-    point = uniform * edges[:, -1:]
+    point = uniform[:, None] * edges[:, -1:]
     chosen = torch.searchsorted(edges, point, right=True).clamp(max=edges.shape[-1] - 1)  # past the end: NaN, as below
     before = torch.where(chosen > 0, edges.gather(-1, (chosen - 1).clamp(min=0)), 0.0)
     fraction = (point - before) / (edges.gather(-1, chosen) - before)  # in [0, 1): uniform again

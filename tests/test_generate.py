@@ -86,6 +86,21 @@ def test_same_seed_same_completions_and_no_other_randomness(model):
     assert len({tuple(completion.ids) for completion in first[1]}) > 1  # samples of one prompt differ
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_what_a_prompt_gets_depends_on_its_own_seed_alone(model, top_p):
+    """Not on the other prompts, their order or the rows; so ranks that share the work draw what one process would."""
+    def ids(chosen, rows):
+        groups = generate(model, [PROMPTS[n] for n in chosen], 4, 12, top_p=top_p, stop_ids=(0, 1),
+                          seeds=[100 + n for n in chosen], rows=rows)
+        return {n: [completion.ids for completion in group] for n, group in zip(chosen, groups)}
+
+    whole = ids(range(len(PROMPTS)), rows=64)
+    assert len({len(answer) for group in whole.values() for answer in group}) > 1  # rows end at different times and move
+    for chosen, rows in ((range(len(PROMPTS)), 3), ((2, 0), 5), ((1,), 1), ((1, 0, 2), 4)):
+        found = ids(chosen, rows)
+        assert found == {n: whole[n] for n in chosen}
+
+
 def test_prompts_stay_as_they_were(model):
     prompts = copy.deepcopy(PROMPTS)
     generate(model, prompts, 2, 5, generator=seeded())
@@ -95,7 +110,8 @@ def test_prompts_stay_as_they_were(model):
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.6), (1.5, 0.8)])
 def test_tokens_come_as_often_as_the_softmax_says(temperature, top_p):
     logits, draws = torch.tensor([2.0, -1.0, 0.5, 1.0, -torch.inf, 0.0, -2.0]), 200_000
-    tokens, logprobs = sample(logits.expand(draws, -1), temperature, top_p, seeded())
+    uniform = torch.rand(draws, dtype=torch.float64, generator=seeded())
+    tokens, logprobs = sample(logits.expand(draws, -1), temperature, top_p, uniform)
     expected = naive_nucleus((logits / temperature).softmax(-1), top_p)
     expected = expected / expected.sum()
     counts = tokens.bincount(minlength=len(logits))
@@ -107,34 +123,31 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature, top_p):
 
 
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (1 - 2**-53, 3)])
-def test_the_ends_of_the_unit_interval_are_tokens_that_can_be_drawn(monkeypatch, uniform, token):
-    def fixed(*shape, dtype, **options):
-        return torch.full(shape, uniform, dtype=dtype)
-
-    monkeypatch.setattr(torch, "rand", fixed)
+def test_the_ends_of_the_unit_interval_are_tokens_that_can_be_drawn(uniform, token):
+    uniform = torch.full((3,), uniform, dtype=torch.float64)
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, 0.3, -torch.inf]])
-    assert sample(logits, 1.0, 1.0, None)[0].item() == token
+    assert sample(logits, 1.0, 1.0, uniform[:1])[0].item() == token
     weights = torch.zeros(3, 1000)
     weights[:, [130, 131, 700]] = torch.tensor([[1e-30, 1.0, 2.0], [0.3, 3e-8, 1e-8], [5.0, 1e-9, 1e20]])
-    assert inverse_transform(weights, None).tolist() == [130 if uniform == 0 else 700] * 3
+    assert inverse_transform(weights, uniform).tolist() == [130 if uniform[0] == 0 else 700] * 3
 
 
 @pytest.mark.parametrize("vocabulary", [64, 100])
 def test_nan_weights_give_some_token_and_a_nan(vocabulary):
     """Which `generate` reports; an index beyond the vocabulary would end in a crash."""
-    tokens, logprobs = sample(torch.full((2, vocabulary), torch.nan), 1.0, 1.0, seeded())
+    tokens, logprobs = sample(torch.full((2, vocabulary), torch.nan), 1.0, 1.0, torch.tensor([0.1, 0.9]).double())
     assert (tokens < vocabulary).all() and logprobs.isnan().all()
 
 
-def test_a_token_is_drawn_where_its_stretch_of_the_unit_interval_lies(monkeypatch):
+def test_a_token_is_drawn_where_its_stretch_of_the_unit_interval_lies():
     """Over 300 tokens, of very different weights, in blocks of 64 and of 7: the naive search says which."""
     weights = (4 * torch.randn(5, 300, generator=seeded())).exp() * (torch.rand(5, 300, generator=seeded(1)) < 0.8)
     edges = weights.double().cumsum(-1)
     for number in range(200):
-        uniform = torch.rand(5, 1, dtype=torch.float64, generator=seeded(number))
-        expected = (edges <= uniform * edges[:, -1:]).sum(-1)
+        uniform = torch.rand(5, dtype=torch.float64, generator=seeded(number))
+        expected = (edges <= uniform[:, None] * edges[:, -1:]).sum(-1)
         for block in (64, 7):
-            assert torch.equal(inverse_transform(weights, seeded(number), block), expected)
+            assert torch.equal(inverse_transform(weights, uniform, block), expected)
 
 
 def test_generate_draws_the_samples_of_a_prompt_independently(model):
