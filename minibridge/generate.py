@@ -117,7 +117,7 @@ class _Row:
 
 
 class _Pool:
-    """The samples being decoded: live[b] owns row b of the cache; its next token, number said[b], is drawn from hidden[b]."""
+    """The samples being decoded: live[b] owns row b of the cache; its token number said[b] is drawn from hidden[b]."""
 
     def __init__(self, model: Decoder, prompts, results: list[list[Completion]], seeds: Sequence[int], rows: int,
                  max_new_tokens: int, compiled: bool):

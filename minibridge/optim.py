@@ -1,4 +1,4 @@
-"""What the scripts share: opening a model, room for a prompt, a run's checkpoints, the optimizer, its rate, a clipped step."""
+"""What the scripts share: opening a model, room for a prompt, checkpoints of a run, the optimizer, its rate, its step."""
 import dataclasses
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Logits to tokens, drawn from the full distribution or its nucleus: pure functions of a batch and of its uniform numbers."""
+"""Logits to tokens, drawn from the full distribution or its nucleus: pure functions of a batch and its uniform numbers."""
 
 import torch
 import torch.nn.functional as F
