@@ -151,7 +151,7 @@ def whole_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor, d
         logps, old_logps, batch.ref_logps, batch.advantages, batch.trained, **recipe.token_terms, entropy=entropy,
         kl_threshold=recipe.kl_threshold, kept=~batch.truncated if recipe.mask_truncated else None, importance=weights,
         aggregate=recipe.aggregate, normalizer=step.normalizer)
-    gaps = (logps.detach() - batch.sampled_logps).abs()
+    gaps = (logps.detach() - batch.sampled_logps)[batch.trained].abs()
     return loss, {**metrics, "mismatch": gaps.max(), "mismatch_mean": gaps.sum() / step.tokens}
 
 
