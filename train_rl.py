@@ -3,11 +3,11 @@
     python train_rl.py --model runs/sft_bridge/model --data data/rl.jsonl --val data/val.jsonl --out runs/rl_bridge
 
 A step: sample a group of answers for each prompt, score them, turn rewards into advantages within each group, take one
-or more optimizer steps on the clipped surrogate with a KL penalty towards the model it started from. The defaults are
-those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B. Where it departs from the authors' code: gradients are those of
-the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step is no no-op, exactly the
-sampled tokens are trained, the stop token included, answers stop at the end-of-turn token and not at "</answer>", blanks
-around a boxed answer are forgiven, and a prompt that is too long is an error.
+or more optimizer steps on the clipped surrogate with a KL penalty towards the model it started from, or on another loss
+(--preset). The defaults are those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B. Where it departs from the authors'
+code: gradients are those of the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step
+is no no-op, exactly the sampled tokens are trained, the stop token included, answers stop at the end-of-turn token and not
+at "</answer>", blanks around a boxed answer are forgiven, and a prompt that is too long is an error.
 
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """
@@ -15,24 +15,22 @@ import itertools
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from minibridge import checkpoint
 from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
 from minibridge.data import Prompt, index_stream, load_prompts
-from minibridge.grpo import group_advantages, grpo_loss, token_loss, token_weights
-from minibridge.logprob import fused_loss
+from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import matmul_rate
 from minibridge.model import Decoder
 from minibridge.optim import (
     adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, save_checkpoint, training_flops, update
 )
-from minibridge.policy import MicroBatch, answer_hidden, pack, padding, score
+from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, total, whole_step
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.tokenizer import Tokenizer
 
@@ -52,12 +50,19 @@ class Config:
     warmup: int = option(0, "rollout batches of linear warm-up", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "largest gradient norm", least=1e-6)
-    clip_low: float = option(0.2, "ratios below 1 - clip_low are clipped", least=0, most=1)
-    clip_high: float = option(0.2, "ratios above 1 + clip_high are clipped", least=0)
-    kl_coef: float = option(0.001, "weight of the k3 estimate of KL(policy | reference)", least=0)
+    preset: str = option("paper", "recipe of the loss; clip, KL and entropy options override its own", tuple(PRESETS))
+    clip_low: float | None = option(None, "ratios below 1 - clip_low are clipped; none: the preset's", least=0, most=1)
+    clip_high: float | None = option(None, "ratios above 1 + clip_high are clipped; none: the preset's", least=0)
+    kl_coef: float | None = option(None, "weight of the k3 estimate of KL(policy | reference); none: the preset's", least=0)
     kl_threshold: float | None = option(None, "drop rollouts whose mean k3 reaches this (the paper's Llama runs: 0.15)",
                                        least=0)
-    entropy_coef: float = option(0.001, "weight of the entropy bonus")
+    entropy_coef: float | None = option(None, "weight of the entropy bonus; none: the preset's")
+    mask_truncated: bool = option(False, "take answers that hit max_new_tokens out of the loss")
+    old_logps: Literal["recomputed", "sampler"] = option(
+        "recomputed", "what ratios are to: the policy's own log-probabilities before the first update, or the sampler's")
+    tis_cap: float | None = option(
+        None, "truncated importance sampling: the largest weight of a token, exp(its log-prob in training - in sampling)",
+        least=1)
     format_scale: float = option(0.0, "extra reward of a well-formed answer (the paper's Llama runs: 0.05)", least=0)
     temperature: float = option(1.0, "of sampling and of the loss alike", least=1e-3)
     max_prompt: int = option(1024, "longest prompt, in tokens; a longer one is an error", least=1)
@@ -75,62 +80,46 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
+    def __post_init__(self):
+        for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The preset, with the options given by name. InputError for an option that would do nothing."""
+    preset = PRESETS[config.preset]
+    if preset.clip_low is None and (config.clip_low, config.clip_high) != (None, None):
+        raise InputError(f"clip_low, clip_high: the preset {config.preset} has no ratio to clip")
+    if config.tis_cap is not None and config.old_logps == "sampler":
+        raise InputError("tis_cap: with old_logps sampler, the ratios themselves are to the sampler")
+    return replace(preset, clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
+                   entropy_coef=config.entropy_coef, kl_threshold=config.kl_threshold, tis_cap=config.tis_cap,
+                   mask_truncated=config.mask_truncated)
+
 
 def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
             rate: float, config: Config) -> dict[str, float]:
     """The optimizer steps on one rollout batch; returns the metrics of the first, where the ratio is still 1."""
-    rollouts = sum(len(batch.answers) for batch in batches)
+    whole = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens)
     with torch.no_grad():
         for batch in batches:
             if reference is not None:
                 batch.ref_logps = score(reference, batch, config.temperature)[0]
-            if config.updates > 1:
+            if config.old_logps == "sampler":
+                batch.old_logps = batch.sampled_logps
+            elif config.updates > 1:
                 batch.old_logps = score(model, batch, config.temperature)[0]
     first: dict[str, float] = {}
     for number in range(config.updates):
         parts = []
         for batch in batches:
-            loss, metrics = (fused_batch_loss if config.kl_threshold is None else batch_loss)(model, batch, rollouts, config)
+            loss, metrics = share_of_loss(model, batch, whole)
             loss.backward()
             parts.append(metrics)
         norm = update(model, optimizer, rate, config.clip)
-        first = first or {**total(parts), "grad_norm": norm}
+        first = first or {**total(parts, whole), "grad_norm": norm}
     return first
-
-
-def batch_loss(model: Decoder, batch: MicroBatch, rollouts: int, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's share of the loss of a step of `rollouts`, and of its metrics, by way of all log-probabilities."""
-    logps, entropy = score(model, batch, config.temperature, with_entropy=True)
-    loss, metrics = grpo_loss(
-        logps, logps.detach() if batch.old_logps is None else batch.old_logps, batch.ref_logps, batch.advantages,
-        batch.trained, clip=(config.clip_low, config.clip_high), kl_coef=config.kl_coef, kl_threshold=config.kl_threshold,
-        entropy=entropy, entropy_coef=config.entropy_coef, aggregate="sequence", normalizer=rollouts)
-    return loss, {**metrics, "mismatch": (logps.detach() - batch.sampled_logps).abs().max()}
-
-
-def fused_batch_loss(model: Decoder, batch: MicroBatch, rollouts: int, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same, token by token, so that no logits are computed twice; a threshold needs whole rollouts."""
-    trained = batch.trained
-    weights = token_weights(trained.to(batch.sampled_logps.dtype), "sequence", rollouts)[trained]  # (tokens,)
-    advantages = batch.advantages[:, None].expand_as(trained)[trained]
-    sampled, old, ref = (None if x is None else x[trained] for x in (batch.sampled_logps, batch.old_logps, batch.ref_logps))
-    gaps = []
-
-    def loss_of(logps: Tensor, entropy: Tensor, rows: slice):
-        gaps.append((logps.detach() - sampled[rows]).abs().max())
-        return token_loss(logps, logps.detach() if old is None else old[rows], None if ref is None else ref[rows],
-                          advantages[rows], weights[rows], clip=(config.clip_low, config.clip_high), kl_coef=config.kl_coef,
-                          entropy=entropy, entropy_coef=config.entropy_coef)
-
-    hidden = answer_hidden(model, batch)[trained]  # (tokens, C)
-    loss, metrics = fused_loss(hidden, model.lm_head_weight, batch.answers[trained], loss_of, config.temperature)
-    return loss, {**metrics, "mismatch": torch.stack(gaps).max()}
-
-
-def total(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """A step's figures from those of its micro-batches: the largest mismatch, the sum of everything else."""
-    columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    return {name: (column.max() if name == "mismatch" else column.sum()).item() for name, column in columns.items()}
 
 
 def describe(groups: list[list[Episode]]) -> dict[str, float]:
@@ -160,7 +149,8 @@ def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool
         tokens += prompt + sum(answers)
         scored += sum(answers)
         pairs += prompt**2 / 2 + sum(answer * (prompt + answer / 2) for answer in answers)
-    return training_flops(model, tokens, scored, pairs, 3 * config.updates + with_reference + (config.updates > 1))
+    passes = 3 * config.updates + with_reference + (config.updates > 1 and config.old_logps == "recomputed")
+    return training_flops(model, tokens, scored, pairs, passes)
 
 
 def validate(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], config: Config) -> float:
@@ -177,6 +167,7 @@ def show(groups: list[list[Episode]]):
 
 
 def main(config: Config):
+    recipe = recipe_of(config)
     device, saved = pick_device(config.device), resume_point(config)
     model, tokenizer = open_model(config.model, device, config.dtype)
     with_reference = config.kl_coef or config.kl_threshold is not None
@@ -212,7 +203,8 @@ def main(config: Config):
                          format_scale=config.format_scale, rows=config.rows, generator=generator, compiled=compiled)
         decoded = time.monotonic()
         write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
-        advantages = group_advantages(torch.tensor([[episode.reward for episode in group] for group in groups]))  # (N, G)
+        rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
+        advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
         rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
         batches = pack(groups, advantages, config.micro_tokens, device)
         numbers = describe(groups) | improve(model, reference, optimizer, batches, rate, config)

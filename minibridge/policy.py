@@ -1,8 +1,12 @@
-"""Log-probabilities of rollouts under a model, each prompt run once for all its answers.
+"""Log-probabilities of rollouts under a model, each prompt run once for all its answers; and their loss.
 
     batches = pack(groups, advantages, max_tokens, device)
     for batch in batches:
         logps, entropy = score(model, batch, temperature, with_entropy=True)      # (B, T) each
+
+    step = whole_step(batches, recipe, temperature, longest)
+    for batch in batches:
+        loss, metrics = share_of_loss(model, batch, step)                         # shares, which add up to the step's
 
 With G answers to a prompt of P tokens, running prompt and answer together would run the same P tokens G times, which is
 half of the work when answers are as long as prompts. Here the answers attend to the keys and values of a `PromptCache`,
@@ -17,7 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minibridge.cache import PromptCache
-from minibridge.logprob import token_logprobs
+from minibridge.grpo import Recipe, grpo_loss, importance_weights, step_normalizer, token_loss, token_weights
+from minibridge.logprob import fused_loss, token_logprobs
 from minibridge.model import Decoder
 from minibridge.rollout import Episode
 
@@ -32,6 +37,7 @@ class MicroBatch:
     trained: Tensor         # (B, T) true on the sampled tokens, the stop token included; from lengths, never from ids
     sampled_logps: Tensor   # (B, T) as the sampler noted them, 0 elsewhere
     advantages: Tensor      # (B,)
+    truncated: Tensor       # (B,) true where the answer was cut off at the most tokens
     old_logps: Tensor | None = None  # (B, T)
     ref_logps: Tensor | None = None  # (B, T)
 
@@ -80,7 +86,8 @@ def _micro_batch(groups, advantages: Tensor, places: list[tuple[int, int]], devi
         pad_sequence([torch.tensor(completion.ids) for completion in completions], batch_first=True),
         torch.arange(int(lengths.max())) < lengths[:, None],
         pad_sequence([torch.tensor(completion.logprobs) for completion in completions], batch_first=True),
-        torch.stack([advantages[place] for place in places]))
+        torch.stack([advantages[place] for place in places]),
+        torch.tensor([completion.finish_reason == "length" for completion in completions]))
     return MicroBatch(*(tensor.to(device) for tensor in tensors))
 
 
@@ -105,3 +112,81 @@ def answer_hidden(model: Decoder, batch: MicroBatch) -> Tensor:
     cache.share(batch.owner, batch.prompt_lengths)
     positions = batch.prompt_lengths[batch.owner][:, None] + torch.arange(given.shape[1], device=given.device)
     return torch.cat((first, model(given, positions, cache)), 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a micro-batch's share of the loss depends on beside itself, counted over the whole optimizer step."""
+    recipe: Recipe
+    temperature: float
+    normalizer: int  # `grpo.step_normalizer`
+    tokens: int      # trained
+
+    @property
+    def mean_weight(self) -> float:
+        """Sum of the weights of all tokens of the step (`grpo.token_weights`)."""
+        return self.tokens / self.normalizer if self.recipe.aggregate == "length" else 1.0
+
+
+def whole_step(batches: list[MicroBatch], recipe: Recipe, temperature: float, longest: int) -> Step:
+    """`longest`: the most tokens that an answer may have."""
+    lengths = torch.cat([batch.trained.sum(1) for batch in batches])  # (rollouts,)
+    return Step(recipe, temperature, step_normalizer(recipe.aggregate, lengths, longest), int(lengths.sum()))
+
+
+def share_of_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of the loss of a step, and of its metrics: those of `grpo_loss`, and `mismatch` and
+    `mismatch_mean`, the largest and the mean |logp - the sampler's|. `total` adds up the shares."""
+    rollouts_needed = step.recipe.kl_threshold is not None or step.recipe.surrogate == "gspo"
+    return (whole_loss if rollouts_needed else chunked_loss)(model, batch, step)
+
+
+def whole_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    """By way of all log-probabilities; the logits are computed again in the backward pass."""
+    recipe = step.recipe
+    logps, entropy = score(model, batch, step.temperature, with_entropy=True)
+    old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
+    weights = None if recipe.tis_cap is None else importance_weights(old_logps, batch.sampled_logps, recipe.tis_cap)
+    loss, metrics = grpo_loss(
+        logps, old_logps, batch.ref_logps, batch.advantages, batch.trained, **recipe.token_terms, entropy=entropy,
+        kl_threshold=recipe.kl_threshold, kept=~batch.truncated if recipe.mask_truncated else None, importance=weights,
+        aggregate=recipe.aggregate, normalizer=step.normalizer)
+    gaps = (logps.detach() - batch.sampled_logps)[batch.trained].abs()
+    return loss, {**metrics, "mismatch": gaps.max(), "mismatch_mean": gaps.sum() / step.tokens}
+
+
+def chunked_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same, some tokens at a time and with their gradients, so that no logits are computed twice."""
+    trained, recipe = batch.trained, step.recipe
+
+    def of_tokens(x: Tensor | None) -> Tensor | None:  # (B, T) or (B,) -> (tokens,)
+        return None if x is None else (x if x.ndim == 2 else x[:, None].expand_as(trained))[trained]
+
+    weights = of_tokens(token_weights(trained.to(batch.sampled_logps.dtype), recipe.aggregate, step.normalizer))
+    advantages, kept = of_tokens(batch.advantages), of_tokens(~batch.truncated) if recipe.mask_truncated else None
+    sampled, old, ref = (of_tokens(x) for x in (batch.sampled_logps, batch.old_logps, batch.ref_logps))
+    largest = []
+
+    def loss_of(logps: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        old_logps = logps.detach() if old is None else old[rows]
+        importance = None if recipe.tis_cap is None else importance_weights(old_logps, sampled[rows], recipe.tis_cap)
+        loss, metrics = token_loss(
+            logps, old_logps, None if ref is None else ref[rows], advantages[rows], weights[rows],
+            None if kept is None else kept[rows], **recipe.token_terms, entropy=entropy, importance=importance)
+        gaps = (logps.detach() - sampled[rows]).abs()
+        largest.append(gaps.max())
+        return loss, {**metrics, "mismatch_mean": gaps.sum() / step.tokens}
+
+    hidden = answer_hidden(model, batch)[trained]  # (tokens, C)
+    loss, metrics = fused_loss(hidden, model.lm_head_weight, batch.answers[trained], loss_of, step.temperature)
+    return loss, {**metrics, "mismatch": torch.stack(largest).max()}
+
+
+MEANS = ("clip_fraction", "log_ratio", "kept", "kl", "entropy", "importance")  # weighted as the loss is
+
+
+def total(parts: list[dict[str, Tensor]], step: Step) -> dict[str, float]:
+    """A step's figures from those of its micro-batches: the largest mismatch, sums and weighted means of the others."""
+    columns = {name: torch.stack([part[name] for part in parts]).double() for name in parts[0]}
+    found = {name: (column.max() if name == "mismatch" else column.sum()).item() for name, column in columns.items()}
+    return {name: value / step.mean_weight if name in MEANS else value for name, value in found.items()}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from minibridge import answer
+from minibridge.config import InputError, read_jsonl
 from minibridge.data import Example, Prompt
 from minibridge.generate import Completion, generate
 from minibridge.model import Decoder
@@ -59,3 +60,36 @@ def score(prompt: Prompt, completion: Completion, text: str, format_scale: float
 def lines(groups: list[list[Episode]]) -> list[dict]:
     """JSONL lines of all episodes; "group" is the position of the prompt."""
     return [{"group": number, **episode.to_dict()} for number, group in enumerate(groups) for episode in group]
+
+
+def read_episodes(path: str, prompts: list[Prompt]) -> list[list[Episode]]:
+    """The groups in a file of `lines`, their prompts found by "id" among `prompts`. InputError("path:line: what")."""
+    by_id = {prompt.record.get("id"): prompt for prompt in prompts}
+    if len(by_id) < len(prompts) or None in by_id:
+        raise InputError(f"{path}: its prompts cannot be told apart: some have no id, or two have one")
+    groups: dict[int, list[Episode]] = {}
+    for number, line in enumerate(read_jsonl(path), start=1):
+        _check_line(line, f"{path}:{number}")
+        if (prompt := by_id.get(line.get("id"))) is None:
+            raise InputError(f"{path}:{number}: no prompt has the id {line.get('id')!r}")
+        group = groups.setdefault(line["group"], [])
+        if group and group[0].prompt is not prompt:
+            raise InputError(f"{path}:{number}: another prompt than that of its group's first line")
+        group.append(Episode(prompt, Completion(line["ids"], line["logprobs"], line["finish_reason"]), line["text"],
+                             line["correct"], line["well_formed"], float(line["reward"])))
+    if len({len(group) for group in groups.values()}) != 1:
+        raise InputError(f"{path}: no groups of one size")
+    return list(groups.values())
+
+
+def _check_line(line: dict, where: str):
+    kinds = {"group": (int,), "ids": (list,), "logprobs": (list,), "text": (str,), "reward": (int, float),
+             "correct": (bool,), "well_formed": (bool,), "finish_reason": (str,)}
+    for field, allowed in kinds.items():
+        if type(line.get(field)) not in allowed:
+            raise InputError(f"{where}: field {field!r} must be a {allowed[-1].__name__}")
+    ids, logprobs = line["ids"], line["logprobs"]
+    if not ids or len(ids) != len(logprobs):
+        raise InputError(f"{where}: {len(ids)} ids and {len(logprobs)} logprobs")
+    if not all(type(token) is int and token >= 0 for token in ids) or not all(type(x) in (int, float) for x in logprobs):
+        raise InputError(f"{where}: ids must be whole numbers from 0 on, and logprobs numbers")

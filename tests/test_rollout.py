@@ -8,10 +8,10 @@ import torch
 
 from conftest import scripted_model
 from minibridge import checkpoint
-from minibridge.config import read_jsonl
+from minibridge.config import InputError, read_jsonl, write_jsonl
 from minibridge.data import Prompt, load_prompts, pad_batch
 from minibridge.generate import Completion
-from minibridge.rollout import Episode, lines, rollout, score
+from minibridge.rollout import Episode, lines, read_episodes, rollout, score
 
 RIGHT = "\nb = 6.\n</think>\n<answer>\nThe answer is \\boxed{6}.\n</answer>"
 
@@ -164,6 +164,58 @@ def test_lines_can_be_saved_scored_and_trained_again():
         "group": 0, "id": "ab", "task": "igsm", "num_ops": 3, "answer": "6", "text": RIGHT, "reward": 1.5,
         "correct": True, "well_formed": True, "finish_reason": "length", "ids": [7, 8],
         "logprobs": [-1.234568, -2.0]}
+
+
+@pytest.fixture
+def saved(toy, uniform, tmp_path):
+    """Prompts, their groups of three, and the file of these."""
+    prompts = load_prompts(toy.rl, toy.tokenizer, 512)
+    groups = rollout(uniform, toy.tokenizer, [prompts[4], prompts[1]], 3, max_new_tokens=6,
+                     generator=torch.Generator().manual_seed(0))
+    write_jsonl(tmp_path / "step.jsonl", lines(groups))
+    return prompts, groups, tmp_path / "step.jsonl"
+
+
+def test_saved_episodes_are_read_back(saved):
+    prompts, groups, path = saved
+    found = read_episodes(path, prompts)
+    assert ids_of(found) == ids_of(groups) and lines(found) == lines(groups)
+    assert [[episode.prompt for episode in group] for group in found] == [[prompts[4]] * 3, [prompts[1]] * 3]
+    for one, other in zip(flat(found), flat(groups)):
+        assert one.completion.logprobs == pytest.approx(other.completion.logprobs, abs=1e-6)
+        assert one.completion.finish_reason == other.completion.finish_reason
+
+
+@pytest.mark.parametrize("number, change, message", [
+    (1, {"ids": "x"}, ":1: field 'ids' must be a list"),
+    (2, {"reward": "1"}, ":2: field 'reward' must be a float"),
+    (1, {"group": None}, ":1: field 'group' must be a int"),
+    (3, {"correct": 1}, ":3: field 'correct' must be a bool"),
+    (1, {"ids": [1]}, ":1: 1 ids and 6 logprobs"),
+    (1, {"ids": [], "logprobs": []}, ":1: 0 ids and 0 logprobs"),
+    (1, {"ids": [-1], "logprobs": [-1.0]}, ":1: ids must be whole numbers"),
+    (1, {"ids": [1.5], "logprobs": [-1.0]}, ":1: ids must be whole numbers"),
+    (1, {"ids": [1], "logprobs": [None]}, ":1: ids must be whole numbers from 0 on, and logprobs numbers"),
+    (4, {"id": "nobody"}, ":4: no prompt has the id 'nobody'"),
+    (5, {"group": 0}, ":5: another prompt than that of its group's first line"),
+    (6, {"group": 7}, ": no groups of one size"),
+])
+def test_bad_lines_are_named(saved, number, change, message):
+    prompts, _, path = saved
+    rows = read_jsonl(path)
+    assert all(len(row["ids"]) == 6 for row in rows)
+    rows[number - 1] |= change
+    write_jsonl(path, rows)
+    with pytest.raises(InputError) as error:
+        read_episodes(path, prompts)
+    assert str(error.value).startswith(f"{path}{message}")
+
+
+def test_prompts_that_cannot_be_told_apart_are_refused(saved):
+    prompts, _, path = saved
+    for wrong in ([*prompts, prompts[0]], [Prompt([5], "6", {}), prompts[1]]):
+        with pytest.raises(InputError, match="cannot be told apart"):
+            read_episodes(path, wrong)
 
 
 def test_lines_of_a_prompt_without_the_optional_fields():

@@ -11,15 +11,16 @@ from safetensors.torch import load_file, save_file
 
 import train_rl
 from conftest import make_model, metrics, weights, without_times
-from minibridge import cache, checkpoint, evaluate, logprob
+from minibridge import cache, checkpoint, evaluate, logprob, policy
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts
 from minibridge.generate import Completion
+from minibridge.grpo import PRESETS, group_advantages
 from minibridge.optim import learning_rate
-from minibridge.policy import pack, padding, score
+from minibridge.policy import chunked_loss, pack, padding, score, whole_loss, whole_step
 from minibridge.rollout import Episode, rollout
 from minibridge.tokenizer import Tokenizer
-from train_rl import Config, describe, improve, step_flops
+from train_rl import Config, describe, improve, recipe_of, step_flops
 
 CPU = torch.device("cpu")
 
@@ -138,19 +139,21 @@ def test_mismatch_is_the_largest_of_all_micro_batches(toy, groups, monkeypatch, 
     batches = pack(groups, ADVANTAGES, config.micro_tokens, CPU)
     found = improve(toy.load(), toy.load(), None, batches, 0.1, config)
     assert len(batches) > 1 and found["mismatch"] == pytest.approx(0.5, abs=1e-4)
+    tokens = sum(len(episode.completion.ids) for group in groups for episode in group)
+    assert found["mismatch_mean"] == pytest.approx(0.5 / tokens, abs=1e-6)
 
 
 def test_later_updates_are_off_policy(toy, groups, monkeypatch):
     """The ratio is to the policy that sampled, not to the last update's; the metrics are the first's."""
     calls = []
-    token_loss = train_rl.token_loss
+    token_loss = policy.token_loss
 
     def spy(logps, old_logps, *rest, **options):
         loss, found = token_loss(logps, old_logps, *rest, **options)
         calls.append((logps.detach(), old_logps, found))
         return loss, found
 
-    monkeypatch.setattr(train_rl, "token_loss", spy)
+    monkeypatch.setattr(policy, "token_loss", spy)
     config = settings("--updates 3 --micro-tokens 440")
     model, reference = toy.load(), make_model(toy.tokenizer.vocab_size, seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -166,34 +169,89 @@ def test_later_updates_are_off_policy(toy, groups, monkeypatch):
     assert found["log_ratio"] < 1e-6 and found["mismatch"] < 1e-4
 
 
-def test_the_fused_loss_is_the_loss(toy, groups):
-    """In value, metrics and gradient; the second update's, so that ratios are not 1 and clips decide."""
-    config = settings("--kl-coef 0.1 --entropy-coef 0.05 --clip-low 0.01 --clip-high 0.02")
+@pytest.mark.parametrize("flags", ["", "--tis-cap 1.02 --mask-truncated"])
+@pytest.mark.parametrize("preset", [name for name, recipe in PRESETS.items() if recipe.surrogate != "gspo"])
+def test_the_chunked_loss_is_the_whole(toy, groups, monkeypatch, preset, flags):
+    """In value, metrics and gradient; where ratios are not 1, clips decide and some answers were cut off."""
+    monkeypatch.setattr(logprob, "WHOLE_ELEMENTS", 0)  # several chunks
+    config = settings(f"--preset {preset} --kl-coef 0.1 --entropy-coef 0.05 {flags}")
+    recipe = recipe_of(config) if preset == "grpo_zero" else replace(recipe_of(config), clip_low=0.01, clip_high=0.02)
+    groups[1][0].completion.finish_reason = "stop"
     (batch,) = pack(groups, ADVANTAGES, 16384, CPU)
+    assert batch.truncated.sum() == 8
+    noise = 0.05 * torch.randn(batch.trained.shape, generator=torch.Generator().manual_seed(0))
     other = make_model(toy.tokenizer.vocab_size, seed=1)
     with torch.no_grad():
-        batch.old_logps, batch.ref_logps = batch.sampled_logps + 0.03, score(other, batch, 0.7)[0]
+        batch.old_logps, batch.ref_logps = batch.sampled_logps + noise, score(other, batch, 0.7)[0]
     results = []
-    for loss_of in (train_rl.batch_loss, train_rl.fused_batch_loss):
+    for loss_of in (whole_loss, chunked_loss):
         model = toy.load()
-        loss, found = loss_of(model, batch, 9, config)
+        loss, found = loss_of(model, batch, whole_step([batch], recipe, 0.7, 10))
         loss.backward()
         results.append(({name: value.item() for name, value in found.items()}, loss.item(),
                         {name: parameter.grad for name, parameter in model.named_parameters()}))
-    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5, abs=1e-6) and results[0][0]["clip_fraction"] > 0.1
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5, abs=1e-6)
+    assert results[0][0]["clip_fraction"] > 0.1 or preset == "grpo_zero"
+    if flags:
+        assert results[0][0]["importance"] != pytest.approx(1, abs=1e-3) and results[0][0]["kept"] < 0.3
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)
     assert largest_difference(results[0][2], results[1][2]) < 1e-6
-    assert max(gradient.abs().max().item() for gradient in results[0][2].values()) > 0.01
+    assert max(gradient.abs().max().item() for gradient in results[0][2].values()) > 1e-3
+
+
+def improved(toy, batches, flags: str = "") -> dict[str, float]:
+    """The metrics of one update of the toy model, which moves nothing; without KL unless asked for."""
+    return improve(toy.load(), None, torch.optim.SGD([torch.zeros(1)], lr=0.0), batches, 0.0,
+                   settings(f"--kl-coef 0 {flags}"))
 
 
 def test_a_threshold_drops_whole_rollouts(toy, groups):
     (batch,) = pack(groups, ADVANTAGES, 16384, CPU)
     with torch.no_grad():
         batch.ref_logps = score(make_model(toy.tokenizer.vocab_size, seed=1), batch, 0.7)[0]
-        k3 = train_rl.batch_loss(toy.load(), batch, 9, settings("--kl-coef 0.1"))[1]["kl"].item()
-    results = [improve(toy.load(), None, torch.optim.SGD([torch.zeros(1)], lr=0.0), [batch], 0.0,
-                       settings(f"--kl-coef 0.1 --kl-threshold {limit}"))["kept"] for limit in (k3 / 1e3, k3, 1e3)]
-    assert results[0] == 0.0 < results[1] < results[2] == pytest.approx(1.0)
+    k3 = improved(toy, [batch], "--kl-coef 0.1")["kl"]
+    kept = [improved(toy, [batch], f"--kl-coef 0.1 --kl-threshold {limit}")["kept"] for limit in (k3 / 1e3, k3, 1e3)]
+    assert kept[0] == 0.0 < kept[1] < kept[2] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("flags", ["", "--preset gspo"])
+def test_truncated_answers_leave_the_loss_if_asked(toy, groups, flags):
+    """All answers of the group but those that ended by themselves; they still count in the denominator."""
+    for row, column in ((0, 1), (2, 0)):
+        groups[row][column].completion.finish_reason = "stop"
+    batches = pack(groups, ADVANTAGES, 300, CPU)
+    plain, masked = improved(toy, batches, flags), improved(toy, batches, f"{flags} --mask-truncated")
+    assert plain["kept"] == pytest.approx(1) and masked["kept"] == pytest.approx(2 / 9)
+    assert plain["policy_loss"] == pytest.approx(-ADVANTAGES.mean().item(), abs=1e-5)
+    assert masked["policy_loss"] == pytest.approx(-(ADVANTAGES[0, 1] + ADVANTAGES[2, 0]).item() / 9, abs=1e-5)
+    assert plain["entropy"] == masked["entropy"] and plain["grad_norm"] != pytest.approx(masked["grad_norm"], rel=0.01)
+
+
+def test_ratios_are_to_the_trainer_or_to_the_sampler(toy, groups):
+    """A sampler that was wrong by a factor of 1.1 (less likely) or 4 (more): what each way makes of it."""
+    wrong = torch.tensor([math.log(1.1), -math.log(4)])
+    for group in groups:
+        for episode in group:
+            episode.completion.logprobs[:] = [x - wrong[token % 2].item() for x, token in
+                                              zip(episode.completion.logprobs, episode.completion.ids)]
+    batches = pack(groups, ADVANTAGES, 300, CPU)
+    weights = torch.cat([wrong.exp()[batch.answers[batch.trained] % 2] for batch in batches])  # (tokens,)
+    assert set(weights.tolist()) == {wrong.exp()[0].item(), 0.25}
+    share = torch.cat([(batch.trained / batch.trained.sum(1, keepdim=True))[batch.trained] / 9 for batch in batches])
+    advantages = torch.cat([batch.advantages[:, None].expand_as(batch.trained)[batch.trained] for batch in batches])
+
+    found = improved(toy, batches, "--tis-cap 1.05")
+    capped = weights.clamp(max=1.05)
+    assert found["mismatch"] == pytest.approx(math.log(4), abs=1e-4) and found["log_ratio"] == 0
+    assert found["mismatch_mean"] == pytest.approx(weights.log().abs().mean().item(), abs=1e-5)
+    assert found["importance"] == pytest.approx((share * capped).sum().item(), abs=1e-5)
+    assert found["policy_loss"] == pytest.approx(-(share * advantages * capped).sum().item(), abs=1e-5)
+
+    found = improved(toy, batches, "--old-logps sampler --clip-low 0.5 --clip-high 0.5")
+    surrogate = torch.minimum(advantages * weights, advantages * weights.clamp(0.5, 1.5))
+    assert found["log_ratio"] == pytest.approx((share * weights.log().abs()).sum().item(), abs=1e-5)
+    assert found["policy_loss"] == pytest.approx(-(share * surrogate).sum().item(), abs=1e-5)
+    assert "importance" not in found
 
 
 def test_padding_and_flops_are_those_counted_by_hand(toy):
@@ -208,6 +266,7 @@ def test_padding_and_flops_are_those_counted_by_hand(toy):
     once = 2 * (parameters - head) * 8 + 2 * head * 4 + 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
     assert step_flops(model, [prompt], False, settings()) == pytest.approx(3 * once)
     assert step_flops(model, [prompt], True, settings("--updates 2")) == pytest.approx(8 * once)
+    assert step_flops(model, [prompt], True, settings("--updates 2 --old-logps sampler")) == pytest.approx(7 * once)
 
 
 def episode(text: str, reward: float, tokens: int = 1, reason: str = "stop", well_formed=False) -> Episode:
@@ -288,7 +347,7 @@ def test_reference_stays_frozen_and_sampler_and_trainer_agree(toy, tmp_path, mon
                  "--entropy-coef 0.1") == 0
     rows, start = metrics(tmp_path), toy.load().state_dict()
     assert rows[0]["kl"] == 0 and all(row["kl"] > 1e-4 for row in rows[1:])
-    assert all(0 < row["mismatch"] < 1e-4 and row["log_ratio"] == 0 for row in rows)
+    assert all(0 < row["mismatch_mean"] < row["mismatch"] < 2e-5 and row["log_ratio"] == 0 for row in rows)
     assert len(references) == 3 and all(largest_difference(start, reference) == 0 for reference in references)
     assert largest_difference(start, checkpoint.load(tmp_path / "model").state_dict()) > 0.01
 
@@ -296,17 +355,18 @@ def test_reference_stays_frozen_and_sampler_and_trainer_agree(toy, tmp_path, mon
 def test_flags_reach_their_places(toy, guesser, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(name):
-        function = getattr(train_rl, name)
+    def spy(module, name):
+        function = getattr(module, name)
 
         def call(*words, **options):
             seen[name] = words, options
             return function(*words, **options)
 
-        monkeypatch.setattr(train_rl, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    for name in ("rollout", "grpo_loss", "adamw", "update"):
-        spy(name)
+    for name in ("rollout", "adamw", "update"):
+        spy(train_rl, name)
+    spy(policy, "grpo_loss")
     monkeypatch.setattr(cache, "compiled_decode_step", lambda: cache.decode_step)  # in no need of a compiler
     flags = """--steps 1 --compile on --samples 5 --temperature 0.9 --format-scale 0.25 --rows 7 --clip-low 0.3
                --clip-high 0.4 --kl-coef 0.05 --kl-threshold 0.6 --entropy-coef 0.07 --weight-decay 0.08
@@ -317,9 +377,51 @@ def test_flags_reach_their_places(toy, guesser, tmp_path, monkeypatch):
     assert options == {"max_new_tokens": 8, "temperature": 0.9, "format_scale": 0.25, "rows": 7, "compiled": True}
     options = seen["grpo_loss"][1]
     assert options.pop("entropy") is not None
-    assert options == {"clip": (0.3, 0.4), "kl_coef": 0.05, "kl_threshold": 0.6, "entropy_coef": 0.07,
-                       "aggregate": "sequence", "normalizer": 15}
+    assert options == {"surrogate": "ppo", "clip": (0.3, 0.4), "kl_coef": 0.05, "kl_threshold": 0.6, "entropy_coef": 0.07,
+                       "kept": None, "importance": None, "aggregate": "sequence", "normalizer": 15}
     assert seen["adamw"][0][2] == 0.08 and seen["update"][0][2:] == (0.01, 0.9)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_reaches_its_places(toy, guesser, tmp_path, monkeypatch, name):
+    """Advantages, the loss, the normaliser of the whole step, and run.json, with what was given by name."""
+    recipe, losses, advantages = PRESETS[name], [], []
+
+    def spy(function):
+        return lambda *words, **given: losses.append(given) or function(*words, **given)
+
+    for way in ("grpo_loss", "token_loss"):
+        monkeypatch.setattr(policy, way, spy(getattr(policy, way)))
+    monkeypatch.setattr(train_rl, "group_advantages", lambda *words: advantages.append(words) or group_advantages(*words))
+    steps = []
+    monkeypatch.setattr(train_rl, "whole_step", lambda *words: steps.append(whole_step(*words)) or steps[-1])
+    given = "--kl-coef 0.25" if name == "grpo_zero" else "--kl-coef 0.25 --clip-high 0.7"
+    assert train(guesser, toy.rl, tmp_path, "--steps 1 --preset", name, given) == 0
+    assert advantages[0][1:] == (recipe.ddof, recipe.eps, recipe.scale)
+    high = None if name == "grpo_zero" else 0.7
+    assert {(given["surrogate"], given["clip"], given["kl_coef"], given["entropy_coef"]) for given in losses} == {
+        (recipe.surrogate, (recipe.clip_low, high), 0.25, recipe.entropy_coef)}
+    tokens = sum(len(line["ids"]) for line in read_jsonl(tmp_path / "rollouts" / "step_0001.jsonl"))
+    normalizer = {"sequence": 12, "token": tokens, "length": 12 * 8}[recipe.aggregate]
+    assert (steps[0].normalizer, steps[0].tokens, steps[0].recipe.aggregate) == (normalizer, tokens, recipe.aggregate)
+    saved = json.loads((tmp_path / "run.json").read_text())["config"]
+    assert saved["preset"] == name and [saved[field] for field in ("clip_low", "clip_high", "kl_coef", "entropy_coef")] == [
+        recipe.clip_low, high, 0.25, recipe.entropy_coef]
+
+
+def test_means_are_means_under_a_constant_length(toy, groups):
+    """Weights under "length" do not add up to 1; what is logged is the mean over tokens, as under "token"."""
+    groups[1][0].completion.finish_reason = groups[2][2].completion.finish_reason = "stop"
+    batches = pack(groups, ADVANTAGES, 300, CPU)
+    with torch.no_grad():
+        for batch in batches:
+            batch.old_logps, batch.ref_logps = batch.sampled_logps + 0.3, score(toy.load(), batch, 1.0)[0]
+    one, other = (improved(toy, batches, f"--preset {name} --clip-high 0.1 --mask-truncated --tis-cap 2")
+                  for name in ("dr_grpo", "dapo"))
+    for name in policy.MEANS:
+        assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7)
+    assert one["entropy"] > 1 and one["kl"] > 0.01 and 0 < one["kept"] < 1
+    assert one["importance"] == pytest.approx(math.exp(0.3), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -425,12 +527,12 @@ def test_a_folder_with_checkpoints_is_not_begun_again(toy, guesser, whole, tmp_p
 
 
 def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path, monkeypatch, capsys):
-    def broken(*words, **options):
-        loss, found = fused_batch_loss(*words, **options)
+    def broken(*words):
+        loss, found = share_of_loss(*words)
         return loss * (math.nan if metrics(tmp_path)[-1]["step"] == 2 else 1), found
 
-    fused_batch_loss = train_rl.fused_batch_loss
-    monkeypatch.setattr(train_rl, "fused_batch_loss", broken)
+    share_of_loss = train_rl.share_of_loss
+    monkeypatch.setattr(train_rl, "share_of_loss", broken)
     assert long(toy, guesser, tmp_path) == 2
     assert capsys.readouterr().err.startswith("error: the gradient norm is nan")
     assert len(read_jsonl(tmp_path / "rollouts" / "step_0003.jsonl")) == 12  # the batch that did it is kept
@@ -455,6 +557,10 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path
     ("--max-new-tokens 1024", "max_new_tokens: 1024 leave no room for a prompt"),
     ("--kl-threshold -1", "kl_threshold: must be at least 0"),
     ("--clip-low 1.5", "clip_low: must be at most 1"),
+    ("--preset ppo", "--preset"),
+    ("--preset grpo_zero --clip-high 0.3", "clip_low, clip_high: the preset grpo_zero has no ratio to clip"),
+    ("--old-logps sampler --tis-cap 2", "tis_cap: with old_logps sampler"),
+    ("--tis-cap 0.5", "tis_cap: must be at least 1"),
     ("--seed 99999999999999999999", "seed: must be at most"),
     ("--device nosuch", "device 'nosuch'"),
     ("--micro-tokens 50", "micro_tokens: 50 cannot hold"),

@@ -1,0 +1,105 @@
+"""What the presets of `grpo` make of one and the same step: loss, gradient norm, and the angles between gradients.
+
+    python -m minibridge.compare_losses --rollouts runs/rl/rollouts/step_0001.jsonl --model runs/sft/model
+
+Each row is what `train_rl.py --preset NAME --old-logps sampler` would minimise in its first update on these rollouts, KL
+and entropy terms included. With the model that sampled them the ratios are 1, and presets differ by their advantages and
+by the weights of tokens alone; with a later one, by their clips as well. The run.json of the run folder says where the
+prompts and the reference are, at what temperature it sampled, and how long an answer may be.
+
+One gradient a preset is kept on the CPU: 24 bytes a parameter. One that is zero has no direction: its cosines are nan.
+"""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minibridge.config import REQUIRED, InputError, option, run_main
+from minibridge.data import load_prompts
+from minibridge.grpo import PRESETS, Recipe, group_advantages
+from minibridge.model import Decoder
+from minibridge.optim import open_model, pick_device
+from minibridge.policy import pack, score, share_of_loss, total, whole_step
+from minibridge.rollout import Episode, read_episodes
+
+
+@dataclass(frozen=True)
+class Config:
+    rollouts: str = option(REQUIRED, "JSONL file of a step of train_rl.py, where that script has left it")
+    model: str = option(REQUIRED, "Hugging Face folder of the policy")
+    data: str | None = option(None, "JSONL file of the prompts; none: the run's")
+    reference: str | None = option(None, "Hugging Face folder of the reference of the KL term; none: the run's")
+    micro_tokens: int = option(8192, "padded tokens in memory at once; changes speed, never results", least=1)
+    device: str = option("auto", "cpu, cuda, cuda:1, ...")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the run that sampled: fields of its run.json."""
+    data: str
+    model: str
+    temperature: float
+    max_new_tokens: int
+
+    @classmethod
+    def read(cls, rollouts: str) -> "Settings":
+        path = Path(rollouts).parent.parent / "run.json"
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+            return cls(str(saved["data"]), str(saved["model"]), float(saved["temperature"]), int(saved["max_new_tokens"]))
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; --rollouts must lie in a run folder") from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: not the record of a run of train_rl.py") from None
+
+
+def gradient(model: Decoder, reference: Decoder, groups: list[list[Episode]], recipe: Recipe, run: Settings,
+             micro_tokens: int) -> tuple[dict[str, float], Tensor]:
+    """The metrics of the whole step and its gradient, all parameters in one fp32 vector on the CPU."""
+    rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
+    advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)
+    batches = pack(groups, advantages, micro_tokens, model.device)
+    step = whole_step(batches, recipe, run.temperature, run.max_new_tokens)
+    model.zero_grad()
+    parts = []
+    for batch in batches:
+        batch.old_logps = batch.sampled_logps
+        if recipe.kl_coef:
+            with torch.no_grad():
+                batch.ref_logps = score(reference, batch, run.temperature)[0]
+        loss, metrics = share_of_loss(model, batch, step)
+        loss.backward()
+        parts.append(metrics)
+    return total(parts, step), torch.cat([parameter.grad.flatten().cpu() for parameter in model.parameters()])
+
+
+def inner_products(vectors: list[Tensor]) -> Tensor:
+    """(n, n) of n vectors, in fp64 a piece at a time: fp32 sums over millions of terms would cost the third digit."""
+    pieces = zip(*(vector.split(2**20) for vector in vectors))
+    return sum(piece @ piece.T for piece in (torch.stack(parts).double() for parts in pieces))
+
+
+def main(config: Config):
+    run, device = Settings.read(config.rollouts), pick_device(config.device)
+    model, tokenizer = open_model(config.model, device, "fp32")
+    reference = open_model(config.reference or run.model, device, "fp32")[0]
+    groups = read_episodes(config.rollouts, load_prompts(config.data or run.data, tokenizer,
+                                                         model.config.max_position_embeddings))
+    if (largest := max(max(episode.completion.ids) for group in groups for episode in group)) >= model.config.vocab_size:
+        raise InputError(f"{config.rollouts}: a token {largest}, but the model's vocab_size is {model.config.vocab_size}")
+    found = {name: gradient(model, reference, groups, recipe, run, config.micro_tokens) for name, recipe in PRESETS.items()}
+    products = inner_products([vector for _, vector in found.values()])
+    norms = products.diagonal().sqrt()
+    cosines = products / (norms[:, None] * norms)
+    print("| preset | loss | gradient norm | clipped | " + " | ".join(f"cosine with {name}" for name in PRESETS) + " |")
+    print("|" + "---|" * (4 + len(PRESETS)))
+    for (name, (metrics, _)), norm, row in zip(found.items(), norms, cosines.tolist()):
+        print(f"| {name} | {metrics['loss']:.6f} | {norm:.4g} | {metrics['clip_fraction']:.1%} | "
+              + " | ".join(f"{cosine:.4f}" for cosine in row) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, Config))
