@@ -12,6 +12,7 @@ at "</answer>", blanks around a boxed answer are forgiven, and a prompt that is 
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """
 import itertools
+import math
 import sys
 import time
 from collections import Counter
@@ -20,18 +21,19 @@ from typing import Literal
 
 import torch
 
-from minibridge import checkpoint
+from minibridge import checkpoint, replay
 from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
-from minibridge.data import Prompt, index_stream, load_prompts
+from minibridge.data import Prompt, load_prompts, prompt_stream
 from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import matmul_rate
 from minibridge.model import Decoder
 from minibridge.optim import (
-    adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, save_checkpoint, training_flops, update
+    NonFinite, adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, save_checkpoint, training_flops,
+    update
 )
 from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, total, whole_step
-from minibridge.rollout import Episode, lines, rollout
+from minibridge.rollout import Episode, dead, lines, refilled, rollout
 from minibridge.tokenizer import Tokenizer
 
 
@@ -57,6 +59,7 @@ class Config:
     kl_threshold: float | None = option(None, "drop rollouts whose mean k3 reaches this (the paper's Llama runs: 0.15)",
                                        least=0)
     entropy_coef: float | None = option(None, "weight of the entropy bonus; none: the preset's")
+    refill: int = option(0, "rounds of sampling other prompts for those whose answers all earned the same", least=0)
     mask_truncated: bool = option(False, "take answers that hit max_new_tokens out of the loss")
     old_logps: Literal["recomputed", "sampler"] = option(
         "recomputed", "what ratios are to: the policy's own log-probabilities before the first update, or the sampler's")
@@ -117,8 +120,11 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
             loss, metrics = share_of_loss(model, batch, whole)
             loss.backward()
             parts.append(metrics)
-        norm = update(model, optimizer, rate, config.clip)
-        first = first or {**total(parts, whole), "grad_norm": norm}
+        found = total(parts, whole)
+        if not math.isfinite(found["loss"]):
+            raise NonFinite(f"the loss is {found['loss']}")
+        found["grad_norm"] = update(model, optimizer, rate, config.clip)
+        first = first or found
     return first
 
 
@@ -137,8 +143,19 @@ def describe(groups: list[list[Episode]]) -> dict[str, float]:
         "length": mean(len(episode.completion.ids) for episode in episodes),
         "truncated": mean(episode.completion.finish_reason == "length" for episode in episodes),
         "common_answer": max(answers.values(), default=0) / len(episodes),
-        "dead_groups": sum(len({episode.reward for episode in group}) == 1 for group in groups) / len(groups),
+        "dead_groups": sum(map(dead, groups)) / len(groups),
     }
+
+
+def wasted(groups: list[list[Episode]], config: Config) -> float:
+    """Share of the sampled tokens that no gradient of a reward comes from: answers of dead groups, of groups beyond those
+    to train on, and with mask_truncated those cut off."""
+    def tokens(groups) -> int:
+        return sum(len(episode.completion.ids) for group in groups for episode in group
+                   if not (config.mask_truncated and episode.completion.finish_reason == "length"))
+
+    sampled = sum(len(episode.completion.ids) for group in groups for episode in group)
+    return 1 - tokens(group for group in groups[: config.prompts] if not dead(group)) / sampled
 
 
 def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool, config: Config) -> float:
@@ -184,34 +201,45 @@ def main(config: Config):
         raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
     if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
         raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
-    generator = torch.Generator().manual_seed(config.seed)
-    state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "generator": generator.get_state()}
-    if "generator" not in state:
+    state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "drawn": 0}
+    if type(state.get("drawn")) is not int or state["drawn"] < state["step"] * config.prompts:
         raise InputError(f"{saved}: not a checkpoint of train_rl.py")
-    generator.set_state(state["generator"])
     run = Run(config.out, config, device=str(device), steps=config.steps, resume_step=state["step"] + 1 if saved else None)
     (run.path / "rollouts").mkdir(exist_ok=True)
     peak = matmul_rate(device, model.activation_dtype)
     if held_out and not saved:
         run.log(0, val_accuracy=validate(model, tokenizer, held_out, config))
 
-    stream = index_stream(len(prompts), config.prompts, config.seed, state["step"])
-    for step, indices in enumerate(itertools.islice(stream, max(0, config.steps - state["step"])), state["step"] + 1):
+    drawn, stream = state["drawn"], prompt_stream(len(prompts), config.prompts, config.seed, state["drawn"])
+
+    def sample(count: int) -> list[list[Episode]]:
+        indices, seeds = zip(*itertools.islice(stream, count))
+        return rollout(model, tokenizer, [prompts[index] for index in indices], config.samples, seeds=seeds,
+                       max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                       format_scale=config.format_scale, rows=config.rows, compiled=compiled)
+
+    for step in range(state["step"] + 1, config.steps + 1):
         began = time.monotonic()
-        groups = rollout(model, tokenizer, [prompts[index] for index in indices], config.samples,
-                         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                         format_scale=config.format_scale, rows=config.rows, generator=generator, compiled=compiled)
+        groups = refilled(sample, config.prompts, config.refill)
+        drawn += len(groups)
         decoded = time.monotonic()
         write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
+        numbers = describe(groups) | {"groups": len(groups), "wasted": wasted(groups, config)}
+        sampled, groups = sum(len(episode.completion.ids) for group in groups for episode in group), groups[: config.prompts]
         rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
         advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
         rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
         batches = pack(groups, advantages, config.micro_tokens, device)
-        numbers = describe(groups) | improve(model, reference, optimizer, batches, rate, config)
+        try:
+            numbers |= improve(model, reference, optimizer, batches, rate, config)
+        except NonFinite as error:
+            path = run.path / f"failed_step_{step:04d}.safetensors"
+            replay.save_failure(path, model, batches, whole_step(batches, recipe, config.temperature, config.max_new_tokens))
+            raise InputError(f"step {step}: {error}; for a second look: python train_rl.py --replay {path}") from None
         trained = time.monotonic()
 
         numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
-                    "tokens_per_second": numbers["length"] * config.prompts * config.samples / (decoded - began),
+                    "tokens_per_second": sampled / (decoded - began),
                     "padding": padding(batches),
                     "utilisation": step_flops(model, groups, reference is not None, config) / (trained - decoded) / peak}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
@@ -220,7 +248,7 @@ def main(config: Config):
         if config.show_every and (step - 1) % config.show_every == 0:
             show(groups)
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(config, step, model, optimizer, tokenizer, generator=generator.get_state())
+            save_checkpoint(config, step, model, optimizer, tokenizer, drawn=drawn)
     checkpoint.save(model, run.path / "model", tokenizer)
     run.finish()
 
@@ -228,4 +256,5 @@ def main(config: Config):
 CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "val_accuracy")
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Config))
+    again = any(word.startswith("--replay") for word in sys.argv)
+    sys.exit(run_main(replay.main, replay.Config) if again else run_main(main, Config))

@@ -9,6 +9,7 @@ the whole batch whatever the micro-batches, and padding is never trained.
 The run folder holds run.json, metrics.jsonl, checkpoints/ and, at the end, model/.
 """
 import itertools
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from typing import Literal
 import torch
 
 from minibridge import checkpoint
-from minibridge.config import REQUIRED, InputError, Run, option, run_main
+from minibridge.config import REQUIRED, InputError, Run, option, read_jsonl, run_main, write_jsonl
 from minibridge.data import Example, batches, index_stream, load_sft, micro_batches, pad_batch
 from minibridge.logprob import fused_loss
 from minibridge.measure import matmul_rate
 from minibridge.model import Decoder
 from minibridge.optim import (
-    adamw, learning_rate, open_model, pick_device, resume_point, save_checkpoint, training_flops, update
+    NonFinite, adamw, learning_rate, open_model, pick_device, resume_point, save_checkpoint, training_flops, update
 )
 
 
@@ -74,6 +75,8 @@ def accumulate(model: Decoder, batch: list[Example], config: Config, device: tor
         loss = answer_loss(model, [batch[row] for row in rows], device, pad_id)[0] / normalizer
         loss.backward()
         total += loss.item()
+    if not math.isfinite(total):
+        raise NonFinite(f"the loss is {total}")
     return total
 
 
@@ -112,8 +115,14 @@ def main(config: Config):
         began = time.monotonic()
         batch = [examples[index] for index in indices]
         rate = learning_rate(step - 1, steps, config.learning_rate, config.warmup, config.schedule)
-        loss = accumulate(model, batch, config, device, tokenizer.pad_id)
-        norm = update(model, optimizer, rate, config.clip)
+        try:
+            loss = accumulate(model, batch, config, device, tokenizer.pad_id)
+            norm = update(model, optimizer, rate, config.clip)
+        except NonFinite as error:
+            path = run.path / f"failed_step_{step:04d}.jsonl"
+            records = read_jsonl(config.data)
+            write_jsonl(path, [records[index] for index in indices])
+            raise InputError(f"step {step}: {error}; {path} holds its rows, and --resume meets them again") from None
         seconds = time.monotonic() - began
         lengths = [len(example.ids) for example in batch]
         scored = sum(sum(example.mask[1:]) for example in batch)

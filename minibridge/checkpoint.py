@@ -130,7 +130,7 @@ def _write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None, dtyp
     weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise InputError(f"{folder.parent}: a model was not saved, as {dtype} not all of {broken[0]} is finite")
-    _write_tensors(folder / WEIGHTS, weights, {"format": "pt"})  # older transformers want the metadata
+    write_tensors(folder / WEIGHTS, weights, {"format": "pt"})  # older transformers want the metadata
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private; a server under another user could not read it
     _write_json(folder / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
     if tokenizer is not None:
@@ -139,7 +139,7 @@ def _write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None, dtyp
         _write_json(folder / "generation_config.json", ids)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # a full disk, mostly
@@ -202,7 +202,7 @@ def save_training(
     numbers = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     with _replacing(Path(folder)) as aside:
         _write_model(model, aside, tokenizer, dtype=None)
-        _write_tensors(aside / TRAINING_TENSORS, tensors)
+        write_tensors(aside / TRAINING_TENSORS, tensors)
         _write_json(aside / TRAINING, numbers)
 
 

@@ -138,6 +138,14 @@ def index_stream(count: int, batch_size: int, seed: int, start: int = 0) -> Iter
     return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
 
 
+def prompt_stream(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """(which, seed of its samples) of the prompts `start`, `start` + 1, ... of the same batches, one after the other."""
+    batch, done = divmod(start, batch_size)
+    indices = itertools.chain.from_iterable(index_stream(count, batch_size, seed, batch))
+    for position, index in enumerate(itertools.islice(indices, done, None), start):
+        yield index, random.Random(f"{seed}/rollout/{position}").getrandbits(63)
+
+
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
     """Split the indices into pieces of rows x longest row <= `max_tokens`, each index in exactly one.
 

@@ -21,6 +21,10 @@ MAY_CHANGE = ("out", "resume", "micro_tokens", "checkpointing", "compile", "eval
               "save_every", "keep", "log_every", "show_every")
 
 
+class NonFinite(InputError):
+    """A loss or a gradient with a NaN or an infinity in it."""
+
+
 def pick_device(name: str) -> torch.device:
     """ "auto" is the first GPU if there is one, else the CPU. InputError for a device this machine lacks."""
     if name == "auto":
@@ -132,12 +136,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
 def update(model: Decoder, optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
     """Clip the accumulated gradient to the norm `clip`, take one step at `rate`, drop the gradient.
 
-    Returns the norm before clipping. A norm that is not finite raises InputError and changes nothing: the
-    checkpoints written so far stay good.
+    Returns the norm before clipping. One that is not finite raises NonFinite and changes nothing: the model stays as it
+    was, and the checkpoints written so far stay good.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
     if not math.isfinite(norm):
-        raise InputError(f"the gradient norm is {norm}: stopped before this step, earlier checkpoints are whole")
+        raise NonFinite(f"the gradient norm is {norm}")
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

@@ -60,15 +60,15 @@ def load_failure(path: str | Path, device: torch.device) -> tuple[Decoder, list[
                 parts.setdefault(int(number), {})[field] = tensor
         batches = [MicroBatch(**parts[number]) for number in sorted(parts)]
         return model, batches, Step(**metadata["step"] | {"recipe": Recipe(**metadata["step"]["recipe"])})
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: not read ({error.strerror or error})") from None
     except (SafetensorError, InputError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not what a failed step leaves ({str(error).splitlines()[0]})") from None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A micro-batch's share of the loss, its gradient's norm, and where the first value was that is not finite ("": none)."""
+    """A micro-batch's share of the loss, its gradient's norm, and where a value was not finite first ("": nowhere)."""
     loss: float
     norm: float
     where: str

@@ -1,5 +1,5 @@
 """Prompts -> sampled completions -> scored episodes: the one object that RL, evaluation and the analysis share."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,23 @@ def rollout(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], samples
 def score(prompt: Prompt, completion: Completion, text: str, format_scale: float = 0.0) -> Episode:
     return Episode(prompt, completion, text, answer.correct(text, prompt.answer, prompt.tolerance),
                    answer.well_formed(text), answer.reward(text, prompt.answer, format_scale, prompt.tolerance))
+
+
+def dead(group: list[Episode]) -> bool:
+    """Whether all answers earned exactly the same, so that their advantages are zero."""
+    return len({episode.reward for episode in group}) == 1
+
+
+def refilled(sample: Callable[[int], list[list[Episode]]], count: int, rounds: int) -> list[list[Episode]]:
+    """`count` groups; then, in at most `rounds` rounds, as many more as are dead so far (the dynamic sampling of DAPO,
+    arXiv 2503.14476, 3.2): those to train on first, the dead ones last. sample(n) gives n new groups."""
+    groups = sample(count)
+    for _ in range(rounds):
+        missing = count - sum(not dead(group) for group in groups)
+        if not missing:
+            break
+        groups += sample(missing)
+    return sorted(groups, key=dead)
 
 
 def lines(groups: list[list[Episode]]) -> list[dict]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minibridge.config import InputError
-from minibridge.data import Example, batches, index_stream, load_prompts, load_sft, micro_batches, pad_batch
+from minibridge.data import Example, batches, index_stream, load_prompts, load_sft, micro_batches, pad_batch, prompt_stream
 from minibridge.tokenizer import train_toy
 
 SYSTEM = {"role": "system", "content": "Think."}
@@ -168,6 +168,16 @@ def test_shuffles_differ_by_epoch_and_seed_and_ignore_global_randomness():
     assert len({tuple(order) for order in orders.values()}) == 4
     random.seed(0)
     assert batches(20, 20, 1, 0)[0] == orders[1, 0]
+
+
+def test_prompt_stream_is_the_batches_in_a_row_each_prompt_with_its_seed():
+    whole = list(itertools.islice(prompt_stream(10, 3, seed=4), 30))
+    batches = list(itertools.islice(index_stream(10, 3, seed=4), 10))
+    assert [index for index, _ in whole] == [index for batch in batches for index in batch]
+    assert len({seed for _, seed in whole}) == 30
+    for start in range(25):
+        assert list(itertools.islice(prompt_stream(10, 3, seed=4, start=start), 5)) == whole[start : start + 5]
+    assert next(prompt_stream(10, 3, seed=5))[1] != whole[0][1]
 
 
 def test_index_stream_resumes_anywhere():

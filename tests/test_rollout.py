@@ -11,7 +11,7 @@ from minibridge import checkpoint
 from minibridge.config import InputError, read_jsonl, write_jsonl
 from minibridge.data import Prompt, load_prompts, pad_batch
 from minibridge.generate import Completion
-from minibridge.rollout import Episode, lines, read_episodes, rollout, score
+from minibridge.rollout import Episode, lines, read_episodes, refilled, rollout, score
 
 RIGHT = "\nb = 6.\n</think>\n<answer>\nThe answer is \\boxed{6}.\n</answer>"
 
@@ -232,3 +232,23 @@ def test_a_tolerance_in_the_record_reaches_the_score():
     assert episode(tolerance=1e-4).correct and episode(tolerance=1e-4).reward == 1
     assert episode(tolerance=1e-4).to_dict()["tolerance"] == 1e-4
     assert not episode().correct and episode().reward == 0 and "tolerance" not in episode().to_dict()
+
+
+def group(*rewards) -> list[Episode]:
+    return [Episode(Prompt([1], "1", {}), Completion([2]), "", False, False, reward) for reward in rewards]
+
+
+@pytest.mark.parametrize("rounds, asked, order", [
+    (0, [3], "BAC"), (1, [3, 2], "BEACD"), (2, [3, 2, 1], "BEFACD"), (9, [3, 2, 1], "BEFACD")])
+def test_dead_groups_are_made_up_for_in_rounds(rounds, asked, order):
+    """A, C and D are dead: the others come first, and nothing more is sampled once there are enough of them."""
+    groups = {"A": group(1.0, 1.0), "B": group(1.0, 0.0), "C": group(0.0, 0.0), "D": group(0.1, 0.1), "E": group(0.0, 1.0),
+              "F": group(0.0, 0.1), "G": group(1.0, 0.5)}
+    names, counts = iter(groups), []
+
+    def sample(count):
+        counts.append(count)
+        return [groups[next(names)] for _ in range(count)]
+
+    found = refilled(sample, 3, rounds)
+    assert counts == asked and [id(one) for one in found] == [id(groups[name]) for name in order]

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import train_rl
 from conftest import make_model, metrics, weights, without_times
@@ -373,7 +372,7 @@ def test_flags_reach_their_places(toy, guesser, tmp_path, monkeypatch):
                --clip 0.9"""
     assert train(guesser, toy.rl, tmp_path, flags) == 0
     words, options = seen["rollout"]
-    assert len(words[2]) == 3 and words[3] == 5 and isinstance(options.pop("generator"), torch.Generator)
+    assert len(words[2]) == 3 and words[3] == 5 and len(set(options.pop("seeds"))) == 3
     assert options == {"max_new_tokens": 8, "temperature": 0.9, "format_scale": 0.25, "rows": 7, "compiled": True}
     options = seen["grpo_loss"][1]
     assert options.pop("entropy") is not None
@@ -452,6 +451,30 @@ def long(toy, guesser, out, *flags) -> int:
                  "--eval-every 3 --val", toy.rl, *flags)
 
 
+def test_refilled_batches_are_trained_on_live_groups_and_resumed_exactly(toy, guesser, tmp_path, monkeypatch):
+    """Every fifth answer or so is right, so that most groups of four are dead."""
+    packed = []
+    monkeypatch.setattr(train_rl, "pack", lambda groups, *rest: packed.append(groups) or policy.pack(groups, *rest))
+    flags = "--steps 4 --save-every 2 --refill 3 --learning-rate 0"
+    assert train(guesser, toy.rl, tmp_path / "whole", flags) == 0
+    rows = metrics(tmp_path / "whole")
+    assert all(len(groups) == 3 for groups in packed) and max(row["groups"] for row in rows) > 3
+    for row, groups, path in zip(rows, packed, sorted((tmp_path / "whole" / "rollouts").iterdir())):
+        sampled: dict[int, list[dict]] = {}
+        for line in read_jsonl(path):
+            sampled.setdefault(line["group"], []).append(line)
+        live = [number for number, group in sampled.items() if len({line["reward"] for line in group}) > 1]
+        assert len(sampled) == row["groups"] and row["dead_groups"] == pytest.approx(1 - len(live) / len(sampled))
+        assert sum(len({episode.reward for episode in group}) > 1 for group in groups) == min(3, len(live))
+        taught = sum(len(line["ids"]) for number in live[:3] for line in sampled[number])
+        total = sum(len(line["ids"]) for group in sampled.values() for line in group)
+        assert row["wasted"] == pytest.approx(1 - taught / total)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert train(guesser, toy.rl, tmp_path / "run", flags, "--resume") == 0
+    assert same_run(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def whole(toy, guesser, tmp_path_factory):
     """A run of four steps, never cut: two passes over the prompts."""
@@ -512,8 +535,8 @@ def test_interrupted_run_leaves_a_good_checkpoint(toy, guesser, whole, tmp_path,
 def test_a_checkpoint_of_sft_is_refused(toy, guesser, whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    path = out / "checkpoints" / "step_2" / checkpoint.TRAINING_TENSORS
-    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith("state/")}, path)
+    path = out / "checkpoints" / "step_2" / checkpoint.TRAINING
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "drawn"}))
     assert long(toy, guesser, out, "--resume") == 2
     assert "step_2: not a checkpoint of train_rl.py" in capsys.readouterr().err
 
@@ -534,7 +557,10 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path
     share_of_loss = train_rl.share_of_loss
     monkeypatch.setattr(train_rl, "share_of_loss", broken)
     assert long(toy, guesser, tmp_path) == 2
-    assert capsys.readouterr().err.startswith("error: the gradient norm is nan")
+    path = tmp_path / "failed_step_0003.safetensors"
+    assert capsys.readouterr().err == (f"error: step 3: the gradient norm is nan; for a second look: "
+                                       f"python train_rl.py --replay {path}\n")
+    assert path.is_file()
     assert len(read_jsonl(tmp_path / "rollouts" / "step_0003.jsonl")) == 12  # the batch that did it is kept
     assert weights(tmp_path / "checkpoints" / "step_2") == weights(whole / "checkpoints" / "step_2")
     assert not (tmp_path / "model").exists()

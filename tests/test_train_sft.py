@@ -1,5 +1,6 @@
 """SFT: the loss against a naive one, micro-batches, learning to stop, exact resume, one-line errors."""
 
+import itertools
 import json
 import math
 import resource
@@ -12,7 +13,7 @@ import train_sft
 from conftest import metrics, weights, without_times
 from minibridge import checkpoint
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
-from minibridge.data import Example, load_sft
+from minibridge.data import Example, index_stream, load_sft
 from minibridge.generate import generate
 from minibridge.optim import learning_rate
 from minibridge.tokenizer import Tokenizer
@@ -299,7 +300,10 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, whole, tmp_path, monkeyp
     answer_loss = train_sft.answer_loss
     monkeypatch.setattr(train_sft, "answer_loss", broken)
     assert train(toy, tmp_path, SETTINGS) == 2
-    assert capsys.readouterr().err.startswith("error: the gradient norm is nan")
+    assert capsys.readouterr().err.startswith("error: step 3: the loss is nan")
+    rows = read_jsonl(tmp_path / "failed_step_0003.jsonl")
+    expected = next(itertools.islice(index_stream(12, 6, 0), 2, None))
+    assert rows == [read_jsonl(toy.sft)[index] for index in expected]
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step_2"
     assert weights(tmp_path / "checkpoints" / "step_2") == weights(whole / "checkpoints" / "step_2")
     assert not (tmp_path / "model").exists()
