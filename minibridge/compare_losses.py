@@ -4,8 +4,9 @@
 
 Each row is what `train_rl.py --preset NAME --old-logps sampler` would minimise in its first update on these rollouts, KL
 and entropy terms included. With the model that sampled them the ratios are 1, and presets differ by their advantages and
-by the weights of tokens alone; with a later one, by their clips as well. The run.json of the run folder says where the
-prompts and the reference are, at what temperature it sampled, and how long an answer may be.
+by the weights of tokens alone; with a later one, by their clips as well. (All is computed in fp32. Rollouts sampled in bf16
+have ratios a little off 1, and the narrow range of gspo clips some.) The run.json of the run folder says where the prompts
+and the reference are, at what temperature it sampled, and how long an answer may be.
 
 One gradient a preset is kept on the CPU: 24 bytes a parameter. One that is zero has no direction: its cosines are nan.
 """

@@ -85,7 +85,7 @@ PRESETS = {
     "dr_grpo": Recipe(scale=False, aggregate="length"),  # arXiv 2503.20783
     "dapo": Recipe(clip_high=0.28, aggregate="token"),  # arXiv 2503.14476, without its dynamic sampling and soft punishment
     "gspo": Recipe(surrogate="gspo", clip_low=3e-4, clip_high=4e-4),  # arXiv 2507.18071, 5.1
-    # arXiv 2506.13585 has no lower bound, and names no upper one: weights up to 5, as arXiv 2510.13786 recommends
+    # arXiv 2506.13585, which sets no lower bound; weights up to 5, as TRL recommends after arXiv 2510.13786
     "cispo": Recipe(surrogate="cispo", clip_low=1.0, clip_high=4.0, aggregate="token"),
     "grpo_zero": Recipe(ddof=0, eps=1e-4, surrogate="reinforce", clip_low=None, clip_high=None,
                         aggregate="token"),  # https://github.com/policy-gradient/GRPO-Zero

@@ -58,10 +58,9 @@ def test_they_agree_to_fp32_rounding(kind, temperature):
     assert 0 < found["mismatch_mean"] < found["mismatch"] < 2e-5 and found["mismatch_mean"] < 2e-6
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
-def test_what_bf16_costs(kind):
-    """Seen: up to 0.16 for the worst token, 0.010 to 0.018 in the mean: bf16 keeps 8 bits of a logit."""
-    model = build(kind)
+def test_what_bf16_costs():
+    """Seen, with all three kinds: up to 0.16 for the worst token, 0.010 to 0.018 in the mean. bf16 keeps 8 bits."""
+    model = build("qwen2")
     model.compute_dtype = torch.bfloat16
     found = agreement(model, some_prompts(200), 0.7, 60)
     assert 1e-3 < found["mismatch_mean"] < 0.05 and 1e-2 < found["mismatch"] < 0.5

@@ -19,7 +19,7 @@ from minibridge.policy import MicroBatch, pack
 from minibridge.rollout import Episode
 
 CPU = torch.device("cpu")
-LAYOUTS = [(10**6, 1, 7), (300, 2, 3), (120, 3, 0), (1, None, 5)]  # tokens of a micro-batch, seed of the order, more padding
+LAYOUTS = [(10**6, 1, 7), (150, 2, 3), (1, None, 5)]  # tokens of a micro-batch, seed of the order, more padding
 # Of the gradient, relative to its norm. In fp32 every layout is 1e-6 to 1.6e-6 away from the fp64 gradient.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 
@@ -91,7 +91,7 @@ def test_an_rl_step(toy, groups, monkeypatch, recipe, dtype):
         batches = arranged(groups, advantages, layout)
         results.append(train_rl.improve(model, reference, None, batches, 0.1, config))
         sizes.add(len(batches))
-    assert min(sizes) == 1 and max(sizes) == 20 and len(sizes) == 4
+    assert min(sizes) == 1 and max(sizes) == 20 and len(sizes) == 3
     assert 0.01 < results[0]["clip_fraction"] < 0.99 or "tis" in recipe or config.preset in ("grpo_zero", "cispo")
     assert 0 < results[0]["kept"] < 0.9 or "mask" not in recipe and "threshold" not in recipe
     assert results[0]["importance"] != pytest.approx(1, abs=1e-3) if "tis" in recipe else "importance" not in results[0]
@@ -126,8 +126,8 @@ def test_an_sft_step(toy, whole_chat, dtype):
     examples[2] = Example(examples[2].ids, [0] * (len(examples[2].ids) - 3) + [1, 0, 1])  # few to learn, some in the midst
     model, results = toy.load().to(dtype), []
     longest = max(len(example.ids) for example in examples)
-    for micro_tokens in (10**6, longest, 2 * longest, 5 * longest):
-        for seed in (None, 0, 1):
+    for micro_tokens in (10**6, longest, 3 * longest):
+        for seed in (None, 0):
             batch = examples if seed is None else random.Random(seed).sample(examples, len(examples))
             config = parse(train_sft.Config, f"--model x --data x --out x --micro-tokens {micro_tokens}".split())
             loss = train_sft.accumulate(model, batch, config, CPU, pad_id=17)
