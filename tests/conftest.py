@@ -1,6 +1,8 @@
 """Shared fixtures: a folder with a tiny random model, its toy tokenizer, and small SFT and RL files."""
 
+import signal
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,31 @@ from minibridge.model import Decoder, ModelConfig
 from minibridge.tokenizer import Tokenizer, train_toy
 
 torch.set_num_threads(1)  # on matrices this small threads only wait for one another
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=280, help="damaged files that tests/test_fuzz.py tries")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of their damage")
+    parser.addoption("--fuzz-go", action="store_true")
+
+
+class Late(BaseException):
+    """Raised by `within`; no Exception, so that no reader takes it for bad input."""
+
+
+@contextmanager
+def within(seconds: int):
+    """Ends the block with `Late` after so many seconds."""
+    def late(*_):
+        raise Late(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)
