@@ -97,7 +97,7 @@ def _fields_from_hf(data: dict) -> dict:
     if data.get("quantization_config"):
         raise InputError("quantized weights are not supported")
     for flag in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        if not isinstance(data.get(flag) or False, bool):
+        if not isinstance(data.get(flag), bool | None):
             raise InputError(f"{flag} must be true or false, not {data[flag]!r}")
     sizes = {name: data.get(name) for name in SIZES}
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -116,7 +116,7 @@ def _fields_from_hf(data: dict) -> dict:
 
 def _rope_from_hf(data: dict) -> dict:
     """transformers 5 writes rope_parameters; before it, rope_theta stood alone beside rope_scaling."""
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope = next((data[name] for name in ("rope_parameters", "rope_scaling") if data.get(name) is not None), {})
     if not isinstance(rope, dict):
         raise InputError(f"rope_scaling must be an object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type")) if rope.keys() - {"rope_theta", "partial_rotary_factor"} else "default"

@@ -131,7 +131,9 @@ class Tokenizer:
             return found
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except Exception as error:  # the package raises nothing narrower
+        except BaseException as error:  # the package raises nothing narrower than Exception, and panics are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise InputError(f"{path}: not a tokenizer file ({error})") from None
 
     def _check(self) -> None:

@@ -18,9 +18,8 @@ torch.set_num_threads(1)  # on matrices this small threads only wait for one ano
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=280, help="damaged files that tests/test_fuzz.py tries")
+    parser.addoption("--fuzz", type=int, default=280, help="how many damaged files tests/test_fuzz.py tries")
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of their damage")
-    parser.addoption("--fuzz-go", action="store_true")
 
 
 class Late(BaseException):
