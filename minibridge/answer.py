@@ -33,13 +33,27 @@ def extract(text: str) -> str | None:
     return content.strip() if found and closed else None
 
 
-def well_formed(completion: str) -> bool:
-    """Whether a completion closes its think block and holds exactly one answer block after it, and nothing else."""
+def format_fault(completion: str) -> str | None:
+    """What a completion lacks that should close its think block, hold exactly one answer block after it, and nothing
+    else; None if nothing."""
     thought, closed, rest = completion.partition("</think>")
     rest = rest.strip()
-    return (bool(closed) and "<think>" not in completion and "</think>" not in rest and "<answer>" not in thought
-            and rest.startswith("<answer>") and rest.endswith("</answer>")
-            and rest.count("<answer>") == rest.count("</answer>") == 1)
+    faults = {
+        "no </think>": not closed,
+        "<think> again, which the prompt has opened": "<think>" in completion,
+        "</think> again": "</think>" in rest,
+        "<answer> before </think>": "<answer>" in thought,
+        "no <answer>": "<answer>" not in rest,
+        "text between </think> and <answer>": not rest.startswith("<answer>"),
+        "no </answer>": "</answer>" not in rest,
+        "text after </answer>": not rest.endswith("</answer>"),
+        "more than one <answer> or </answer>": rest.count("<answer>") + rest.count("</answer>") > 2,
+    }
+    return next((fault for fault, found in faults.items() if found), None)
+
+
+def well_formed(completion: str) -> bool:
+    return format_fault(completion) is None
 
 
 def number(text: str) -> float | None:
@@ -55,11 +69,36 @@ def reward(completion: str, answer: str, format_scale: float = 0.0, tolerance: f
 def correct(completion: str, answer: str, tolerance: float = 0.0) -> bool:
     """Whether the box holds exactly the answer's text; blanks around it are forgiven (the authors' code does not).
     With a tolerance, whether it holds a plain decimal of no larger relative error."""
+    return box_fault(completion, answer, tolerance) is None
+
+
+def box_fault(completion: str, answer: str, tolerance: float = 0.0) -> str | None:
+    """Why the box does not earn its 1: a few words, mostly with details after a colon; None if it does."""
     text = extract(completion)
-    if not tolerance or text is None:
-        return text == answer
+    if text is None:
+        return "\\boxed{ that no } closes" if "\\boxed{" in completion else "no \\boxed{}"
+    if not tolerance:
+        return None if text == answer else f"wrong answer: {_shown(text)} is not {_shown(answer)}"
     given, right = number(text), number(answer)
-    return given is not None and right is not None and abs(given - right) <= tolerance * abs(right)
+    if given is None or right is None:
+        return f"no plain decimal: {_shown(answer if right is None else text)}"
+    if abs(given - right) <= tolerance * abs(right):
+        return None
+    return f"wrong answer: {text} is not {answer}, give or take {tolerance:g} of it"
+
+
+def _shown(text: str) -> str:
+    """Cut to 60 characters; those beyond ASCII as escapes, for a minus sign may be one that only looks like it."""
+    return ascii(text) if len(text) <= 60 else f"{text[:60]!a}... ({len(text)} characters)"
+
+
+def explain(completion: str, answer: str, tolerance: float = 0.0) -> str:
+    """One line on what `correct` and `well_formed` say, and why."""
+    boxes = completion.count("\\boxed{")
+    which = f" ({boxes} boxes, the first counts)" * (boxes > 1)
+    fault = box_fault(completion, answer, tolerance)
+    box = f"right: {_shown(extract(completion))}" if fault is None else fault
+    return f"{box}{which}; format: {format_fault(completion) or 'good'}"
 
 
 def check_scoring(record: dict, where: str) -> None:

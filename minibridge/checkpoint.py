@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from minibridge.config import InputError
+from minibridge.config import InputError, read_json
 from minibridge.model import Decoder, ModelConfig
 from minibridge.tokenizer import Tokenizer
 
@@ -32,6 +32,7 @@ TRAINING = "training.json"  # present only in a checkpoint that training can res
 TRAINING_TENSORS = "training.safetensors"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # others in a file are quantised or no weights
 
 
 def load(
@@ -39,13 +40,13 @@ def load(
 ) -> Decoder:
     """Open a Hugging Face folder; weights stored as bf16, fp16 or fp32 are cast to `dtype`.
 
-    Raises InputError for a missing or broken file, or a tensor missing, unexpected or wrong in shape.
+    Raises InputError for a missing or broken file, or a tensor missing, unexpected, wrong in shape or not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     path = folder / "config.json"
-    config = ModelConfig.from_hf(_read_json(path), source=str(path))
+    config = ModelConfig.from_hf(read_json(path), source=str(path))
     with torch.device("meta"):  # shapes only: no time is spent on weights about to be replaced
         model = Decoder(config)
     model.load_state_dict(_read_weights(folder, model, dtype, device), assign=True)
@@ -63,10 +64,12 @@ def _read_weights(folder: Path, model: Decoder, dtype: torch.dtype, device) -> d
                 continue
             if name not in allowed or name in weights:
                 raise InputError(f"{path}: unexpected tensor {name}")
-            if tensor.shape != allowed[name] or not tensor.is_floating_point():
+            if tensor.shape != allowed[name] or tensor.dtype not in FLOATS:
                 found = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise InputError(f"{path}: tensor {name} is {found}, not floats {tuple(allowed[name])}")
             weights[name] = tensor.to(device, dtype, copy=True)  # a view would change with the mapped file
+            if not _finite(weights[name]):
+                raise InputError(f"{path}: tensor {name} is not finite as {dtype}")
     for name in sorted(shapes.keys() - weights.keys()):
         raise InputError(f"{folder}: tensor {name} is missing")
     # A tied head may be repeated in the file, but two different ones would be two different models.
@@ -81,7 +84,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         raise InputError(f"{folder}: neither {WEIGHTS} nor {INDEX} in it")
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise InputError(f"{index}: field 'weight_map' must map tensor names to file names")
     for shard in shards.values():
@@ -90,27 +93,20 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return data
+def _finite(tensor: Tensor) -> bool:
+    """In one pass without a copy: the extremes of a tensor with a NaN are NaN."""
+    return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) one at a time, each a view of the mapped file: copy what is to be kept."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 
 
@@ -128,7 +124,7 @@ def save(
 def _write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None):
     dtype = dtype or model.lm_head_weight.dtype
     weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+    if broken := [name for name, tensor in weights.items() if not _finite(tensor)]:
         raise InputError(f"{folder.parent}: a model was not saved, as {dtype} not all of {broken[0]} is finite")
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})  # older transformers want the metadata
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private; a server under another user could not read it
@@ -188,64 +184,72 @@ def _flush(path: Path) -> None:
 def save_training(
     folder: str | Path, model: Decoder, optimizer: Optimizer, state: dict, tokenizer: Tokenizer | None = None
 ) -> None:
-    """`save`, and what resuming needs: the optimizer's moments and `state`, which holds "step", a number.
-
-    The values of `state` are tensors (a generator's `get_state()`) or what JSON can hold.
-    """
+    """`save`, and what resuming needs: AdamW's moments and `state`, what JSON can hold of "step", a number, and more."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
         f"optimizer/{names[parameter]}/{key}": value.detach().cpu().contiguous()
         for parameter, moments in optimizer.state.items()
         for key, value in moments.items()
     }
-    tensors |= {f"state/{key}": value.cpu() for key, value in state.items() if isinstance(value, Tensor)}
-    numbers = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     with _replacing(Path(folder)) as aside:
         _write_model(model, aside, tokenizer, dtype=None)
         write_tensors(aside / TRAINING_TENSORS, tensors)
-        _write_json(aside / TRAINING, numbers)
+        _write_json(aside / TRAINING, state)
 
 
 def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer) -> dict:
-    """Fill `model` and `optimizer` in place from a folder of `save_training`; returns the `state` given then.
+    """Fill `model` and `optimizer` (AdamW) in place from a folder of `save_training`; returns the `state` given then.
 
-    Learning rate, betas and the like stay those of `optimizer`. A folder of another model is an InputError.
+    Learning rate, betas and the like stay those of `optimizer`. A folder of another model, or a damaged one, is an
+    InputError, and then nothing is filled.
     """
-    folder = Path(folder)
-    state, moments = _read_json(folder / TRAINING), {}
-    for name, tensor in _read_tensors(folder / TRAINING_TENSORS):
-        kind, _, rest = name.partition("/")
-        if kind == "state":
-            state[rest] = tensor.clone()
-        else:
-            parameter, _, key = rest.rpartition("/")
-            moments.setdefault(parameter, {})[key] = tensor.clone()
-    parameter = next(model.parameters())
-    model.load_state_dict(_read_weights(folder, model, parameter.dtype, parameter.device))
-    _fill_optimizer(optimizer, model, moments, folder / TRAINING_TENSORS)
+    folder, device = Path(folder), model.device
+    state, moments = read_state(folder), _read_moments(folder / TRAINING_TENSORS)
+    path = folder / "config.json"
+    if ModelConfig.from_hf(read_json(path), source=str(path)) != model.config:
+        raise InputError(f"{path}: not the model that this run starts from")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    _check_moments(moments, model, order, state["step"], folder / TRAINING_TENSORS)
+    model.load_state_dict(_read_weights(folder, model, model.lm_head_weight.dtype, device))
+    # Loading by position lets the optimizer put each tensor where its implementation (fused or not) wants it.
+    by_position = {position: moments[name] for position, name in enumerate(order) if name in moments}
+    optimizer.load_state_dict({"state": by_position, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
 
-def _fill_optimizer(optimizer: Optimizer, model: Decoder, moments: dict, path: Path) -> None:
-    """Give `optimizer` the moments {parameter name: {"step", "exp_avg", ...}}."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    if moments and moments.keys() != set(order):  # none at all before the first step
-        raise InputError(f"{path}: the optimizer's tensors are not those of this model")
-    for parameter, name in names.items():
-        if any(key != "step" and value.shape != parameter.shape for key, value in moments.get(name, {}).items()):
+def _read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
+    """{parameter name: {"step", "exp_avg", ...}}"""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _read_tensors(path):
+        parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
+        moments.setdefault(parameter, {})[key] = tensor.clone()
+    return moments
+
+
+def _check_moments(moments: dict, model: Decoder, order: list[str], step: int, path: Path) -> None:
+    """InputError unless they are AdamW's of the parameters `order` after `step` steps of training."""
+    if moments.keys() != (set(order) if step else set()):  # none at all before the first step
+        raise InputError(f"{path}: the optimizer's tensors are not those of this model at step {step}")
+    for name in moments:
+        shapes = {"step": torch.Size(), "exp_avg": model.get_parameter(name).shape}
+        shapes["exp_avg_sq"] = shapes["exp_avg"]
+        if {key: value.shape for key, value in moments[name].items()} != shapes:
             raise InputError(f"{path}: the optimizer's tensors of {name} have the wrong shape")
-    # Loading by position lets the optimizer put each tensor where its implementation (fused or not) wants it.
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({
-        "state": {position: moments[name] for position, name in enumerate(order) if name in moments},
-        "param_groups": settings,
-    })  # fmt: skip
+        for key, value in moments[name].items():
+            if value.dtype not in FLOATS or not _finite(value) or key != "exp_avg" and value.min() < 0:
+                raise InputError(f"{path}: the optimizer's {key} of {name} holds what no training leaves there")
+        if (updates := moments[name]["step"].item()) < step or updates % step:  # the same number at every step
+            raise InputError(f"{path}: {updates:g} updates of {name}, but {TRAINING} says step {step}")
 
 
 def read_state(folder: str | Path) -> dict:
-    """The numbers among the `state` that `save_training` was given."""
-    return _read_json(Path(folder) / TRAINING)
+    """The `state` that `save_training` was given. InputError if it does not know its step."""
+    path = Path(folder) / TRAINING
+    step = (state := read_json(path)).get("step")
+    if type(step) is not int or step < 0:
+        raise InputError(f"{path}: field 'step' must be a whole number, not {step!r}")
+    return state
 
 
 def latest(checkpoints: str | Path) -> Path | None:
@@ -262,10 +266,5 @@ def prune(checkpoints: str | Path, keep: int) -> None:
 
 
 def _newest_first(checkpoints: str | Path) -> list[Path]:
-    found = {}
-    for path in Path(checkpoints).glob("[!.]*/" + TRAINING):
-        step = read_state(path.parent).get("step")
-        if type(step) is not int or step < 0:
-            raise InputError(f"{path}: field 'step' must be a whole number, not {step!r}")
-        found[step] = path.parent
+    found = {read_state(path.parent)["step"]: path.parent for path in Path(checkpoints).glob("[!.]*/" + TRAINING)}
     return [found[step] for step in sorted(found, reverse=True)]

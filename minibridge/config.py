@@ -35,6 +35,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from minibridge import strictjson
+
 REQUIRED = dataclasses.MISSING  # default of an option that the command line must give
 MOST = 2**53  # largest number of any option: JSON readers keep whole numbers exactly up to here
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
@@ -80,17 +82,8 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if isinstance(value, (int, float)) and (value > most or least is not None and value < least):
         bound = f"at most {most}" if value > most else f"at least {least}"
         raise InputError(f"{field.name}: must be {bound}, not {value}")
-    if isinstance(value, str) and (not value or not _encodable(value)):
+    if isinstance(value, str) and (not value or strictjson.SURROGATE.search(value)):
         raise InputError(f"{field.name}: {value!r} is " + ("not UTF-8" if value else "empty"))
-
-
-def _encodable(text: str) -> bool:
-    """Whether UTF-8 can hold it: not with half of a surrogate pair, which JSON escapes and file names can smuggle in."""
-    try:
-        text.encode("utf-8")
-        return True
-    except UnicodeEncodeError:
-        return False
 
 
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
@@ -178,34 +171,32 @@ def run_command(commands: dict[str, tuple[Callable[[Any], Any], type]]) -> int:
     return 2
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """One JSON object a line. Raises InputError("path:line: reason"), also for a blank line."""
-    rows = []
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. Raises InputError("path: reason")."""
+    return _read_object(_contents(path), str(path))
+
+
+def _contents(path: str | Path) -> bytes:
     try:
-        with open(path, "rb") as file:  # bytes: text mode would also break lines at a lone carriage return
-            for number, line in enumerate(file, start=1):
-                rows.append(_read_object(line, f"{path}:{number}"))
+        return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    return rows
 
 
-def _read_object(line: bytes, where: str) -> dict:
-    if not line.strip():
-        raise InputError(f"{where}: blank line")
+def read_jsonl(path: str | Path) -> list[dict]:
+    """One JSON object a line. Raises InputError("path:line: reason"), also for a blank line."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise InputError(f"{where}: not readable JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: not a JSON object but {type(row).__name__}")
-    if b"\\u" in line and not _encodable(json.dumps(row, ensure_ascii=False)):
-        raise InputError(f"{where}: half of a surrogate pair, which is no text")
-    return row
+        with open(path, "rb") as file:  # bytes: text mode would also break lines at a lone carriage return
+            return [_read_object(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _read_object(data: bytes, where: str) -> dict:
+    try:
+        return strictjson.loads(data)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
@@ -254,12 +245,10 @@ def same_settings(folder: str | Path, config: Any, but: Sequence[str] = ()) -> N
     path = Path(folder) / "run.json"
     if not path.exists():
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))["config"]
-        now = json.loads(_line(dataclasses.asdict(config)))
-        differing = [name for name in now if name not in but and before[name] != now[name]]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not the record of such a run") from None
+    before, now = read_json(path).get("config"), json.loads(_line(dataclasses.asdict(config)))
+    if not isinstance(before, dict) or now.keys() - before.keys():
+        raise InputError(f"{path}: not the record of such a run")
+    differing = [name for name in now if name not in but and before[name] != now[name]]
     if differing:
         changes = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing)
         raise InputError(f"{path}: made with other settings: {changes}; choose another --out")
@@ -320,7 +309,7 @@ def _lines_before(path: Path, step: int) -> str:
     if not path.exists():
         return ""
     # A process killed while appending leaves a last line without its newline: drop it.
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = _contents(path).split(b"\n")[:-1]
     rows = [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
     if not all(isinstance(row.get("step"), int) for row in rows):
         raise InputError(f"{path}: a line without its step")

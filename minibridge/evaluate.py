@@ -3,9 +3,12 @@
     python -m minibridge.evaluate --model runs/rl_bridge/model --data data/test_id.jsonl --out runs/eval.jsonl
     python -m minibridge.evaluate --model ... --data ... --samples 16 --temperature 1       # pass@k as well
     python -m minibridge.evaluate --rescore runs/eval.jsonl                                # score saved answers again
+    python -m minibridge.evaluate --explain runs/rl_bridge/rollouts/step_0001.jsonl        # why each is right or wrong
 
 Where the lines carry their "problem", every answer is also re-executed step by step (`verify`): how often it shows the
 behaviors, and where it goes wrong first.
+
+--rescore and --explain read what this module or train_rl.py has written; --explain any lines {"text": ..., "answer": ...}.
 
 Greedy by default. Intervals are 95% over problems. The row "answer not 0" leaves out the problems that a lazy constant
 would get right, and "best constant" is what always giving the commonest right answer would earn.
@@ -13,6 +16,7 @@ would get right, and "best constant" is what always giving the commonest right a
 import math
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +29,7 @@ from minibridge.dag import Problem, read_problem
 from minibridge.data import load_prompts
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
-from minibridge.verify import Verdict, verify
+from minibridge.verify import WRONG_BOX, Verdict, verify
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Config:
     data: str | None = option(None, "JSONL file of prompts")
     out: str | None = option(None, "JSONL file for the answers")
     rescore: str | None = option(None, "JSONL file of saved answers, instead of a model")
+    explain: str | None = option(None, "JSONL file of saved answers: say of each why it is right or wrong")
     samples: int = option(1, "answers for each prompt", least=1)
     temperature: float = option(0.0, "0: greedy", least=0)
     max_prompt: int = option(1024, "longest prompt, in tokens", least=1)
@@ -120,19 +125,46 @@ def rescore(path: str) -> list[Scored]:
     """Score saved answers (of this module, or a step of rollouts) by today's rule."""
     groups: dict[int, list[dict]] = {}
     verdicts: dict[int, list[Verdict]] = defaultdict(list)
-    for number, line in enumerate(read_jsonl(path), 1):
-        answer.check_scoring(line, f"{path}:{number}")
-        for field, kind in (("group", int), ("text", str), ("num_ops", int)):
-            if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
-                raise InputError(f"{path}:{number}: field {field!r} must be a {kind.__name__}")
-        if line.get("problem") is not None:
-            verdicts[line["group"]].append(verify(_problem(line, f"{path}:{number}"), line["text"]))
+    for _, line, verdict in _saved(path, {"group": int, "text": str, "num_ops": int}):
+        if verdict is not None:
+            verdicts[line["group"]].append(verdict)
         groups.setdefault(line["group"], []).append(line)
-    if not groups:
-        raise InputError(f"{path}: no lines in it")
-    return [Scored(group[0]["answer"], group[0].get("num_ops"),
-                   [answer.correct(line["text"], line["answer"], line.get("tolerance", 0.0)) for line in group],
+    return [Scored(group[0]["answer"], group[0].get("num_ops"), [answer.correct(*_scoring(line)) for line in group],
                    tuple(verdicts[number])) for number, group in groups.items()]
+
+
+def explain(path: str) -> list[str]:
+    """How often each reason is given in a file of saved answers, then a line on each of them."""
+    text, boxes, formats = [], Counter(), Counter()
+    for where, line, verdict in _saved(path, {"text": str}):
+        boxes[(answer.box_fault(*_scoring(line)) or "right").partition(":")[0]] += 1
+        formats[answer.format_fault(line["text"]) or "good"] += 1
+        text.append(f"{where}: {answer.explain(*_scoring(line))}")
+        if line.get("finish_reason") == "length":
+            text[-1] += "; cut off at the longest length allowed"
+        if verdict is not None and verdict.error not in (None, WRONG_BOX):
+            step = verdict.steps[verdict.first_wrong_step]
+            text[-1] += f"; {step.error} in step {verdict.first_wrong_step + 1}: {step.reason!a}"
+    return [f"{name}: " + ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+            for name, counts in (("answers", boxes), ("formats", formats))] + text
+
+
+def _saved(path: str, fields: dict[str, type]) -> Iterator[tuple[str, dict, Verdict | None]]:
+    """("path:line", line, verdict where the problem is known) of saved answers, checked to have the fields."""
+    lines = read_jsonl(path)
+    if not lines:
+        raise InputError(f"{path}: no lines in it")
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        answer.check_scoring(line, where)
+        for field, kind in fields.items():
+            if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
+                raise InputError(f"{where}: field {field!r} must be a {kind.__name__}")
+        yield where, line, None if line.get("problem") is None else verify(_problem(line, where), line["text"])
+
+
+def _scoring(line: dict) -> tuple[str, str, float]:
+    return line["text"], line["answer"], line.get("tolerance", 0.0)
 
 
 def _problem(line: dict, where: str) -> Problem:
@@ -163,14 +195,18 @@ def sample(config: Config) -> list[dict]:
 
 
 def main(config: Config):
+    for name in ("rescore", "explain"):
+        if (path := getattr(config, name)) is not None and config != Config(**{name: path}):
+            raise InputError(f"{name}: no other option goes with it")
+    if config.explain is not None:
+        print("\n".join(explain(config.explain)))
+        return
     if config.rescore is None:
         if config.model is None or config.data is None or config.out is None:
-            raise InputError("give --model, --data and --out, or --rescore")
+            raise InputError("give --model, --data and --out, or --rescore, or --explain")
         if Path(config.out).is_dir():
             raise InputError(f"out: {config.out} is a folder")
         write_jsonl(config.out, sample(config))
-    elif config != Config(rescore=config.rescore):
-        raise InputError("rescore: no other option goes with it")
     problems = rescore(config.rescore or config.out)
     print(table(problems))
     if verdicts := [verdict for problem in problems for verdict in problem.verdicts]:

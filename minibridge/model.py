@@ -20,8 +20,9 @@ from minibridge.cache import Attend, Cache, causal_attention
 from minibridge.config import InputError
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings")
+# Each with the largest that is taken: many times what any model has, and little enough to build its shapes at once.
+SIZES = {"vocab_size": 2**24, "hidden_size": 2**18, "intermediate_size": 2**20, "num_hidden_layers": 1000,
+         "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12, "max_position_embeddings": 2**31}
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -51,15 +52,17 @@ class ModelConfig:
         numbers = {name: getattr(self, name) for name in (*SIZES, "rms_norm_eps", "rope_theta")}
         numbers |= {name: self.rope_scaling.get(name) for name in LLAMA3_SCALING} if self.rope_scaling else {}
         for name, value in numbers.items():
-            kinds = (int,) if name in SIZES else (int, float)
-            if type(value) not in kinds or not 0 < value < (2**31 if name in SIZES else 1e30):  # no NaN, no infinity
-                kind = "integer below 2**31" if name in SIZES else "number"
+            kinds, most = ((int,), SIZES[name]) if name in SIZES else ((int, float), 1e30)
+            if type(value) not in kinds or not 0 < value <= most:  # no NaN, no infinity
+                kind = f"integer up to {most}" if name in SIZES else "number"
                 raise InputError(f"{name} must be a positive {kind}, not {str(value)[:40]}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        if not rope_frequencies(self).isfinite().all():
+            raise InputError(f"rope_theta {self.rope_theta} and rope_scaling {self.rope_scaling} give infinite angles")
 
     @classmethod
     def from_hf(cls, data: dict, source: str = "config.json") -> "ModelConfig":
@@ -94,7 +97,7 @@ def _fields_from_hf(data: dict) -> dict:
     if data.get("quantization_config"):
         raise InputError("quantized weights are not supported")
     for flag in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        if not isinstance(data.get(flag) or False, bool):
+        if not isinstance(data.get(flag), bool | None):
             raise InputError(f"{flag} must be true or false, not {data[flag]!r}")
     sizes = {name: data.get(name) for name in SIZES}
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -113,7 +116,7 @@ def _fields_from_hf(data: dict) -> dict:
 
 def _rope_from_hf(data: dict) -> dict:
     """transformers 5 writes rope_parameters; before it, rope_theta stood alone beside rope_scaling."""
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope = next((data[name] for name in ("rope_parameters", "rope_scaling") if data.get(name) is not None), {})
     if not isinstance(rope, dict):
         raise InputError(f"rope_scaling must be an object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type")) if rope.keys() - {"rope_theta", "partial_rotary_factor"} else "default"

@@ -30,6 +30,7 @@ from minibridge.dag import Problem, read_problem
 SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
           "val": (500, (21, 25), range(8, 9)), "test": (500, (20, 20), range(9, 10))}
 PATIENCE = 20_000  # candidates without a new problem before giving up
+SLOW, HOPELESS = 100, 100_000  # as well: when a new problem takes so many, and all that are missing at least so many
 BLOCK = 250  # candidates that a process draws at a time
 
 Candidate = Callable[[int], tuple[Problem, str]]  # number -> problem, the hash that decides its split
@@ -70,16 +71,17 @@ def _chosen(candidate: Candidate, split: str, count: int, balance: float, worker
     seen: set[str] = set()
     answers: Counter = Counter()
     quota = max(1, int(balance * count))
-    newest = 0
+    found = [0] * 20  # numbers of the candidates kept, and a start
     for number, problem in _of_split(candidate, split, workers):
         if problem is not None and problem.id not in seen and answers[problem.answer] < quota:
             seen.add(problem.id)
             answers[problem.answer] += 1
             kept.append(problem)
-            newest = number
+            found.append(number)
         if len(kept) == count:
             return kept
-        if number - newest > PATIENCE:
+        pace = (number - found[-20]) / 20  # candidates for a new problem: it never gets better, and about 10 are usual
+        if number - found[-1] > PATIENCE or pace > SLOW and pace * (count - len(kept)) > HOPELESS:
             raise InputError(f"count: no more than {len(kept)} of {count} problems found for split {split}, "
                              f"{sizes}, balance {balance:g}")
 

@@ -15,6 +15,8 @@ opening tag included, and the completion are always encoded apart.
 """
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +34,13 @@ PIECES = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-
-# A text that every tokenizer must keep whole. One whose tags are special tokens would lose them in decoding.
-PROBE = "<think>\n- Let k be Mill's Pot. k = 7 * (8 - 5) = 21.\n</think>\n<answer>\nThe answer is \\boxed{21}.\n</answer>"
+# Texts that every tokenizer must keep whole. One whose tags are special tokens would lose them in decoding; one without
+# a token for every byte of UTF-8 (all of them are in here) would lose what it does not know.
+PROBES = (
+    "<think>\n- Let k be Mill's Pot. k = 7 * (8 - 5) = 21.\n</think>\n<answer>\nThe answer is \\boxed{21}.\n</answer>",
+    " ".join(map(chr, [*range(0x80), *range(0xBF, 0x800, 0x40), *range(0x400, 0x440), 0x800, *range(0x1010, 0xD011, 0x1000),
+                       0xE000, 0xF000, 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000])),
+)
 
 
 @dataclass(frozen=True)
@@ -115,18 +121,34 @@ class Tokenizer:
             raise InputError(f"{path}: no such file")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing narrower
+            # Some published files switch these on, and would cut, pad or vary the ids of a text without a word.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            if isinstance(tokenizer.model, models.BPE):
+                tokenizer.model.dropout = None
+            found = cls(tokenizer, _chat_format(tokenizer))
+            found._check()
+            return found
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except BaseException as error:  # the package raises nothing narrower than Exception, and panics are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise InputError(f"{path}: not a tokenizer file ({error})") from None
-        # Some published files switch these on, and would cut or pad texts without a word.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        for name, chat in CHATS.items():
-            if all(_is_token(tokenizer, token) for token in (chat.marker, chat.end_of_turn)):
-                back = tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids)
-                if back != PROBE:
-                    raise InputError(f"{path}: {PROBE!r} comes back from its ids as {back!r}")
-                return cls(tokenizer, name)
-        raise InputError(f"{path}: unknown chat format (no <|im_start|> and no <|start_header_id|> in it)")
+
+    def _check(self) -> None:
+        """InputError for a vocabulary that would change what passes through it."""
+        ids = self.tokenizer.get_vocab().values()
+        if len(set(ids)) < len(ids):
+            raise InputError("two tokens have the same id")
+        prompt = self.render([{"role": "user", "content": PROBES[0]}], add_generation_prompt=True)
+        whole = [(text, self.decode(self.encode(text))) for text in PROBES]
+        whole += [(prompt, self.decode(self.encode(prompt), skip_special=False)), ("", self.decode(self.stop_ids))]
+        for text, back in whole:
+            if back != text:
+                start = max(0, len(os.path.commonprefix([text, back])) - 10)
+                text, back = text[start:start + 40], back[start:start + 40]
+                raise InputError(f"{text!r} comes back from its ids as {back!r}")
 
     @property
     def vocab_size(self) -> int:
@@ -137,7 +159,7 @@ class Tokenizer:
         """Ids of `text`; special tokens written out in it become their ids, and nothing is added (no BOS)."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -181,6 +203,13 @@ class Tokenizer:
         }
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _chat_format(tokenizer: tokenizers.Tokenizer) -> str:
+    for name, chat in CHATS.items():
+        if all(_is_token(tokenizer, token) for token in (chat.marker, chat.end_of_turn)):
+            return name
+    raise InputError("unknown chat format (no <|im_start|> and no <|start_header_id|> in it)")
 
 
 def _is_token(tokenizer: tokenizers.Tokenizer, token: str) -> bool:

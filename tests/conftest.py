@@ -1,6 +1,8 @@
 """Shared fixtures: a folder with a tiny random model, its toy tokenizer, and small SFT and RL files."""
 
+import signal
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,27 @@ torch.set_num_threads(1)  # on matrices this small threads only wait for one ano
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="how often test_kill.py kills each script")
+    parser.addoption("--fuzz", type=int, default=280, help="how many damaged files tests/test_fuzz.py tries")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of their damage")
+
+
+class Late(BaseException):
+    """Raised by `within`; no Exception, so that no reader takes it for bad input."""
+
+
+@contextmanager
+def within(seconds: int):
+    """Ends the block with `Late` after so many seconds of processor time: a busy machine makes nothing late."""
+    def late(*_):
+        raise Late(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import within
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minibridge import checkpoint
 from minibridge.config import InputError
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import SIZES, Decoder, ModelConfig
 from minibridge.tokenizer import Tokenizer, train_toy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -153,7 +154,7 @@ def test_missing_folder_and_files(folder):
     with pytest.raises(InputError, match=f"{folder.name}: neither {checkpoint.WEIGHTS}"):
         checkpoint.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(InputError, match="config.json: no such file"):
+    with pytest.raises(InputError, match="config.json: No such file"):
         checkpoint.load(folder)
 
 
@@ -185,7 +186,39 @@ def test_unexpected_tensor(folder):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(17), torch.ones(16, 1), torch.ones(16, dtype=torch.int8)])
+@pytest.mark.parametrize("name", ["x" * 5000, "\x00"])
+def test_shard_with_an_impossible_name(folder, name):
+    shard(folder, **{EMBEDDING: name})
+    with pytest.raises(InputError, match=f"{folder.name}/"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(folder, value):
+    edit_weights(folder, lambda weights: weights["model.norm.weight"][3].fill_(value))
+    with pytest.raises(InputError, match=f"{checkpoint.WEIGHTS}: tensor model.norm.weight is not finite"):
+        checkpoint.load(folder)
+
+
+def test_weights_that_a_narrower_type_cannot_hold(folder):
+    edit_weights(folder, lambda weights: weights["model.norm.weight"][3].fill_(1e5))
+    assert checkpoint.load(folder, torch.bfloat16).model.norm.weight[3] > 9e4
+    with pytest.raises(InputError, match="model.norm.weight is not finite as torch.float16"):
+        checkpoint.load(folder, torch.float16)
+
+
+def test_sizes_that_the_weights_do_not_have_are_refused_at_once(folder):
+    """Before anything is allocated, and without a module for each of a million layers."""
+    before = json.loads((folder / "config.json").read_text())
+    for name in SIZES.keys() - {"max_position_embeddings"}:  # of which no tensor tells
+        for value in (1000, 10**6, 2**31 - 2, 10**12):
+            edit_config(folder, **before | {name: value})
+            with within(60), pytest.raises(InputError, match=f"config.json: .*{name}|{folder.name}.* tensor "):
+                checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(17), torch.ones(16, 1), torch.ones(16, dtype=torch.int8),
+                                    torch.ones(16, dtype=torch.float8_e4m3fn)])
 def test_wrong_shape_or_kind(folder, tensor):
     edit_weights(folder, lambda weights: weights.update({"model.norm.weight": tensor}))
     with pytest.raises(InputError, match=f"{checkpoint.WEIGHTS}: tensor model.norm.weight is .*16"):
@@ -323,7 +356,7 @@ def train(model: Decoder, optimizer: torch.optim.Optimizer, steps: int, generato
 
 
 def state_of(generator: torch.Generator, step: int) -> dict:
-    return {"step": step, "generator": generator.get_state(), "note": {"data": [1, 2]}}
+    return {"step": step, "generator": generator.get_state().tolist(), "note": {"data": [1, 2]}}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -338,7 +371,7 @@ def test_resumed_training_is_bit_exact(tmp_path, tied):
     optimizer = adam(resumed)
     state = checkpoint.load_training(tmp_path / "3", resumed, optimizer)
     assert (state["step"], state["note"]) == (3, {"data": [1, 2]})
-    generator.set_state(state["generator"])
+    generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
     train(resumed, optimizer, 3, generator)
     assert same(resumed, model)
 
@@ -385,9 +418,68 @@ def test_broken_training_files(training_folder, name):
         checkpoint.load_training(training_folder, model, adam(model))
 
 
+def edit_training(folder: Path, edit) -> None:
+    tensors = load_file(folder / checkpoint.TRAINING_TENSORS)
+    edit(tensors)
+    save_file(tensors, folder / checkpoint.TRAINING_TENSORS)
+
+
+NORM = "optimizer/model.norm.weight"
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda tensors: tensors[f"{NORM}/exp_avg"][3].fill_(float("nan")), "exp_avg of model.norm.weight"),
+    (lambda tensors: tensors[f"{NORM}/exp_avg_sq"][3].fill_(float("inf")), "exp_avg_sq of model.norm.weight"),
+    (lambda tensors: tensors[f"{NORM}/exp_avg_sq"][3].neg_(), "exp_avg_sq of model.norm.weight"),
+    (lambda tensors: tensors[f"{NORM}/step"].fill_(-1.0), "step of model.norm.weight"),
+    (lambda tensors: tensors[f"{NORM}/step"].fill_(1.5), "1.5 updates of model.norm.weight, .* step 1"),
+    (lambda tensors: tensors.update({f"{NORM}/step": torch.ones(1)}), "model.norm.weight have the wrong shape"),
+    (lambda tensors: tensors.update({f"{NORM}/exp_avg": torch.ones(16, dtype=torch.int32)}), "exp_avg of model.norm.weight"),
+    (lambda tensors: tensors.pop(f"{NORM}/exp_avg_sq"), "model.norm.weight have the wrong shape"),
+    (lambda tensors: tensors.update({f"{NORM}/more": torch.ones(16)}), "model.norm.weight have the wrong shape"),
+    (lambda tensors: [tensors.pop(f"{NORM}/{key}") for key in ("step", "exp_avg", "exp_avg_sq")], "not those of this model"),
+    (lambda tensors: tensors.clear(), "not those of this model at step 1"),
+    (lambda tensors: tensors.update({"state/step": torch.ones(())}), "not those of this model"),
+    (lambda tensors: tensors.update({"moments/a/b": torch.ones(())}), "not those of this model"),
+])
+def test_damaged_training_tensors_are_named_and_fill_nothing(training_folder, edit, words):
+    edit_training(training_folder, edit)
+    model = make(seed=3)
+    optimizer = adam(model)
+    with pytest.raises(InputError, match=f"{checkpoint.TRAINING_TENSORS}: .*{words}"):
+        checkpoint.load_training(training_folder, model, optimizer)
+    assert same(model, make(seed=3)) and not optimizer.state
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"step": None}, "'step'"), ({"step": "1"}, "'step'"), ({"step": True}, "'step'"), ({"step": -1}, "'step'"),
+    ({"step": 7}, "1 updates of .* step 7"), ({"step": 0}, "step 0")])
+def test_damaged_training_numbers_are_named(training_folder, change, words):
+    path = training_folder / checkpoint.TRAINING
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    model = make()
+    with pytest.raises(InputError, match=f"{training_folder}/training.*: .*{words}"):
+        checkpoint.load_training(training_folder, model, adam(model))
+
+
+def test_a_checkpoint_with_another_config_is_not_resumed(training_folder):
+    edit_config(training_folder, rms_norm_eps=1e-3)
+    model = make()
+    with pytest.raises(InputError, match="config.json: not the model"):
+        checkpoint.load_training(training_folder, model, adam(model))
+
+
+def test_several_updates_a_step_can_be_resumed(tmp_path):
+    model = make()
+    optimizer = adam(model)
+    train(model, optimizer, 6, torch.Generator())
+    checkpoint.save_training(tmp_path / "2", model, optimizer, {"step": 2})
+    assert checkpoint.load_training(tmp_path / "2", model, adam(model))["step"] == 2
+
+
 def test_training_state_of_another_model(training_folder):
     other = make("llama")
-    with pytest.raises(InputError, match="unexpected tensor .*bias"):
+    with pytest.raises(InputError, match="config.json: not the model"):
         checkpoint.load_training(training_folder, other, adam(other))
     model = make()
     part = torch.optim.AdamW([model.model.norm.weight])

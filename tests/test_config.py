@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 import pytest
 
 import minibridge.config
-from minibridge.config import REQUIRED, InputError, Run, option, parse, read_jsonl, run_main, write_jsonl
+from minibridge.config import REQUIRED, InputError, Run, option, parse, read_json, read_jsonl, run_main, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -206,13 +207,37 @@ def test_a_kill_during_the_write_leaves_the_old_file(tmp_path, monkeypatch):
     (b'{"a": 1}\n{"a": 2}\n[3]\n', 3, "not a JSON object but list"),
     (b'{"a": 1}\n{"a": "\xff"}\n', 2, "not UTF-8"),
     (b'{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}\n', 2, "half of a surrogate pair"),
+    (b'{"a": "\\\\ud83d"}\n{"\\udc00": 1}\n', 2, "half of a surrogate pair"),
+    (b'{"a": 1}\n{"a": [NaN]}\n', 2, "not readable JSON: .*NaN"),
+    (b'{"a": -Infinity}\n', 1, "not readable JSON: .*Infinity"),
+    (b'{"a": {"b": 1}, "b": 2}\n{"a": {"b": 1, "b": 1}}\n', 2, "not readable JSON: a name stands twice"),
+    (b'{"a": ' + b"9" * 5000 + b"}\n", 1, "not readable JSON: .*digits"),
+    (b'{"a": ' + b"[" * 99 + b"]" * 99 + b'}\n{"a": ' + b"[" * 100 + b"]" * 100 + b"}\n", 2, "not readable JSON: nested"),
+    (b'{"a": ' + b'{"a": ' * 100 + b"1" + b"}" * 101 + b"\n", 1, "not readable JSON: nested"),
+    (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", 1, "not readable JSON: .*recursion"),
 ])
 def test_bad_line_is_named(tmp_path, content, line, reason):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError) as error:
         read_jsonl(path)
-    assert str(error.value).startswith(f"{path}:{line}: {reason}") and "\n" not in str(error.value)
+    assert re.match(re.escape(f"{path}:{line}: ") + reason, str(error.value)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b'{"a":\n  1,\n  2}', "not valid JSON: .* at line 3, column 3"), (b"", "empty file"), (b"[]", "not a JSON object"),
+    (b"\xef\xbb\xbf{}", "not valid JSON: .*BOM"), (None, "No such file"), ("folder", "Is a directory")])
+def test_bad_json_file_is_named(tmp_path, content, reason):
+    path = tmp_path / "a.json"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(f"{path}: ") + reason):
+        read_json(path)
+    path = tmp_path / "b.json"
+    path.write_text('{\n"a": "\\ud83d\\ude00"}\n')
+    assert read_json(path) == {"a": "\U0001f600"}
 
 
 @pytest.mark.parametrize("newline, end", [("\n", "\n"), ("\n", ""), ("\r\n", "\r\n")])
@@ -302,6 +327,14 @@ def test_resume_repeats_no_step_and_loses_none(tmp_path):
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 2, 3]
     assert read_jsonl(run.metrics)[-1] == {"step": 3, "new": 3}
     assert resumed.record["resume_step"] == 3
+
+
+def test_metrics_that_cannot_be_read_stop_a_resumed_run(tmp_path):
+    run = Run(tmp_path, Config(data="x"))
+    run.metrics.unlink()
+    run.metrics.mkdir()
+    with pytest.raises(InputError, match="metrics.jsonl: Is a directory"):
+        Run(tmp_path, Config(data="x"), resume_step=3)
 
 
 def test_a_new_run_starts_its_metrics_afresh(tmp_path):

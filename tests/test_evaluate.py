@@ -162,6 +162,33 @@ def test_behaviors_and_first_errors(tmp_path, capsys):
     assert printed.endswith("first errors: unreadable: 1, unfinished: 1\n")
 
 
+def test_explain_gives_the_reasons_and_their_counts(tmp_path, capsys):
+    whole, slip = ({**line, "text": line["text"].removeprefix("<think>\n")} for line in (worked(1), worked(0)))
+    slip["text"] = "- \x1b[31mHm.\n" + slip["text"]
+    cut = worked(2, text="\\boxed{\u22127}", finish_reason="length")
+    write_jsonl(tmp_path / "x", [whole, slip, cut, {"text": "\\boxed{0.5}\\boxed{0.3}", "answer": "0.3", "tolerance": 1e-4}])
+    assert run("--explain", tmp_path / "x") == 0
+    assert capsys.readouterr().out.replace(f"{tmp_path / 'x'}:", "").splitlines() == [
+        "answers: right 2, wrong answer 2",
+        "formats: good 2, no </think> 2",
+        f"1: right: '{whole['answer']}'; format: good",
+        f"2: right: '{slip['answer']}'; format: good; unreadable in step 1: '\\x1b[31mHm'",
+        f"3: wrong answer: '\\u22127' is not '{cut['answer']}'; format: no </think>; cut off at the longest length allowed; "
+        "unfinished in step 1: \"Heron Harbour's Ship has no value\"",
+        "4: wrong answer: 0.5 is not 0.3, give or take 0.0001 of it (2 boxes, the first counts); format: no </think>",
+    ]
+
+
+def test_explain_counts_what_rescoring_counts(toy, guesser, tmp_path, capsys):
+    assert run("--model", guesser, "--data", toy.rl, "--max-new-tokens", 8, "--samples", 4, "--temperature", 1,
+               "--out", tmp_path / "x", "--device", "cpu") == 0
+    lines, printed = read_jsonl(tmp_path / "x"), capsys.readouterr().out
+    assert run("--explain", tmp_path / "x") == 0
+    explained = capsys.readouterr().out.splitlines()[2:]
+    right = [": right: " in line for line in explained]
+    assert right == [line["correct"] for line in lines] and f"{sum(right) / len(right):.1%}" in printed
+
+
 def test_no_behaviors_without_problems(tmp_path, capsys):
     write_jsonl(tmp_path / "x", [worked(0, problem=None)])
     assert run("--rescore", tmp_path / "x") == 0
@@ -214,7 +241,7 @@ def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("", "--model, --data and --out, or --rescore"),
+    ("", "--model, --data and --out, or --rescore, or --explain"),
     ("--model {model} --data {rl}", "--model, --data and --out, or --rescore"),
     ("--rescore {out}", "{out}: No such file"),
     ("--rescore {empty}", "{empty}: no lines"),
@@ -224,6 +251,9 @@ def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     ("--model {model} --data {rl} --out {out} --max-new-tokens 1000", "more than the 24 that max_prompt, or"),
     ("--model {model} --data {rl} --out {out} --temperature 1e-40", "temperature: 1e-40 is too small"),
     ("--rescore {rl} --samples 2", "rescore: no other option"),
+    ("--explain {rl} --rescore {rl}", "no other option"),
+    ("--explain {rl}", "{rl}:1: field 'text'"),
+    ("--explain {empty}", "{empty}: no lines"),
     ("--model {model}/no --data {rl} --out {out}", "{model}/no: no such folder"),
     ("--model {model} --data {model}/no --out {out} --max-new-tokens 8", "{model}/no: No such file"),
     ("--model {model} --data {sft} --out {out} --max-new-tokens 8", "{sft}:1: field 'prompt'"),

@@ -53,7 +53,7 @@ def existing(*modules):
 
 
 @pytest.mark.parametrize("module", existing(
-    "config", "dag", "igsm", "arithmetic", "worlds", "custom", "traces", "arms", "splits", "answer", "formula",
+    "strictjson", "config", "dag", "igsm", "arithmetic", "worlds", "custom", "traces", "arms", "splits", "answer", "formula",
     "verify"))
 def test_data_generation_needs_only_the_standard_library(module):
     for name in below(module):
@@ -80,7 +80,7 @@ def test_the_model_and_the_loss_never_see_text(module):
 
 @pytest.mark.parametrize("module", existing("grpo", "logprob"))
 def test_the_loss_never_sees_a_model(module):
-    assert below(module) <= {module, "config"}
+    assert below(module) <= {module, "config", "strictjson"}
 
 
 @pytest.mark.parametrize("module", MODULES)

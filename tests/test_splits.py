@@ -61,6 +61,15 @@ def test_patience_counts_from_the_last_new_problem(monkeypatch):
     assert len(splits.problems("test", 30, (2, 5), igsm.TOY, 0)) == 30  # of about 300 candidates
 
 
+def test_a_hopeless_balance_is_refused_soon(monkeypatch):
+    """Each answer may stand twice: now and then a new one comes up, and the patience of any one of them never ends."""
+    drawn, draw = [], igsm.draw
+    monkeypatch.setattr(igsm, "draw", lambda *args: drawn.append(0) or draw(*args))
+    with pytest.raises(InputError, match=r"of 2000 problems found .* balance 0\.001"):
+        splits.problems("sft", 2000, (1, 3), igsm.TOY, 0, balance=.001)
+    assert len(drawn) < splits.PATIENCE / 2
+
+
 def test_balance_lets_every_answer_stand_once():
     drawn = splits.problems("sft", 10, (2, 5), igsm.TOY, 0, balance=.001)
     assert len({problem.answer for problem in drawn}) == 10

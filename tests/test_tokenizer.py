@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from minibridge.config import InputError
-from minibridge.tokenizer import Tokenizer, train_toy
+from minibridge.tokenizer import PROBES, Tokenizer, train_toy
 
 TEXTS = [
     "The number of each River High's Backpack equals 3 more than 12.\n<think>\nSo b = 3 + 12 = 15.\n",
@@ -187,6 +187,42 @@ def test_a_marker_that_falls_into_pieces_is_no_chat_format(tokenizer, tmp_path):
     assert tokenizer.chat.marker in data["model"]["vocab"]
     with pytest.raises(InputError, match="chat format"):
         Tokenizer.load(tmp_path)
+
+
+def edited(tokenizer: Tokenizer, folder, edit) -> Tokenizer:
+    """The tokenizer after a change of its tokenizer.json."""
+    tokenizer.save(folder)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    edit(data)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda data: data["model"]["vocab"].pop("\u010d"), "(comes back|the same id)"),  # the token of byte 13
+    (lambda data: data["model"]["vocab"].update({"Z": 7}), "the same id"),
+    (lambda data: data["model"].update(continuing_subword_prefix="x" * 99), "not a tokenizer file"),  # a panic
+    (lambda data: data.update(model={"type": "WordLevel", "vocab": data["model"]["vocab"], "unk_token": "[UNK]"}),
+     "not a tokenizer file"),  # fails at the first text with a word it does not know
+    (lambda data: [token.update(rstrip=True) for token in data["added_tokens"]], "comes back"),
+    (lambda data: [token.update(special=False) for token in data["added_tokens"]], "comes back"),
+])
+def test_vocabularies_that_change_texts_are_refused(tokenizer, tmp_path, edit, words):
+    with pytest.raises(InputError, match=f"tokenizer.json: .*{words}"):
+        edited(tokenizer, tmp_path, edit)
+
+
+def test_dropout_in_the_file_is_switched_off(tokenizer, tmp_path):
+    """It is for training tokenizers: with it, the same text gets other ids each time."""
+    loaded = edited(tokenizer, tmp_path, lambda data: data["model"].update(dropout=0.9))
+    assert [loaded.encode(TEXTS[0]) for _ in range(5)] == [tokenizer.encode(TEXTS[0])] * 5
+
+
+def test_probes_hold_every_byte_of_utf_8_and_stand_normalisation(tokenizer, tmp_path):
+    """Qwen's own files normalise (NFC); what they would change is no reason to refuse them."""
+    assert set(range(256)) - set("".join(PROBES).encode()) == {0xC0, 0xC1, *range(0xF5, 0x100)}
+    loaded = edited(tokenizer, tmp_path, lambda data: data.update(normalizer={"type": "NFC"}))
+    assert loaded.encode("e\u0301") == tokenizer.encode("\u00e9")
 
 
 def test_unknown_chat_format(tmp_path):
