@@ -129,12 +129,14 @@ def training(s: Sizes, passes: list[Pass], first: bool, entropy: bool) -> Counte
 def highest(s: Sizes, answers: int, group: int, prompt: int, longest: int, limit: int, entropy: bool) -> Counter:
     """Of all ways to pack `answers` of at most `longest` tokens, `group` of them to a prompt, into micro-batches of
     `limit` padded tokens, prompts included, the one that takes most. prompt 0: the rows are examples without a prompt."""
-    found, count = Counter(), 1
-    while count <= answers and (tokens := min(longest, (limit - -(-count // group) * prompt) // count)) > 0:
+    found, count = Counter(), 0
+    while count < answers:
+        count = min(answers, max(count + 1, count * 11 // 10))
+        tokens = min(longest, (limit - -(-count // group) * prompt) // count)
         for rows, first in ((count, True), (min(count, answers - count), False)):
-            passes = [(-(-rows // group), prompt, None), (rows, tokens, prompt)] if prompt else [(rows, tokens, None)]
-            found = max(found, training(s, passes, first, entropy), key=Counter.total) if rows else found
-        count = max(count + 1, count * 11 // 10)
+            if tokens > 0 and rows > 0:
+                passes = [(-(-rows // group), prompt, None), (rows, tokens, prompt)] if prompt else [(rows, tokens, None)]
+                found = max(found, training(s, passes, first, entropy), key=Counter.total)
     return found
 
 
