@@ -21,12 +21,12 @@ from typing import Literal
 
 import torch
 
-from minibridge import checkpoint, replay
+from minibridge import checkpoint, plan, replay
 from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts, prompt_stream
 from minibridge.grpo import PRESETS, Recipe, group_advantages
-from minibridge.measure import matmul_rate
+from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
 from minibridge.optim import (
     NonFinite, adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, save_checkpoint, training_flops,
@@ -82,6 +82,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile the decoding of rollouts; auto: on a GPU")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
+    plan: bool = option(False, "load nothing: print the memory and time that these settings would take, and stop")
 
     def __post_init__(self):
         for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef"):
@@ -185,6 +186,8 @@ def show(groups: list[list[Episode]]):
 
 def main(config: Config):
     recipe = recipe_of(config)
+    if config.plan:
+        return print(plan.rl(config))
     device, saved = pick_device(config.device), resume_point(config)
     model, tokenizer = open_model(config.model, device, config.dtype)
     with_reference = config.kl_coef or config.kl_threshold is not None
@@ -204,9 +207,12 @@ def main(config: Config):
     state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "drawn": 0}
     if type(state.get("drawn")) is not int or state["drawn"] < state["step"] * config.prompts:
         raise InputError(f"{saved}: not a checkpoint of train_rl.py")
-    run = Run(config.out, config, device=str(device), steps=config.steps, resume_step=state["step"] + 1 if saved else None)
+    planned = plan.rl(config, [len(prompt.ids) for prompt in prompts], len(held_out))
+    run = Run(config.out, config, device=str(device), steps=config.steps, resume_step=state["step"] + 1 if saved else None,
+              plan=planned.record())
+    print(planned.verdict(), flush=True)
+    start_peak(device)
     (run.path / "rollouts").mkdir(exist_ok=True)
-    peak = matmul_rate(device, model.activation_dtype)
     if held_out and not saved:
         run.log(0, val_accuracy=validate(model, tokenizer, held_out, config))
 
@@ -240,8 +246,9 @@ def main(config: Config):
 
         numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
                     "tokens_per_second": sampled / (decoded - began),
-                    "padding": padding(batches),
-                    "utilisation": step_flops(model, groups, reference is not None, config) / (trained - decoded) / peak}
+                    "padding": padding(batches), "memory_gib": highest_memory(device) / 2**30,
+                    "utilisation": step_flops(model, groups, reference is not None, config) / (trained - decoded)
+                    / planned.rates[0]}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
             numbers["val_accuracy"] = validate(model, tokenizer, held_out, config)
         run.log(step, console=CONSOLE, **numbers)
@@ -253,7 +260,8 @@ def main(config: Config):
     run.finish()
 
 
-CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "val_accuracy")
+CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "memory_gib",
+           "val_accuracy")
 
 if __name__ == "__main__":
     again = any(word.startswith("--replay") for word in sys.argv)

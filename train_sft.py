@@ -17,11 +17,11 @@ from typing import Literal
 
 import torch
 
-from minibridge import checkpoint
+from minibridge import checkpoint, plan
 from minibridge.config import REQUIRED, InputError, Run, option, read_jsonl, run_main, write_jsonl
 from minibridge.data import Example, batches, index_stream, load_sft, micro_batches, pad_batch
 from minibridge.logprob import fused_loss
-from minibridge.measure import matmul_rate
+from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
 from minibridge.optim import (
     NonFinite, adamw, learning_rate, open_model, pick_device, resume_point, save_checkpoint, training_flops, update
@@ -55,6 +55,7 @@ class Config:
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
+    plan: bool = option(False, "load nothing: print the memory and time that these settings would take, and stop")
 
 
 def answer_loss(model: Decoder, batch: list[Example], device: torch.device, pad_id: int) -> tuple[torch.Tensor, int]:
@@ -89,6 +90,8 @@ def validation_loss(model: Decoder, examples: list[Example], config: Config, dev
 
 
 def main(config: Config):
+    if config.plan:
+        return print(plan.sft(config))
     if config.epochs <= 0:
         raise InputError(f"epochs: must be above 0, not {config.epochs:g}")
     device, saved = pick_device(config.device), resume_point(config)
@@ -107,8 +110,11 @@ def main(config: Config):
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
     micro_batches(examples + held_out, config.micro_tokens)  # a too long example is an error now, not at its step
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
-    run = Run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None)
-    peak = matmul_rate(device, model.activation_dtype)
+    planned = plan.sft(config, [len(example.ids) for example in examples])
+    run = Run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None,
+              plan=planned.record())
+    print(planned.verdict(), flush=True)
+    start_peak(device)
 
     stream = index_stream(len(examples), config.batch_size, config.seed, start)
     for step, indices in enumerate(itertools.islice(stream, max(0, steps - start)), start + 1):
@@ -128,7 +134,8 @@ def main(config: Config):
         scored = sum(sum(example.mask[1:]) for example in batch)
         flops = training_flops(model, sum(lengths), scored, sum(length**2 / 2 for length in lengths))
         numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "seconds": seconds,
-                   "tokens_per_second": sum(lengths) / seconds, "utilisation": flops / seconds / peak}
+                   "tokens_per_second": sum(lengths) / seconds, "memory_gib": highest_memory(device) / 2**30,
+                   "utilisation": flops / seconds / planned.rates[0]}
         if held_out and (step == steps or config.eval_every and step % config.eval_every == 0):
             numbers["val_loss"] = validation_loss(model, held_out, config, device, tokenizer.pad_id)
         shown = step == steps or config.log_every and step % config.log_every == 0 or "val_loss" in numbers

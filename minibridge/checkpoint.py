@@ -42,15 +42,19 @@ def load(
 
     Raises InputError for a missing or broken file, or a tensor missing, unexpected, wrong in shape or not finite.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    path = folder / "config.json"
-    config = ModelConfig.from_hf(read_json(path), source=str(path))
-    with torch.device("meta"):  # shapes only: no time is spent on weights about to be replaced
-        model = Decoder(config)
-    model.load_state_dict(_read_weights(folder, model, dtype, device), assign=True)
+    model = outline(folder)
+    model.load_state_dict(_read_weights(Path(folder), model, dtype, device), assign=True)
     return model
+
+
+def outline(folder: str | Path) -> Decoder:
+    """The model of a Hugging Face folder in shapes alone, on the meta device: only its config.json is read."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder")
+    path = Path(folder) / "config.json"
+    config = ModelConfig.from_hf(read_json(path), source=str(path))
+    with torch.device("meta"):
+        return Decoder(config)
 
 
 def _read_weights(folder: Path, model: Decoder, dtype: torch.dtype, device) -> dict[str, Tensor]:

@@ -258,12 +258,12 @@ class Run:
     """A run folder: run.json (what ran), metrics.jsonl (an object a step), and what the script puts beside.
 
     A new run starts metrics.jsonl afresh. With `resume_step=k`, k being the first step that will run (again),
-    the lines of steps before k stay and the later ones go, so that no step is logged twice. `run.path` is the
-    folder: `run.path / "checkpoints"`. `run.steps`, which may be set later, is the total on the console.
+    the lines of steps before k stay and the later ones go, so that no step is logged twice. `facts` go into run.json.
+    `run.path` is the folder: `run.path / "checkpoints"`. `run.steps`, which may be set later, is the total on the console.
     """
 
     def __init__(self, folder: str | Path, config: Any, argv: Sequence[str] | None = None,
-                 device: str = "cpu", steps: int | None = None, resume_step: int | None = None):
+                 device: str = "cpu", steps: int | None = None, resume_step: int | None = None, **facts: Any):
         self.path, self.steps = Path(folder), steps
         self.path.mkdir(parents=True, exist_ok=True)
         self.metrics = self.path / "metrics.jsonl"
@@ -276,7 +276,7 @@ class Run:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "resume_step": resume_step,
             "versions": _versions(),
-        } | _commit()
+        } | _commit() | facts
         self._save()
 
     def _save(self) -> None:

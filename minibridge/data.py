@@ -50,15 +50,17 @@ class Prompt:
 
 
 def load_sft(
-    path: str | Path, tokenizer: Tokenizer, max_length: int, whole_chat: bool = False, truncate: bool = False
+    path: str | Path, tokenizer: Tokenizer, max_length: int, whole_chat: bool = False, truncate: bool = False,
+    first: int | None = None
 ) -> list[Example]:
     """Read SFT lines; a bad line, or one longer than `max_length` tokens, is an InputError "path:line: what".
 
     whole_chat: learn the system and user turns too, as the paper does; the default learns the completion.
     truncate: cut long examples on the right, as the paper does. The model then never sees their answer.
+    first: so many lines only.
     """
     examples = []
-    for where, record in _records(path):
+    for where, record in _records(path)[:first]:
         messages = _messages(record, "messages", ("user", "assistant"), where)
         try:
             ids, mask = tokenizer.encode_example(messages)

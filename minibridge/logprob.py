@@ -69,7 +69,7 @@ def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_of: LossOf,
     new = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills it, if there is one
     grad_weight = new(weight_, dtype=wide) if for_weight else None  # (V, C)
     total, sums = torch.zeros((), dtype=wide, device=hidden.device), {}
-    for rows in _slices(len(hidden), chunk or _part(len(hidden), 8, len(weight))):
+    for rows in _slices(len(hidden), chunk or chunk_tokens(len(hidden), len(weight))):
         with torch.no_grad():
             logits = _logits(hidden_[rows], weight_, temperature)  # (R, V)
             normaliser, entropy = _compiled(_statistics, logits)(logits, with_entropy)  # (R,) each
@@ -91,6 +91,11 @@ def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_of: LossOf,
     if for_hidden or for_weight:
         total = _Handover.apply(total, hidden, weight, grad_hidden, grad_weight)
     return total, sums
+
+
+def chunk_tokens(tokens: int, vocabulary: int) -> int:
+    """How many of `tokens` have their logits in memory at a time in `fused_loss`."""
+    return min(max(1, tokens), _part(tokens, 8, vocabulary))
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -1,8 +1,11 @@
 """Rates of a device and of functions on it: what `bench` prints, and what training logs measure themselves by."""
 import json
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,19 +88,41 @@ def bandwidth(device: torch.device, megabytes: int = 512) -> float:
     return max(rates(5, read)[0])
 
 
-def peak_memory(device: torch.device, function: Callable[[], object]) -> int:
+def peak_memory(device: torch.device, function: Callable[[], object]) -> float:
     """Bytes in use at the highest, above those before: of the device, or resident (Linux) for the CPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-
-    def resident(field: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
-
-    before = resident("VmRSS")
+    start_peak(device)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else resident()
     function()
-    return resident("VmHWM") - before
+    return highest_memory(device) - before
+
+
+def start_peak(device: torch.device):
+    """`highest_memory` counts from here; from the start of the process where Linux's /proc is not to be written."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def highest_memory(device: torch.device) -> float:
+    """Bytes of tensors on a GPU at the highest; for the CPU those resident of the whole process, NaN if unknown."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM") or math.nan
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory now, or at the highest ("VmHWM"); 0 if there is no /proc to say."""
+    return _read_kib("/proc/self/status", field)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process has or could have: of the device, or of the machine as Linux sees it, or else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    available = _read_kib("/proc/meminfo", "MemAvailable")
+    return available + resident() if available else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read_kib(path: str, field: str) -> int:
+    """Bytes of a line such as "VmRSS:   123 kB"; 0 if the file or the line is not there."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)

@@ -102,7 +102,8 @@ def metrics(out) -> list[dict]:
 
 
 def without_times(rows) -> list[dict]:
-    return [{name: value for name, value in row.items() if "second" not in name and name != "utilisation"} for row in rows]
+    return [{name: value for name, value in row.items()
+             if "second" not in name and name not in ("utilisation", "memory_gib")} for row in rows]
 
 
 def weights(folder) -> bytes:

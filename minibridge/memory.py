@@ -1,0 +1,156 @@
+"""Bytes that training and decoding take, counted from the shapes alone, op by op, as the code allocates them.
+
+    held        what is there all the time: parameters, Adam's moments, the reference
+    training    one micro-batch, from its first forward pass to the end of its backward pass
+    highest     the same, of the way to pack a step's rows into micro-batches that takes most
+    decoding    `generate.generate`: the cache, and the largest of what comes and goes beside it
+
+Each gives the bytes of the highest moment by what they are for. The counts follow model.py, cache.py, policy.py,
+logprob.py, generate.py and sampling.py and must change with them; tests/test_memory.py holds them to what the allocator
+reports. Not counted: ids and masks, what the allocator loses between blocks, what libraries take for themselves.
+
+Axes: N prompts of P tokens, B answers of T tokens, C hidden, V vocabulary, L layers.
+"""
+from collections import Counter
+from dataclasses import dataclass
+
+from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
+from minibridge.model import Decoder, ModelConfig
+
+ITEMS = ("this process", "parameters", "Adam's moments", "reference", "gradients", "keys and values", "activations",
+         "attention masks", "casts of weights", "logits and loss", "work space")
+Pass = tuple[int, int, int | None]  # rows, tokens of each, tokens of the prompt that each goes on from (None: no prompt)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What bytes hang on."""
+    config: ModelConfig
+    body: int            # parameters but for embedding and head
+    head: int            # those of the head: V * C
+    size: int            # bytes of an activation: 4 for fp32, 2 for bf16
+    cuda: bool
+    checkpointing: bool
+
+    @property
+    def weights(self) -> int:
+        return self.body + self.head * (1 if self.config.tie_word_embeddings else 2)
+
+    @property
+    def cast(self) -> int:
+        """Bytes of a weight's copy in the dtype of the activations; 0 if it has that dtype already."""
+        return self.size if self.size < 4 else 0
+
+    @property
+    def normed(self) -> int:
+        """Bytes that a norm keeps of each number: its input, as it is where it has a kernel of its own (CUDA), else in
+        fp32 and normed."""
+        return self.size if self.cuda else 8
+
+    @property
+    def key_width(self) -> int:
+        return self.config.num_key_value_heads * self.config.head_dim
+
+    @property
+    def slot(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.config.num_hidden_layers * self.key_width * self.size
+
+
+def sizes(model: Decoder, size: int, cuda: bool, checkpointing: bool) -> Sizes:
+    """`model` may be on the meta device."""
+    head = model.lm_head_weight.numel()
+    body = sum(parameter.numel() for parameter in model.parameters())
+    return Sizes(model.config, body - head * (1 if model.config.tie_word_embeddings else 2), head, size, cuda, checkpointing)
+
+
+def layer(s: Sizes, rows: int, tokens: int, prompt: int | None) -> Counter:
+    """What autograd keeps of one layer for the backward pass."""
+    c, n, width = s.config, rows * tokens, s.config.num_attention_heads * s.config.head_dim
+    group = c.num_attention_heads // c.num_key_value_heads
+    each = 2 * (s.normed + s.size) * c.hidden_size        # of both norms what they keep, and their output
+    each += 4 * s.size * c.intermediate_size              # gate, silu(gate), up, and their product
+    each += 2 * s.size * width + 4 * c.num_attention_heads  # queries, attention's output and its fp32 logsumexp
+    if c.model_type == "qwen3":
+        each += s.normed * (width + s.key_width)          # the norms of queries and keys
+    slots, masks = n, 0                                   # keys and values
+    if prompt is not None:                                # cache.PromptCache._read: each answer has its prompt's again,
+        slots = rows * (prompt + tokens)
+        masks = s.size * group * tokens * slots           # a bias for each query of a group,
+        each += s.size * width * (group > 1)              # and the output in the order of the heads
+    elif s.cuda and s.size == 4 and group > 1:            # no fused kernel takes these: all weights, keys for every head
+        masks = 4 * c.num_attention_heads * n * tokens
+        each += 2 * s.size * (width - s.key_width)
+    return Counter({"activations": n * each + 2 * s.size * s.key_width * slots, "attention masks": masks})
+
+
+def kept(s: Sizes, passes: list[Pass]) -> Counter:
+    """What autograd keeps of whole forward passes."""
+    total, layers = Counter(), s.config.num_hidden_layers
+    for rows, tokens, prompt in passes:
+        n = rows * tokens
+        total["activations"] += n * (s.normed * s.config.hidden_size + 8 * s.config.head_dim)  # last norm, cos and sin
+        if s.checkpointing:  # the input of each layer; keys and values of prompts; the bias before it is repeated
+            total["activations"] += n * layers * s.size * s.config.hidden_size
+            if prompt is None and len(passes) > 1:
+                total["activations"] += n * s.slot
+            elif prompt is not None:
+                total["attention masks"] += s.size * n * (prompt + tokens)
+        else:
+            for name, bytes_ in layer(s, rows, tokens, prompt).items():
+                total[name] += layers * bytes_
+            total["casts of weights"] += s.cast * s.body
+    return total
+
+
+def training(s: Sizes, passes: list[Pass], first: bool, entropy: bool) -> Counter:
+    """The highest moment of one micro-batch, without what `held` counts; `first`: there are no gradients before it."""
+    c, layers, (rows, tokens, prompt) = s.config, s.config.num_hidden_layers, passes[-1]
+    n, whole, before = rows * tokens, kept(s, passes), kept(s, passes[:-1])
+    gradients = 0 if first else 4 * s.weights
+    # A weight used in two passes waits for both before its gradient is added to what there is.
+    waiting = 4 * s.body if first or len(passes) > 1 else 0
+    chunk = chunk_tokens(n, c.vocab_size) * c.vocab_size
+    logit = 4 + s.cast if chunk >= COMPILE_ELEMENTS else 16 if entropy else 8  # eager: logps, exp and their product too
+    one = sum(layer(s, rows, tokens, prompt).values()) + s.cast * s.body // layers
+    grown = 2 * s.size * n * c.intermediate_size  # in the MLP's backward pass, beyond what it frees
+    moments = [
+        whole + Counter({"gradients": gradients, "logits and loss": (  # hidden states and the head, with their gradients
+            2 * s.size * n * c.hidden_size + (4 + s.cast) * s.head + logit * chunk)}),
+        whole + Counter({"gradients": gradients, "logits and loss": s.size * n * c.hidden_size + 4 * s.head,
+                         "work space": grown + one * s.checkpointing}),  # the last layer's backward pass
+        before + Counter({"gradients": gradients + waiting + 4 * s.head * (c.tie_word_embeddings or first),
+                          "work space": grown + one}),  # the first layer's
+        before + Counter({"gradients": gradients + waiting + 4 * s.head * (2 if c.tie_word_embeddings or first else 1)}),
+    ]
+    return max(moments, key=Counter.total)
+
+
+def highest(s: Sizes, answers: int, group: int, prompt: int, longest: int, limit: int, entropy: bool) -> Counter:
+    """Of all ways to pack `answers` of at most `longest` tokens, `group` of them to a prompt, into micro-batches of
+    `limit` padded tokens, prompts included, the one that takes most. prompt 0: the rows are examples without a prompt."""
+    found, count = Counter(), 0
+    while count < answers:
+        count = min(answers, max(count + 1, count * 11 // 10))
+        tokens = min(longest, (limit - -(-count // group) * prompt) // count)
+        for rows, first in ((count, True), (min(count, answers - count), False)):
+            if tokens > 0 and rows > 0:
+                passes = [(-(-rows // group), prompt, None), (rows, tokens, prompt)] if prompt else [(rows, tokens, None)]
+                found = max(found, training(s, passes, first, entropy), key=Counter.total)
+    return found
+
+
+def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, rows: int) -> Counter:
+    """The highest moment of `generate.generate`, without what `held` counts."""
+    c, live, batch = s.config, min(rows, prompts * samples), min(prompts, max(1, rows // samples))
+    cache = (min(2 * batch, prompts) + 2) * (prompt + 2) + (live + 2) * (answer + 2)  # slots of cache.KVCache
+    drawing = max(12 * live * c.vocab_size, s.cast * s.head)  # logits, probabilities, and these in blocks
+    scores = 12 * live * c.num_attention_heads * max(prompt, answer)
+    prefill = batch * prompt * (s.slot + s.size * (3 * c.intermediate_size + 2 * c.hidden_size))
+    return Counter({"keys and values": s.slot * cache, "work space": max(drawing, scores, prefill)})
+
+
+def held(s: Sizes, reference: bool) -> Counter:
+    """What is there all the time, from the second step on."""
+    items = Counter({"parameters": 4 * s.weights, "Adam's moments": 8 * s.weights})
+    return items + Counter({"reference": s.size * s.weights * reference})

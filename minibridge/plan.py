@@ -1,0 +1,216 @@
+"""Memory and time of a run, predicted from config.json and the flags, and flags that would use the device better.
+
+    python train_rl.py --plan --model FOLDER ...          python train_sft.py --plan --model FOLDER ...
+
+Bytes are those of `memory`, at the lengths that take most among those that the flags allow. Seconds are for full lengths:
+those of the matrix products alone, or of the memory that decoding must read, at the rates that this device reaches on
+nothing else, so that a step takes more. No weights are loaded. A run plans once more when it has loaded its data, and notes
+that in run.json under "plan".
+"""
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minibridge import checkpoint
+from minibridge.config import InputError
+from minibridge.data import load_sft
+from minibridge.logprob import chunk_tokens
+from minibridge.measure import bandwidth, free_memory, matmul_rate, resident
+from minibridge.memory import ITEMS, Sizes, decoding, held, highest, sizes
+from minibridge.model import Decoder
+from minibridge.optim import pick_device, pick_dtype, prompt_limit, training_flops
+from minibridge.tokenizer import Tokenizer
+
+SPARE = 0.9  # suggestions fill so much of the free memory: an allocator loses some between its blocks
+LOOKED_AT = 64  # examples whose mean length stands for all
+
+Phases = dict[str, Counter]  # bytes by phase and by what they are for
+_rates = cache(lambda device, dtype: (matmul_rate(device, dtype), bandwidth(device, 128)))  # measured once a process
+
+
+@dataclass(frozen=True)
+class Plan:
+    about: list[str]
+    phases: Phases
+    seconds: dict[str, float]   # of one step, by phase
+    steps: int | None
+    free: float                 # bytes that the process has or could have
+    rates: tuple[float, float]  # floating-point operations and bytes, per second
+    advice: Callable[[], list[str]]
+
+    def record(self) -> dict[str, Any]:
+        """For run.json. planned_gib: of the highest phase."""
+        def gib(count: float) -> float:
+            return round(count / 2**30, 3)
+        items = {phase: {name: gib(count) for name, count in found.items()} for phase, found in self.phases.items()}
+        return {"planned_gib": gib(_peak(self.phases)), "free_gib": gib(self.free), "gib": items,
+                "seconds": {phase: float(f"{seconds:.3g}") for phase, seconds in self.seconds.items()}}
+
+    def verdict(self) -> str:
+        highest = max(self.phases, key=lambda phase: self.phases[phase].total())
+        verb = "fits" if _peak(self.phases) <= self.free else "DOES NOT FIT"
+        return f"The plan {verb}: {_of(_peak(self.phases), self.free)}, while {highest}."
+
+    def time(self) -> str:
+        step = sum(self.seconds.values())
+        parts = " + ".join(f"{phase} {_time(seconds)}" for phase, seconds in self.seconds.items())
+        whole = f"; {self.steps:,} steps take {_time(self.steps * step)}" if self.steps else ""
+        return (f"A step of full length takes at least {_time(step)} ({parts}) at {self.rates[0] / 1e12:.3g} TFLOP/s and "
+                f"{self.rates[1] / 1e9:,.0f} GB/s{whole}.")
+
+    def __str__(self) -> str:
+        return "\n".join([*self.about, "", *self.table(), "", self.time(), self.verdict(), *self.advice()])
+
+    def table(self) -> list[str]:
+        unit, size = ("GiB", 2**30) if _peak(self.phases) > 2**32 else ("MiB", 2**20)
+        rows = [(item, [found[item] for found in self.phases.values()]) for item in ITEMS]
+        rows += [("total", [found.total() for found in self.phases.values()])]
+        return [unit.ljust(20) + "".join(phase.rjust(12) for phase in self.phases)] + [
+            item.ljust(20) + "".join((f"{count / size:,.2f}" if count else "").rjust(12) for count in counts)
+            for item, counts in rows if any(counts)]
+
+
+def rl(config: Any, prompts: Sequence[int] = (), held_out: int | None = None) -> Plan:
+    """Of train_rl.py's Config. A run that has loaded its models and data gives the lengths of its prompts, and how many
+    are held out. InputError for a wrong model folder, or if no micro-batch holds a prompt and an answer."""
+    device, dtype, model, s = _opened(config)
+    longest = max(prompts, default=prompt_limit(model, config.max_prompt, config.max_new_tokens))
+    answers, least = config.prompts * config.samples, longest + config.max_new_tokens
+    _check_micro(config, least, f"a prompt of {longest} and an answer of {config.max_new_tokens} tokens")
+    reference = bool(config.kl_coef) or config.kl_threshold is not None
+
+    def phases(config: Any) -> Phases:
+        sampled = longest, config.max_new_tokens, config.rows
+        found = {"decoding": decoding(s, config.prompts, config.samples, *sampled)}
+        if config.val:
+            found["validating"] = decoding(s, 2 * config.rows if held_out is None else held_out, 1, *sampled)
+        found["training"] = highest(replace(s, checkpointing=config.checkpointing), answers, config.samples, longest,
+                                    config.max_new_tokens, config.micro_tokens, entropy=True)
+        return _with_held(found, s, reference, loaded=bool(prompts))
+
+    rates, mean = _rates(device, dtype), sum(prompts) / len(prompts) if prompts else longest
+    about = (f"{config.prompts} prompts of at most {longest:,} tokens, {config.samples} answers to each of at most "
+             f"{config.max_new_tokens:,}")
+    flags = {"micro_tokens": (least, config.prompts * longest + answers * config.max_new_tokens), "rows": (1, answers)}
+    seconds = _rl_seconds(config, model, s, mean, reference, *rates)
+    return _plan(config, s, device, dtype, about, phases, seconds, config.steps, rates, flags)
+
+
+def sft(config: Any, lengths: Sequence[int] = ()) -> Plan:
+    """Of train_sft.py's Config. A run that has loaded its model and data gives the lengths of its examples. InputError
+    for a wrong model folder, or if no micro-batch holds the longest example."""
+    device, dtype, model, s = _opened(config)
+    longest = max(lengths, default=min(config.max_length, model.config.max_position_embeddings))
+    _check_micro(config, longest, f"an example of {longest} tokens")
+
+    def phases(config: Any) -> Phases:
+        found = highest(replace(s, checkpointing=config.checkpointing), config.batch_size, 1, 0, longest,
+                        config.micro_tokens, entropy=False)
+        return _with_held({"training": found}, s, False, loaded=bool(lengths))
+
+    mean, count = _examples(config, longest) if not lengths else (sum(lengths) / len(lengths), len(lengths))
+    rates, tokens = _rates(device, dtype), config.batch_size * mean
+    about = f"{config.batch_size} examples of at most {longest:,} tokens, {mean:,.0f} on average"
+    flops = training_flops(model, tokens, tokens, tokens * mean / 2, 3 + config.checkpointing)
+    return _plan(config, s, device, dtype, about, phases, {"training": flops / rates[0]},
+                 round(config.epochs * (count // config.batch_size)), rates,
+                 {"micro_tokens": (longest, config.batch_size * longest)})
+
+
+def _examples(config: Any, longest: int) -> tuple[float, int]:
+    """Mean length of the first examples, and the number of all; without the file or the tokenizer: the longest, and 0."""
+    if not Path(config.data).is_file() or not (Path(config.model) / "tokenizer.json").is_file():
+        return longest, 0
+    examples = load_sft(config.data, Tokenizer.load(config.model), config.max_length, config.whole_chat, config.truncate,
+                        LOOKED_AT)
+    with open(config.data, "rb") as file:
+        return sum(len(example.ids) for example in examples) / len(examples), sum(1 for _ in file)
+
+
+def _opened(config: Any) -> tuple[torch.device, torch.dtype, Decoder, Sizes]:
+    device, model = pick_device(config.device), checkpoint.outline(config.model)
+    dtype = pick_dtype(config.dtype, device)
+    return device, dtype, model, sizes(model, dtype.itemsize, device.type == "cuda", config.checkpointing)
+
+
+def _check_micro(config: Any, least: int, what: str):
+    if config.micro_tokens < least:
+        raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold {what}")
+
+
+def _with_held(phases: Phases, s: Sizes, reference: bool, loaded: bool) -> Phases:
+    """With what is there in every phase; on a CPU that is this process too, but for the weights that it has loaded."""
+    always = held(s, reference)
+    if not s.cuda:
+        weights = always["parameters"] + always["reference"] if loaded else 0
+        always["this process"] = max(0, resident() - weights)
+    return {phase: always + items for phase, items in phases.items()}
+
+
+def _rl_seconds(config: Any, model: Decoder, s: Sizes, prompt: float, reference: bool, rate: float, speed: float):
+    """Of one step whose answers are all as long as they can be."""
+    answer, answers = config.max_new_tokens, config.prompts * config.samples
+    live = min(config.rows, answers)
+    read = (s.body + s.head) * (4 + 2 * s.cast)  # fp32 weights; their casts are written and read
+    read += s.slot * live * (prompt / config.samples + answer / 2)
+    flops = training_flops(model, live, live, live * (prompt + answer / 2), passes=1)
+    prefill = training_flops(model, config.prompts * prompt, config.prompts, config.prompts * prompt**2 / 2, passes=1)
+    passes = (3 + config.checkpointing) * config.updates + reference + (config.updates > 1)
+    pairs = config.prompts * prompt**2 / 2 + answers * answer * (prompt + answer / 2)
+    training = training_flops(model, config.prompts * prompt + answers * answer, answers * answer, pairs, passes)
+    return {"decoding": -(-answers // live) * answer * max(flops / rate, read / speed) + prefill / rate,
+            "training": training / rate}
+
+
+def _plan(config: Any, s: Sizes, device: torch.device, dtype: torch.dtype, about: str, phases: Callable[[Any], Phases],
+          seconds: dict[str, float], steps: int, rates: tuple[float, float], flags: dict[str, tuple[int, int]]) -> Plan:
+    name = torch.cuda.get_device_name(device) if s.cuda else "a CPU"
+    title = (f"{config.model}: {s.config.model_type}, {s.config.num_hidden_layers} layers, {s.weights / 1e6:,.1f} million "
+             f"parameters; {str(dtype).removeprefix('torch.')} products on {name}")
+    chunk = chunk_tokens(config.micro_tokens, s.config.vocab_size)
+    settings = ", ".join(f"--{flag.replace('_', '-')} {getattr(config, flag)}" for flag in flags)
+    free = free_memory(device)
+    return Plan([title, about, f"{settings}; logits of {chunk:,} tokens at a time"], phases(config), seconds, steps, free,
+                rates, lambda: _advice(config, phases, free, flags))
+
+
+def _advice(config: Any, phases: Callable[[Any], Phases], free: float, flags: dict[str, tuple[int, int]]) -> list[str]:
+    """A line for each flag that could be larger or must be smaller. `flags`: the least and the most that make sense."""
+    lines = []
+    for flag, (least, most) in flags.items():
+        def taken(value: int, config: Any) -> int:
+            found = phases(replace(config, **{flag: value}))
+            return _peak({phase: found[phase] for phase in found if (phase == "training") == (flag == "micro_tokens")})
+
+        now, shown = min(most, getattr(config, flag)), "--" + flag.replace("_", "-")
+        values = sorted({min(most, max(least, now * 2**k // 2**10)) for k in range(21)})
+        for other in (config, replace(config, checkpointing=True)):
+            fitting = [value for value in values if taken(value, other) <= SPARE * free]
+            if fitting or flag == "rows":
+                break
+        shown = shown if other == config else "--checkpointing " + shown
+        if not fitting:
+            lines += [f"Even {shown} {values[0]} would not fit: {_of(taken(values[0], other), free)}."]
+        elif fitting[-1] != now or other != config:
+            lines += [f"{shown} {fitting[-1]} would fit with a tenth to spare: {_of(taken(fitting[-1], other), free)}."]
+    return lines
+
+
+def _peak(phases: Phases) -> int:
+    return max(map(Counter.total, phases.values()))
+
+
+def _of(count: float, free: float) -> str:
+    return f"{count / 2**30:.2f} of {free / 2**30:.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -1,0 +1,159 @@
+"""Counted bytes against what the allocator hands out, in real steps of small models."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+import train_rl
+import train_sft
+from minibridge.data import Example, Prompt
+from minibridge.generate import Completion, generate
+from minibridge.memory import decoding, held, highest, sizes, training
+from minibridge.model import Decoder, ModelConfig
+from minibridge.optim import adamw, update
+from minibridge.policy import pack
+from minibridge.rollout import Episode
+
+CPU = torch.device("cpu")
+
+
+def shape(kind="qwen2", tied=True, keys=2) -> ModelConfig:
+    return ModelConfig(kind, 768, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+                       num_key_value_heads=keys, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=tied)
+
+
+def live_bytes(phases) -> list[int]:
+    """The most bytes that are allocated during each of the `phases`, functions that run one after the other; what the
+    earlier ones leave counts too, as nothing was allocated before them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for number, phase in enumerate(phases):
+            with torch.profiler.record_function(f"phase {number}"):
+                phase()
+    events = profile.profiler.kineto_results.events()
+    spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events
+                   if event.name().startswith("phase "))
+    highest, live = [0] * len(spans), 0
+    for time, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        live += change
+        for number, (start, end) in enumerate(spans):
+            if start <= time <= end:
+                highest[number] = max(highest[number], live)
+    return highest
+
+
+def build(config: ModelConfig, dtype, checkpointing=False) -> Decoder:
+    model = Decoder(config, dtype)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.checkpointing = checkpointing
+    return model
+
+
+def outline(config: ModelConfig, dtype, checkpointing=False, cuda=False):
+    with torch.device("meta"):
+        return sizes(Decoder(config), dtype.itemsize, cuda, checkpointing)
+
+
+def answered(answers: list[list[Completion]], prompt: list[int]) -> list[list[Episode]]:
+    return [[Episode(Prompt(prompt, "", {}), answer, "", False, False, 0.0) for answer in group] for group in answers]
+
+
+def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
+    return [[Completion([1] * length, [0.0] * length) for length in group] for group in lengths]
+
+
+# Each setting has its peak at another moment, or most of it in other items.
+@pytest.mark.parametrize("flags, prompts, samples, prompt, answer, micro, rows", [
+    ({}, 4, 4, 30, 60, 10**6, 16),
+    ({"reference": True}, 4, 6, 30, 60, 600, 7),
+    ({}, 2, 3, 100, 250, 10**6, 6),                       # attention masks
+    ({"checkpointing": True}, 4, 8, 30, 60, 600, 32),
+    ({"checkpointing": True}, 2, 3, 100, 200, 10**6, 6),
+    ({"dtype": torch.bfloat16, "reference": True}, 4, 4, 30, 60, 10**6, 16),
+    ({"dtype": torch.bfloat16, "checkpointing": True}, 4, 4, 30, 60, 700, 16),
+    ({"kind": "qwen3", "tied": False}, 4, 4, 30, 60, 10**6, 16),
+    ({"kind": "llama", "keys": 4, "tied": False}, 4, 8, 30, 60, 400, 16),
+])
+def test_a_grpo_step(flags, prompts, samples, prompt, answer, micro, rows):
+    flags = {"dtype": torch.float32, "checkpointing": False, "reference": False} | flags
+    dtype, checkpointing, with_reference = flags.pop("dtype"), flags.pop("checkpointing"), flags.pop("reference")
+    config, settings, ids = shape(**flags), train_rl.Config("", "", "", kl_coef=0.1 * with_reference), [1] * prompt
+    made = []
+
+    def begin():
+        """Build, and one step, from which on there are Adam's moments."""
+        model = build(config, dtype, checkpointing)
+        reference = build(config, dtype).to(dtype) if with_reference else None
+        made.extend((model, reference, adamw(model, (0.9, 0.999), 0.01)))
+        train(random_answers([[2, 2]]))
+
+    def train(answers):
+        batches = pack(answered(answers, ids), torch.ones(len(answers), len(answers[0])), micro, CPU)
+        train_rl.improve(*made, batches, 0.0, settings)
+
+    sampled, full = [], random_answers([[answer] * samples] * prompts)
+    _, decoded, trained = live_bytes([
+        begin, lambda: sampled.extend(generate(made[0], [ids] * prompts, samples, answer, rows=rows)), lambda: train(full)])
+    assert [len(group) for group in sampled] == [samples] * prompts
+
+    s = outline(config, dtype, checkpointing)
+    always = held(s, with_reference)
+    found = (always + decoding(s, prompts, samples, prompt, answer, rows)).total()
+    assert found == pytest.approx(decoded, rel=0.05)
+    parts = []
+    for number, batch in enumerate(pack(answered(full, ids), torch.ones(prompts, samples), micro, CPU)):
+        passes = [(*batch.prompts.shape, None), (*batch.answers.shape, prompt)]
+        parts.append(training(s, passes, number == 0, entropy=True))
+    assert (always + max(parts, key=Counter.total)).total() == pytest.approx(trained, rel=0.05)
+    assert (always + highest(s, prompts * samples, samples, prompt, answer, micro, True)).total() > 0.97 * trained
+
+
+@pytest.mark.parametrize("flags, micro", [
+    ({}, 10**6), ({"checkpointing": True}, 500), ({"dtype": torch.bfloat16}, 500), ({"tied": False}, 250)])
+def test_an_sft_step(flags, micro):
+    flags = {"dtype": torch.float32, "checkpointing": False} | flags
+    dtype, checkpointing = flags.pop("dtype"), flags.pop("checkpointing")
+    config, settings, made = shape(**flags), train_sft.Config("", "", "", micro_tokens=micro), []
+    examples = [Example([1] * 120, [0] + [1] * 119)] * 8
+
+    def begin():
+        made.append(build(config, dtype, checkpointing))
+        made.append(adamw(made[0], (0.9, 0.95), 0.01))
+        train()
+
+    def train():
+        train_sft.accumulate(made[0], examples, settings, CPU, 0)
+        update(*made, 0.0, 1.0)
+
+    _, trained = live_bytes([begin, train])
+    s = outline(config, dtype, checkpointing)
+    found = (held(s, False) + highest(s, 8, 1, 0, 120, micro, entropy=False)).total()
+    assert found == pytest.approx(trained, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_lengths_take_more_than_the_highest(seed):
+    """Answers of any lengths, as `pack` packs them; but the prompts of groups that a micro-batch cuts count once more."""
+    rng, s = random.Random(seed), outline(shape(), torch.float32)
+    for _ in range(20):
+        samples, prompt, longest = rng.randint(2, 8), rng.randint(1, 80), rng.randint(1, 150)
+        micro = prompt + longest + rng.randint(0, 1000)
+        least = rng.randint(1, longest)
+        lengths = [[rng.randint(least, longest) for _ in range(samples)] for _ in range(4)]
+        bound = highest(s, 4 * samples, samples, prompt, longest, micro, True).total()
+        for number, batch in enumerate(pack(answered(random_answers(lengths), [1] * prompt), torch.ones(4, samples), micro,
+                                            CPU)):
+            passes = [(*batch.prompts.shape, None), (*batch.answers.shape, prompt)]
+            assert training(s, passes, number == 0, entropy=True).total() <= 1.03 * bound
+
+
+def test_a_gpu_keeps_less():
+    """Its norm is one kernel, which keeps its input alone; in fp32, groups of queries have no fused attention there."""
+    shapes = [(2, 30, None), (6, 60, 30)]
+    on_cpu, on_gpu = (training(outline(shape(), torch.bfloat16, cuda=cuda), shapes, True, True) for cuda in (False, True))
+    norms = (2 * 4 + 1) * 128 * (2 * 30 + 6 * 60)
+    assert on_cpu["activations"] - on_gpu["activations"] == norms * (8 - 2)
+    fused, plain = (training(outline(shape(keys=keys), torch.float32, cuda=True), [(6, 90, None)], True, False)
+                    for keys in (4, 2))
+    assert "attention masks" not in fused and plain["attention masks"] == 4 * (4 * 4 * 6 * 90 * 90)
