@@ -174,7 +174,7 @@ def test_numbers_of_thousands_of_digits():
 
 PIECES = ["\\boxed{", "\\boxed", "{", "}", "<think>", "</think>", "<answer>", "</answer>", "7", "-7", "\u22127", "\uff17",
           "7.0", " 7", "1,000", "\n", " ", "\u00a0", "\x00", "\x1b[2K", "\ud83d", "9" * 40, "text"]
-GOOD_PARTS = ["7 = 7", "</think>", "\n", "<answer>", "so \\boxed{7}.", "</answer>", "\n"]
+GOOD_PARTS = ["7 = 7", "</think>", "\n", "<answer>", "so ", "\\boxed{", "7", "}", "</answer>", "\n"]
 
 
 def hostile_texts(count: int) -> list[str]:

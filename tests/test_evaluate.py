@@ -166,16 +166,18 @@ def test_explain_gives_the_reasons_and_their_counts(tmp_path, capsys):
     whole, slip = ({**line, "text": line["text"].removeprefix("<think>\n")} for line in (worked(1), worked(0)))
     slip["text"] = "- \x1b[31mHm.\n" + slip["text"]
     cut = worked(2, text="\\boxed{\u22127}", finish_reason="length")
-    write_jsonl(tmp_path / "x", [whole, slip, cut, {"text": "\\boxed{0.5}\\boxed{0.3}", "answer": "0.3", "tolerance": 1e-4}])
+    decimal = {"text": "\\boxed{0.5}\\boxed{0.3}", "answer": "0.3", "tolerance": 1e-4}
+    write_jsonl(tmp_path / "x", [whole, slip, cut, decimal, decimal | {"text": "\\boxed{0.30001}"}])
     assert run("--explain", tmp_path / "x") == 0
     assert capsys.readouterr().out.replace(f"{tmp_path / 'x'}:", "").splitlines() == [
-        "answers: right 2, wrong answer 2",
-        "formats: good 2, no </think> 2",
+        "answers: right 3, wrong answer 2",
+        "formats: no </think> 3, good 2",
         f"1: right: '{whole['answer']}'; format: good",
         f"2: right: '{slip['answer']}'; format: good; unreadable in step 1: '\\x1b[31mHm'",
         f"3: wrong answer: '\\u22127' is not '{cut['answer']}'; format: no </think>; cut off at the longest length allowed; "
         "unfinished in step 1: \"Heron Harbour's Ship has no value\"",
         "4: wrong answer: 0.5 is not 0.3, give or take 0.0001 of it (2 boxes, the first counts); format: no </think>",
+        "5: right: '0.30001'; format: no </think>",
     ]
 
 
