@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 
 from minibridge.config import InputError
 from minibridge.model import Decoder, ModelConfig
+from minibridge.parallel import ALONE, Ranks
+from minibridge.sharding import part
 from minibridge.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -115,19 +117,23 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def save(
-    model: Decoder, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
+    model: Decoder, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE
 ) -> None:
     """Write a folder that `load`, transformers and vLLM open, replacing an earlier checkpoint of that name.
 
-    dtype: that of the stored weights, by default the parameters' own.
+    dtype: that of the stored weights, by default the parameters' own. All `ranks` call it, and the main one writes.
     """
-    with _replacing(Path(folder)) as aside:
-        _write_model(model, aside, tokenizer, dtype)
+    weights = ranks.tensors(model.state_dict())
+    if ranks.main:
+        with _replacing(Path(folder)) as aside:
+            _write_model(model, weights, aside, tokenizer, dtype)
 
 
-def _write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None):
+def _write_model(model: Decoder, weights: dict[str, Tensor], folder: Path, tokenizer: Tokenizer | None,
+                 dtype: torch.dtype | None):
     dtype = dtype or model.lm_head_weight.dtype
-    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise InputError(f"{folder.parent}: a model was not saved, as {dtype} not all of {broken[0]} is finite")
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})  # older transformers want the metadata
@@ -186,22 +192,26 @@ def _flush(path: Path) -> None:
 
 
 def save_training(
-    folder: str | Path, model: Decoder, optimizer: Optimizer, state: dict, tokenizer: Tokenizer | None = None
+    folder: str | Path, model: Decoder, optimizer: Optimizer, state: dict, tokenizer: Tokenizer | None = None,
+    ranks: Ranks = ALONE
 ) -> None:
     """`save`, and what resuming needs: the optimizer's moments and `state`, which holds "step", a number.
 
-    The values of `state` are tensors (a generator's `get_state()`) or what JSON can hold.
+    The values of `state` are tensors (a generator's `get_state()`) or what JSON can hold. All `ranks` call it.
     """
+    weights = ranks.tensors(model.state_dict())  # first: it puts back what a forward pass may have left unsharded
     names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {
-        f"optimizer/{names[parameter]}/{key}": value.detach().cpu().contiguous()
+    tensors = ranks.tensors({
+        f"optimizer/{names[parameter]}/{key}": value
         for parameter, moments in optimizer.state.items()
         for key, value in moments.items()
-    }
+    })  # fmt: skip
+    if not ranks.main:
+        return
     tensors |= {f"state/{key}": value.cpu() for key, value in state.items() if isinstance(value, Tensor)}
     numbers = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     with _replacing(Path(folder)) as aside:
-        _write_model(model, aside, tokenizer, dtype=None)
+        _write_model(model, weights, aside, tokenizer, dtype=None)
         write_tensors(aside / TRAINING_TENSORS, tensors)
         _write_json(aside / TRAINING, numbers)
 
@@ -221,7 +231,8 @@ def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer) -> d
             parameter, _, key = rest.rpartition("/")
             moments.setdefault(parameter, {})[key] = tensor.clone()
     parameter = next(model.parameters())
-    model.load_state_dict(_read_weights(folder, model, parameter.dtype, parameter.device))
+    weights = _read_weights(folder, model, parameter.dtype, parameter.device)
+    model.load_state_dict({name: part(tensor, model.get_parameter(name)) for name, tensor in weights.items()})
     _fill_optimizer(optimizer, model, moments, folder / TRAINING_TENSORS)
     return state
 
@@ -238,7 +249,9 @@ def _fill_optimizer(optimizer: Optimizer, model: Decoder, moments: dict, path: P
     # Loading by position lets the optimizer put each tensor where its implementation (fused or not) wants it.
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({
-        "state": {position: moments[name] for position, name in enumerate(order) if name in moments},
+        "state": {position: {key: value if key == "step" else part(value, model.get_parameter(name))
+                             for key, value in moments[name].items()}
+                  for position, name in enumerate(order) if name in moments},
         "param_groups": settings,
     })  # fmt: skip
 
