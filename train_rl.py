@@ -21,9 +21,9 @@ from typing import Literal
 
 import torch
 
-from minibridge import checkpoint, plan, replay
+from minibridge import checkpoint, parallel, plan, replay
 from minibridge.answer import extract
-from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
+from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts, prompt_stream
 from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import highest_memory, start_peak
@@ -32,6 +32,7 @@ from minibridge.optim import (
     NonFinite, adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, save_checkpoint, training_flops,
     update
 )
+from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, total, whole_step
 from minibridge.rollout import Episode, dead, lines, refilled, rollout
 from minibridge.tokenizer import Tokenizer
@@ -80,6 +81,7 @@ class Config:
     seed: int = option(0, "seed of the order of prompts and of sampling", least=0)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile the decoding of rollouts; auto: on a GPU")
+    shard: bool = option(False, "with several processes (torchrun): split weights, gradients and Adam's state among them")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
     plan: bool = option(False, "load nothing: print the memory and time that these settings would take, and stop")
@@ -103,11 +105,12 @@ def recipe_of(config: Config) -> Recipe:
 
 
 def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
-            rate: float, config: Config) -> dict[str, float]:
+            rate: float, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
     """The optimizer steps on one rollout batch; returns the metrics of the first, where the ratio is still 1."""
-    whole = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens)
+    whole = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
+    turns = ranks.even(batches)
     with torch.no_grad():
-        for batch in batches:
+        for batch, _ in turns:
             if reference is not None:
                 batch.ref_logps = score(reference, batch, config.temperature)[0]
             if config.old_logps == "sampler":
@@ -117,11 +120,12 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
     first: dict[str, float] = {}
     for number in range(config.updates):
         parts = []
-        for batch in batches:
+        for batch, counted in turns:
             loss, metrics = share_of_loss(model, batch, whole)
-            loss.backward()
-            parts.append(metrics)
-        found = total(parts, whole)
+            (counted * loss).backward()
+            parts += [metrics] if counted else []
+        ranks.sum_gradients(model)
+        found = total(parts, whole, ranks)
         if not math.isfinite(found["loss"]):
             raise NonFinite(f"the loss is {found['loss']}")
         found["grad_norm"] = update(model, optimizer, rate, config.clip)
@@ -171,8 +175,9 @@ def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool
     return training_flops(model, tokens, scored, pairs, passes)
 
 
-def validate(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], config: Config) -> float:
-    groups = rollout(model, tokenizer, prompts, 1, max_new_tokens=config.max_new_tokens, temperature=0.0, rows=config.rows)
+def validate(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], config: Config, ranks: Ranks = ALONE) -> float:
+    groups = rollout(model, tokenizer, prompts, 1, max_new_tokens=config.max_new_tokens, temperature=0.0, rows=config.rows,
+                     ranks=ranks)
     return sum(group[0].correct for group in groups) / len(groups)
 
 
@@ -184,7 +189,7 @@ def show(groups: list[list[Episode]]):
         print(f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}", flush=True)
 
 
-def main(config: Config):
+def main(config: Config, ranks: Ranks = ALONE):
     recipe = recipe_of(config)
     if config.plan:
         return print(plan.rl(config))
@@ -195,11 +200,15 @@ def main(config: Config):
     if reference is not None:
         reference.to(reference.activation_dtype)  # frozen: it needs no wider copy of its weights
     model.checkpointing = config.checkpointing
+    for sharded in (model, reference) if config.shard else ():
+        if sharded is not None:
+            ranks.shard(sharded)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     limit = prompt_limit(model, config.max_prompt, config.max_new_tokens)
     prompts = load_prompts(config.data, tokenizer, limit)
     held_out = load_prompts(config.val, tokenizer, limit) if config.val else []
+    ranks.check("prompts", config.prompts)
     if len(prompts) < config.prompts:
         raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
     if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
@@ -208,13 +217,12 @@ def main(config: Config):
     if type(state.get("drawn")) is not int or state["drawn"] < state["step"] * config.prompts:
         raise InputError(f"{saved}: not a checkpoint of train_rl.py")
     planned = plan.rl(config, [len(prompt.ids) for prompt in prompts], len(held_out))
-    run = Run(config.out, config, device=str(device), steps=config.steps, resume_step=state["step"] + 1 if saved else None,
-              plan=planned.record())
+    run = ranks.open_run(config.out, config, device=str(device), steps=config.steps,
+                         resume_step=state["step"] + 1 if saved else None, plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)
-    (run.path / "rollouts").mkdir(exist_ok=True)
     if held_out and not saved:
-        run.log(0, val_accuracy=validate(model, tokenizer, held_out, config))
+        run.log(0, val_accuracy=validate(model, tokenizer, held_out, config, ranks))
 
     drawn, stream = state["drawn"], prompt_stream(len(prompts), config.prompts, config.seed, state["drawn"])
 
@@ -222,41 +230,44 @@ def main(config: Config):
         indices, seeds = zip(*itertools.islice(stream, count))
         return rollout(model, tokenizer, [prompts[index] for index in indices], config.samples, seeds=seeds,
                        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                       format_scale=config.format_scale, rows=config.rows, compiled=compiled)
+                       format_scale=config.format_scale, rows=config.rows, compiled=compiled, ranks=ranks)
 
     for step in range(state["step"] + 1, config.steps + 1):
         began = time.monotonic()
         groups = refilled(sample, config.prompts, config.refill)
         drawn += len(groups)
         decoded = time.monotonic()
-        write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
+        if ranks.main:
+            write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
         numbers = describe(groups) | {"groups": len(groups), "wasted": wasted(groups, config)}
         sampled, groups = sum(len(episode.completion.ids) for group in groups for episode in group), groups[: config.prompts]
         rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
         advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
         rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
-        batches = pack(groups, advantages, config.micro_tokens, device)
+        batches = pack(groups, advantages, config.micro_tokens, device, ranks)
         try:
-            numbers |= improve(model, reference, optimizer, batches, rate, config)
+            numbers |= improve(model, reference, optimizer, batches, rate, config, ranks)
         except NonFinite as error:
             path = run.path / f"failed_step_{step:04d}.safetensors"
-            replay.save_failure(path, model, batches, whole_step(batches, recipe, config.temperature, config.max_new_tokens))
+            whole = whole_step(batches, recipe, config.temperature, config.max_new_tokens, ranks)
+            replay.save_failure(path, model, batches, whole, ranks)
+            ranks.barrier()  # the first process to end would end the one that writes
             raise InputError(f"step {step}: {error}; for a second look: python train_rl.py --replay {path}") from None
         trained = time.monotonic()
 
         numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
                     "tokens_per_second": sampled / (decoded - began),
-                    "padding": padding(batches), "memory_gib": highest_memory(device) / 2**30,
+                    "padding": padding(batches, ranks), "memory_gib": highest_memory(device) / 2**30,
                     "utilisation": step_flops(model, groups, reference is not None, config) / (trained - decoded)
-                    / planned.rates[0]}
+                    / planned.rates[0] / ranks.size}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
-            numbers["val_accuracy"] = validate(model, tokenizer, held_out, config)
+            numbers["val_accuracy"] = validate(model, tokenizer, held_out, config, ranks)
         run.log(step, console=CONSOLE, **numbers)
         if config.show_every and (step - 1) % config.show_every == 0:
             show(groups)
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(config, step, model, optimizer, tokenizer, drawn=drawn)
-    checkpoint.save(model, run.path / "model", tokenizer)
+            save_checkpoint(config, step, model, optimizer, tokenizer, ranks, drawn=drawn)
+    checkpoint.save(model, run.path / "model", tokenizer, ranks=ranks)
     run.finish()
 
 
@@ -265,4 +276,4 @@ CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl"
 
 if __name__ == "__main__":
     again = any(word.startswith("--replay") for word in sys.argv)
-    sys.exit(run_main(replay.main, replay.Config) if again else run_main(main, Config))
+    sys.exit(run_main(replay.main, replay.Config) if again else parallel.run(main, Config))

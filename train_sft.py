@@ -17,8 +17,8 @@ from typing import Literal
 
 import torch
 
-from minibridge import checkpoint, plan
-from minibridge.config import REQUIRED, InputError, Run, option, read_jsonl, run_main, write_jsonl
+from minibridge import checkpoint, parallel, plan
+from minibridge.config import REQUIRED, InputError, option, read_jsonl, write_jsonl
 from minibridge.data import Example, batches, index_stream, load_sft, micro_batches, pad_batch
 from minibridge.logprob import fused_loss
 from minibridge.measure import highest_memory, start_peak
@@ -26,6 +26,7 @@ from minibridge.model import Decoder
 from minibridge.optim import (
     NonFinite, adamw, learning_rate, open_model, pick_device, resume_point, save_checkpoint, training_flops, update
 )
+from minibridge.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Config:
     resume: bool = option(False, "go on from the newest checkpoint of --out")
     seed: int = option(0, "seed of the order of examples", least=0)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
+    shard: bool = option(False, "with several processes (torchrun): split weights, gradients and Adam's state among them")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
     plan: bool = option(False, "load nothing: print the memory and time that these settings would take, and stop")
@@ -68,28 +70,33 @@ def answer_loss(model: Decoder, batch: list[Example], device: torch.device, pad_
     return loss, len(hidden)
 
 
-def accumulate(model: Decoder, batch: list[Example], config: Config, device: torch.device, pad_id: int) -> float:
+def accumulate(model: Decoder, batch: list[Example], config: Config, device: torch.device, pad_id: int,
+               ranks: Ranks = ALONE) -> float:
     """Leaves in .grad the gradient of the mean loss over the batch's trained tokens; returns that loss."""
     normalizer = sum(sum(example.mask[1:]) for example in batch)  # of the whole step, before any micro-batch
     total = 0.0
-    for rows in micro_batches(batch, config.micro_tokens):
-        loss = answer_loss(model, [batch[row] for row in rows], device, pad_id)[0] / normalizer
+    for rows, counted in ranks.even(micro_batches(batch, config.micro_tokens, ranks)):
+        loss = counted * answer_loss(model, [batch[row] for row in rows], device, pad_id)[0] / normalizer
         loss.backward()
         total += loss.item()
+    ranks.sum_gradients(model)
+    total = ranks.total(total)
     if not math.isfinite(total):
         raise NonFinite(f"the loss is {total}")
     return total
 
 
 @torch.no_grad()
-def validation_loss(model: Decoder, examples: list[Example], config: Config, device: torch.device, pad_id: int) -> float:
+def validation_loss(model: Decoder, examples: list[Example], config: Config, device: torch.device, pad_id: int,
+                    ranks: Ranks = ALONE) -> float:
     """Mean negative log-likelihood of the trained tokens, in nats."""
-    parts = [answer_loss(model, [examples[row] for row in rows], device, pad_id)
-             for rows in micro_batches(examples, config.micro_tokens)]
-    return sum(loss.item() for loss, _ in parts) / sum(count for _, count in parts)
+    total = 0.0
+    for rows, counted in ranks.even(micro_batches(examples, config.micro_tokens, ranks)):
+        total += counted * answer_loss(model, [examples[row] for row in rows], device, pad_id)[0].item()
+    return ranks.total(total) / sum(sum(example.mask[1:]) for example in examples)
 
 
-def main(config: Config):
+def main(config: Config, ranks: Ranks = ALONE):
     if config.plan:
         return print(plan.sft(config))
     if config.epochs <= 0:
@@ -97,9 +104,14 @@ def main(config: Config):
     device, saved = pick_device(config.device), resume_point(config)
     model, tokenizer = open_model(config.model, device, config.dtype)
     model.checkpointing = config.checkpointing
+    if config.shard:
+        ranks.shard(model)
     optimizer = adamw(model, (0.9, config.beta2), config.weight_decay)
     examples = load_sft(config.data, tokenizer, config.max_length, config.whole_chat, config.truncate)
     held_out = load_sft(config.val, tokenizer, config.max_length, config.whole_chat, config.truncate) if config.val else []
+    ranks.check("batch_size", config.batch_size)
+    if held_out:
+        ranks.check(f"rows of {config.val}", len(held_out))
     if len(examples) < config.batch_size:
         raise InputError(f"batch_size: {config.batch_size}, but {config.data} has only {len(examples)} rows")
     if (longest := max(len(example.ids) for example in examples + held_out)) > model.config.max_position_embeddings:
@@ -111,8 +123,8 @@ def main(config: Config):
     micro_batches(examples + held_out, config.micro_tokens)  # a too long example is an error now, not at its step
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     planned = plan.sft(config, [len(example.ids) for example in examples])
-    run = Run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None,
-              plan=planned.record())
+    run = ranks.open_run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None,
+                         plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)
 
@@ -122,12 +134,14 @@ def main(config: Config):
         batch = [examples[index] for index in indices]
         rate = learning_rate(step - 1, steps, config.learning_rate, config.warmup, config.schedule)
         try:
-            loss = accumulate(model, batch, config, device, tokenizer.pad_id)
+            loss = accumulate(model, batch, config, device, tokenizer.pad_id, ranks)
             norm = update(model, optimizer, rate, config.clip)
         except NonFinite as error:
             path = run.path / f"failed_step_{step:04d}.jsonl"
-            records = read_jsonl(config.data)
-            write_jsonl(path, [records[index] for index in indices])
+            if ranks.main:
+                records = read_jsonl(config.data)
+                write_jsonl(path, [records[index] for index in indices])
+            ranks.barrier()  # the first process to end would end the one that writes
             raise InputError(f"step {step}: {error}; {path} holds its rows, and --resume meets them again") from None
         seconds = time.monotonic() - began
         lengths = [len(example.ids) for example in batch]
@@ -135,16 +149,16 @@ def main(config: Config):
         flops = training_flops(model, sum(lengths), scored, sum(length**2 / 2 for length in lengths))
         numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "seconds": seconds,
                    "tokens_per_second": sum(lengths) / seconds, "memory_gib": highest_memory(device) / 2**30,
-                   "utilisation": flops / seconds / planned.rates[0]}
+                   "utilisation": flops / seconds / planned.rates[0] / ranks.size}
         if held_out and (step == steps or config.eval_every and step % config.eval_every == 0):
-            numbers["val_loss"] = validation_loss(model, held_out, config, device, tokenizer.pad_id)
+            numbers["val_loss"] = validation_loss(model, held_out, config, device, tokenizer.pad_id, ranks)
         shown = step == steps or config.log_every and step % config.log_every == 0 or "val_loss" in numbers
         run.log(step, console=None if shown else (), **numbers)
         if config.save_every and step % config.save_every == 0 and step < steps:
-            save_checkpoint(config, step, model, optimizer, tokenizer)
-    checkpoint.save(model, run.path / "model", tokenizer)
+            save_checkpoint(config, step, model, optimizer, tokenizer, ranks)
+    checkpoint.save(model, run.path / "model", tokenizer, ranks=ranks)
     run.finish()
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, Config))
+    sys.exit(parallel.run(main, Config))

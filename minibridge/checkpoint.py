@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 
 from minibridge.config import InputError, read_json
 from minibridge.model import Decoder, ModelConfig
+from minibridge.parallel import ALONE, Ranks
+from minibridge.sharding import part
 from minibridge.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -115,19 +117,23 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def save(
-    model: Decoder, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
+    model: Decoder, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE
 ) -> None:
     """Write a folder that `load`, transformers and vLLM open, replacing an earlier checkpoint of that name.
 
-    dtype: that of the stored weights, by default the parameters' own.
+    dtype: that of the stored weights, by default the parameters' own. All `ranks` call it, and the main one writes.
     """
-    with _replacing(Path(folder)) as aside:
-        _write_model(model, aside, tokenizer, dtype)
+    weights = ranks.tensors(model.state_dict())
+    if ranks.main:
+        with _replacing(Path(folder)) as aside:
+            _write_model(model, weights, aside, tokenizer, dtype)
 
 
-def _write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None):
+def _write_model(model: Decoder, weights: dict[str, Tensor], folder: Path, tokenizer: Tokenizer | None,
+                 dtype: torch.dtype | None):
     dtype = dtype or model.lm_head_weight.dtype
-    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     if broken := [name for name, tensor in weights.items() if not _finite(tensor)]:
         raise InputError(f"{folder.parent}: a model was not saved, as {dtype} not all of {broken[0]} is finite")
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})  # older transformers want the metadata
@@ -186,17 +192,24 @@ def _flush(path: Path) -> None:
 
 
 def save_training(
-    folder: str | Path, model: Decoder, optimizer: Optimizer, state: dict, tokenizer: Tokenizer | None = None
+    folder: str | Path, model: Decoder, optimizer: Optimizer, state: dict, tokenizer: Tokenizer | None = None,
+    ranks: Ranks = ALONE
 ) -> None:
-    """`save`, and what resuming needs: AdamW's moments and `state`, what JSON can hold of "step", a number, and more."""
+    """`save`, and what resuming needs: AdamW's moments and `state`, what JSON can hold of "step", a number, and more.
+
+    All `ranks` call it.
+    """
+    weights = ranks.tensors(model.state_dict())  # first: it puts back what a forward pass may have left unsharded
     names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {
-        f"optimizer/{names[parameter]}/{key}": value.detach().cpu().contiguous()
+    tensors = ranks.tensors({
+        f"optimizer/{names[parameter]}/{key}": value
         for parameter, moments in optimizer.state.items()
         for key, value in moments.items()
-    }
+    })  # fmt: skip
+    if not ranks.main:
+        return
     with _replacing(Path(folder)) as aside:
-        _write_model(model, aside, tokenizer, dtype=None)
+        _write_model(model, weights, aside, tokenizer, dtype=None)
         write_tensors(aside / TRAINING_TENSORS, tensors)
         _write_json(aside / TRAINING, state)
 
@@ -215,9 +228,12 @@ def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer) -> d
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     _check_moments(moments, model, order, state["step"], folder / TRAINING_TENSORS)
-    model.load_state_dict(_read_weights(folder, model, model.lm_head_weight.dtype, device))
+    weights = _read_weights(folder, model, model.lm_head_weight.dtype, device)
+    model.load_state_dict({name: part(tensor, model.get_parameter(name)) for name, tensor in weights.items()})
     # Loading by position lets the optimizer put each tensor where its implementation (fused or not) wants it.
-    by_position = {position: moments[name] for position, name in enumerate(order) if name in moments}
+    by_position = {position: {key: value if key == "step" else part(value, model.get_parameter(name))
+                              for key, value in moments[name].items()}
+                   for position, name in enumerate(order) if name in moments}
     optimizer.load_state_dict({"state": by_position, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 

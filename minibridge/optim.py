@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from minibridge import checkpoint
 from minibridge.config import InputError, same_settings
 from minibridge.model import Decoder
+from minibridge.parallel import ALONE, Ranks
+from minibridge.sharding import whole
 from minibridge.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Settings that a resumed run may change: they touch no number, or (micro_tokens) only its last digits.
-MAY_CHANGE = ("out", "resume", "plan", "micro_tokens", "checkpointing", "compile", "eval_every",
+# Settings that a resumed run may change: they touch no number, or (micro_tokens, shard) only its last digits.
+MAY_CHANGE = ("out", "resume", "plan", "micro_tokens", "shard", "checkpointing", "compile", "eval_every",
               "save_every", "keep", "log_every", "show_every")
 
 
@@ -26,9 +29,14 @@ class NonFinite(InputError):
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU if there is one, else the CPU. InputError for a device this machine lacks."""
+    """ "auto" is a GPU if there is one, else the CPU; "cuda" is the first GPU, or a process's own if torchrun started it.
+    InputError for a device this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise InputError(f"device {name!r}: each of several processes takes a GPU of its own; say cuda")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         if (kind := torch.empty(0, device=name).device.type) in ("cpu", "cuda"):
             if kind == "cuda":
@@ -93,15 +101,16 @@ def fingerprint(config: Any) -> str:
 
 
 def save_checkpoint(config: Any, step: int, model: Decoder, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
-                    **state: int | Tensor):
+                    ranks: Ranks = ALONE, **state: int | Tensor):
     """All that the steps after `step` depend on, in out/checkpoints/step_K; the oldest make room for it.
 
     The schedule and the order of the rows are functions of the settings and the step; `state` is what is not.
     """
     folder = Path(config.out) / "checkpoints"
     state = {"step": step, "fingerprint": fingerprint(config), **state}
-    checkpoint.save_training(folder / f"step_{step}", model, optimizer, state, tokenizer)
-    checkpoint.prune(folder, config.keep)
+    checkpoint.save_training(folder / f"step_{step}", model, optimizer, state, tokenizer, ranks)
+    if ranks.main:
+        checkpoint.prune(folder, config.keep)
 
 
 def training_flops(model: Decoder, tokens: int, scored: int, pairs: float, passes: float = 3) -> float:
@@ -139,7 +148,7 @@ def update(model: Decoder, optimizer: torch.optim.Optimizer, rate: float, clip: 
     Returns the norm before clipping. One that is not finite raises NonFinite and changes nothing: the model stays as it
     was, and the checkpoints written so far stay good.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)).item()
     if not math.isfinite(norm):
         raise NonFinite(f"the gradient norm is {norm}")
     for group in optimizer.param_groups:

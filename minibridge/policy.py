@@ -24,6 +24,7 @@ from minibridge.cache import PromptCache
 from minibridge.grpo import Recipe, grpo_loss, importance_weights, step_normalizer, token_loss, token_weights
 from minibridge.logprob import fused_loss, token_logprobs
 from minibridge.model import Decoder
+from minibridge.parallel import ALONE, Ranks
 from minibridge.rollout import Episode
 
 
@@ -42,13 +43,16 @@ class MicroBatch:
     ref_logps: Tensor | None = None  # (B, T)
 
 
-def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, device: torch.device) -> list[MicroBatch]:
-    """All episodes, advantages (N, G), in micro-batches of at most max_tokens padded tokens, prompts included.
+def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, device: torch.device,
+         ranks: Ranks = ALONE) -> list[MicroBatch]:
+    """All episodes of this rank's share of the groups, advantages (N, G), in micro-batches of at most max_tokens padded
+    tokens, prompts included.
 
     Answers of a group stay together, so that they share; longest first, so that little is padding and lack of memory
     shows at once. A micro-batch always takes one answer, however long.
     """
-    order = [(number, column) for number in sorted(range(len(groups)), key=lambda n: -max(map(_length, groups[n])))
+    longest_first = sorted(range(len(groups)), key=lambda n: -max(map(_length, groups[n])))
+    order = [(number, column) for number in ranks.mine(longest_first)
              for column in sorted(range(len(groups[number])), key=lambda g: -_length(groups[number][g]))]
     packed: list[list[tuple[int, int]]] = []
     for place in order:
@@ -59,10 +63,10 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
     return [_micro_batch(groups, advantages, places, device) for places in packed]
 
 
-def padding(batches: list[MicroBatch]) -> float:
-    """Share of the positions of all micro-batches that hold padding."""
-    real = sum(int(batch.prompt_lengths.sum() + batch.trained.sum()) for batch in batches)
-    return 1 - real / sum(batch.prompts.numel() + batch.answers.numel() for batch in batches)
+def padding(batches: list[MicroBatch], ranks: Ranks = ALONE) -> float:
+    """Share of the positions of all ranks' micro-batches that hold padding."""
+    real = ranks.total(sum(int(batch.prompt_lengths.sum() + batch.trained.sum()) for batch in batches))
+    return 1 - real / ranks.total(sum(batch.prompts.numel() + batch.answers.numel() for batch in batches))
 
 
 def _length(episode: Episode) -> int:
@@ -106,12 +110,11 @@ def answer_hidden(model: Decoder, batch: MicroBatch) -> Tensor:
     hidden = model(batch.prompts, cache=cache)  # (N, P, C)
     last = hidden[torch.arange(len(hidden), device=hidden.device), batch.prompt_lengths - 1]  # (N, C)
     first = last.index_select(0, batch.owner)[:, None]  # (B, 1, C)
-    given = batch.answers[:, :-1]  # (B, T-1): nothing is predicted from the last token
-    if given.shape[1] == 0:
-        return first
+    T = batch.answers.shape[1]
+    given = batch.answers[:, : max(1, T - 1)]  # (B, T-1): nothing is predicted from the last token, unless it is the only
     cache.share(batch.owner, batch.prompt_lengths)
     positions = batch.prompt_lengths[batch.owner][:, None] + torch.arange(given.shape[1], device=given.device)
-    return torch.cat((first, model(given, positions, cache)), 1)
+    return torch.cat((first, model(given, positions, cache)), 1)[:, :T]
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,10 @@ class Step:
         return self.tokens / self.normalizer if self.recipe.aggregate == "length" else 1.0
 
 
-def whole_step(batches: list[MicroBatch], recipe: Recipe, temperature: float, longest: int) -> Step:
+def whole_step(batches: list[MicroBatch], recipe: Recipe, temperature: float, longest: int, ranks: Ranks = ALONE) -> Step:
     """`longest`: the most tokens that an answer may have."""
     lengths = torch.cat([batch.trained.sum(1) for batch in batches])  # (rollouts,)
+    lengths = torch.tensor(ranks.gather(lengths.tolist()))  # of all ranks
     return Step(recipe, temperature, step_normalizer(recipe.aggregate, lengths, longest), int(lengths.sum()))
 
 
@@ -185,8 +189,9 @@ def chunked_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor,
 MEANS = ("clip_fraction", "log_ratio", "kept", "kl", "entropy", "importance")  # weighted as the loss is
 
 
-def total(parts: list[dict[str, Tensor]], step: Step) -> dict[str, float]:
+def total(parts: list[dict[str, Tensor]], step: Step, ranks: Ranks = ALONE) -> dict[str, float]:
     """A step's figures from those of its micro-batches: the largest mismatch, sums and weighted means of the others."""
-    columns = {name: torch.stack([part[name] for part in parts]).double() for name in parts[0]}
+    rows = ranks.gather(torch.stack([torch.stack([*part.values()]) for part in parts]).tolist())
+    columns = dict(zip(parts[0], torch.tensor(rows, dtype=torch.double).T))  # (micro-batches,) each
     found = {name: (column.max() if name == "mismatch" else column.sum()).item() for name, column in columns.items()}
     return {name: value / step.mean_weight if name in MEANS else value for name, value in found.items()}

@@ -22,6 +22,7 @@ from minibridge.config import REQUIRED, InputError, option
 from minibridge.grpo import Recipe
 from minibridge.model import Decoder, ModelConfig
 from minibridge.optim import DTYPES, pick_device
+from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import MicroBatch, Step, share_of_loss
 
 OF_THE_PROMPTS = ("prompts", "prompt_lengths")  # all other fields of a MicroBatch have a row for each answer
@@ -33,14 +34,17 @@ class Config:
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
 
-def save_failure(path: Path, model: Decoder, batches: list[MicroBatch], step: Step):
-    """Write what `load_failure` reads: all tensors, and in the file's metadata the shape of the model and the recipe."""
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    for number, batch in enumerate(batches):
-        tensors |= {f"{number}/{name}": value for name, value in vars(batch).items() if value is not None}
+def save_failure(path: Path, model: Decoder, batches: list[MicroBatch], step: Step, ranks: Ranks = ALONE):
+    """Write what `load_failure` reads: all tensors, and in the file's metadata the shape of the model and the recipe. All
+    `ranks` call it with their micro-batches."""
+    tensors = ranks.tensors({f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    values = [{name: value.tolist() for name, value in vars(batch).items() if value is not None} for batch in batches]
+    for number, batch in enumerate(ranks.gather(values)):
+        tensors |= {f"{number}/{name}": torch.tensor(value) for name, value in batch.items()}
+    if not ranks.main:
+        return
     metadata = {"model": model.config.to_hf(), "dtype": str(model.activation_dtype), "step": dataclasses.asdict(step)}
-    checkpoint.write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                             {name: json.dumps(value) for name, value in metadata.items()})
+    checkpoint.write_tensors(path, tensors, {name: json.dumps(value) for name, value in metadata.items()})
 
 
 def load_failure(path: str | Path, device: torch.device) -> tuple[Decoder, list[MicroBatch], Step]:

@@ -9,6 +9,7 @@ from minibridge.config import InputError, read_jsonl
 from minibridge.data import Example, Prompt
 from minibridge.generate import Completion, generate
 from minibridge.model import Decoder
+from minibridge.parallel import ALONE, Ranks
 from minibridge.tokenizer import Tokenizer
 
 
@@ -39,16 +40,18 @@ class Episode:
 def rollout(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], samples: int, *, max_new_tokens: int,
             temperature: float = 1.0, format_scale: float = 0.0, rows: int = 64,
             generator: torch.Generator | None = None, seeds: Sequence[int] | None = None,
-            compiled: bool = False) -> list[list[Episode]]:
+            compiled: bool = False, ranks: Ranks = ALONE) -> list[list[Episode]]:
     """`samples` episodes for each prompt, grouped by position: two equal prompts are still two groups.
 
     Sampling is from the full distribution (no top-k or top-p), so that the loss can describe it; temperature 0 is greedy.
-    A completion stops at the end-of-turn or end-of-text token.
+    A completion stops at the end-of-turn or end-of-text token. Each of `ranks` samples for its share of the prompts, and
+    all get all episodes.
     """
-    groups = generate(model, [prompt.ids for prompt in prompts], samples, max_new_tokens, temperature,
-                      stop_ids=tokenizer.stop_ids, generator=generator, seeds=seeds, rows=rows,
-                      compiled=compiled)
-    return [[score(prompt, completion, tokenizer.decode(completion.ids), format_scale) for completion in group]
+    groups = generate(ranks.sampler(model), [prompt.ids for prompt in ranks.mine(prompts)], samples, max_new_tokens,
+                      temperature, stop_ids=tokenizer.stop_ids, generator=generator,
+                      seeds=None if seeds is None else ranks.mine(seeds), rows=rows, compiled=compiled)
+    groups = ranks.gather([[vars(completion) for completion in group] for group in groups])
+    return [[score(prompt, Completion(**found), tokenizer.decode(found["ids"]), format_scale) for found in group]
             for prompt, group in zip(prompts, groups)]
 
 

@@ -16,6 +16,7 @@ from minibridge.data import Prompt, load_prompts
 from minibridge.generate import Completion
 from minibridge.grpo import PRESETS, group_advantages
 from minibridge.optim import learning_rate
+from minibridge.parallel import ALONE
 from minibridge.policy import chunked_loss, pack, padding, score, whole_loss, whole_step
 from minibridge.rollout import Episode, rollout
 from minibridge.tokenizer import Tokenizer
@@ -372,7 +373,7 @@ def test_flags_reach_their_places(toy, guesser, tmp_path, monkeypatch):
                --clip 0.9"""
     assert train(guesser, toy.rl, tmp_path, flags) == 0
     words, options = seen["rollout"]
-    assert len(words[2]) == 3 and words[3] == 5 and len(set(options.pop("seeds"))) == 3
+    assert len(words[2]) == 3 and words[3] == 5 and len(set(options.pop("seeds"))) == 3 and options.pop("ranks") is ALONE
     assert options == {"max_new_tokens": 8, "temperature": 0.9, "format_scale": 0.25, "rows": 7, "compiled": True}
     options = seen["grpo_loss"][1]
     assert options.pop("entropy") is not None

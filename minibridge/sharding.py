@@ -1,0 +1,51 @@
+"""Weights, gradients and Adam's state split among processes: FSDP2 (arXiv 2304.11277), and what crosses its border.
+
+A sharded parameter is a DTensor, of which each process holds some rows. Around a forward and a backward pass torch gathers
+the rows of one layer at a time and adds up its gradient, which are acts of all processes together.
+"""
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minibridge.model import Decoder
+
+
+def shard(model: Decoder, size: int):
+    """Split every parameter among `size` processes, in place; to be done before an optimizer is made.
+
+    The embedding, the last norm and the head stay gathered from a forward pass to the end of its backward pass, so that the
+    loss can use the head. All is gathered in fp32, and cast in use as without sharding: were layers gathered in bf16, the
+    gradients of a prompt's pass and of its answers' would be added up in bf16.
+    """
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.init_device_mesh(model.device.type, (size,))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+@torch.no_grad()
+def whole_copy(model: Decoder, copy: Decoder | None) -> Decoder:
+    """The model as it was before `shard`, in the dtype of its activations: `copy` filled anew, so that what torch.compile
+    has made of it stays valid, or a first one."""
+    if copy is None:
+        with torch.device("meta"):
+            copy = Decoder(model.config).to(model.activation_dtype)
+        copy.to_empty(device=model.device)
+    for name, tensor in model.state_dict().items():
+        copy.get_parameter(name).copy_(whole(tensor.to(model.activation_dtype)))
+    return copy
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, sharded or not."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Of a whole tensor, what this process holds of `parameter`: all of it if that is not sharded."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
