@@ -105,23 +105,30 @@ def kept(s: Sizes, passes: list[Pass]) -> Counter:
 
 def training(s: Sizes, passes: list[Pass], first: bool, entropy: bool) -> Counter:
     """The highest moment of one micro-batch, without what `held` counts; `first`: there are no gradients before it."""
-    c, layers, (rows, tokens, prompt) = s.config, s.config.num_hidden_layers, passes[-1]
-    n, whole, before = rows * tokens, kept(s, passes), kept(s, passes[:-1])
+    c, layers, (rows, tokens, _), shared = s.config, s.config.num_hidden_layers, passes[-1], passes[:-1]
+    n, whole, before, head = rows * tokens, kept(s, passes), kept(s, shared), 4 * s.head
     gradients = 0 if first else 4 * s.weights
-    # A weight used in two passes waits for both before its gradient is added to what there is.
-    waiting = 4 * s.body if first or len(passes) > 1 else 0
+    # What two passes use waits for the second's share: keys and values of the prompts, and each weight for its gradient.
+    before["activations"] += sum(s.slot * rows * tokens for rows, tokens, _ in shared)
+    waiting = 4 * s.body if first or shared else 0
     chunk = chunk_tokens(n, c.vocab_size) * c.vocab_size
     logit = 4 + s.cast if chunk >= COMPILE_ELEMENTS else 16 if entropy else 8  # eager: logps, exp and their product too
-    one = sum(layer(s, rows, tokens, prompt).values()) + s.cast * s.body // layers
-    grown = 2 * s.size * n * c.intermediate_size  # in the MLP's backward pass, beyond what it frees
+    # A layer's backward pass: the gradient that comes in, and the MLP's two before it has freed as much; what checkpointing
+    # left out is there again.
+    grown = [s.size * rows * tokens * (c.hidden_size + 2 * c.intermediate_size) for rows, tokens, _ in passes]
+    again = [layer(s, *shape).total() + s.cast * s.body // layers for shape in passes]
+    tied = c.tie_word_embeddings
     moments = [
-        whole + Counter({"gradients": gradients, "logits and loss": (  # hidden states and the head, with their gradients
-            2 * s.size * n * c.hidden_size + (4 + s.cast) * s.head + logit * chunk)}),
-        whole + Counter({"gradients": gradients, "logits and loss": s.size * n * c.hidden_size + 4 * s.head,
-                         "work space": grown + one * s.checkpointing}),  # the last layer's backward pass
-        before + Counter({"gradients": gradients + waiting + 4 * s.head * (c.tie_word_embeddings or first),
-                          "work space": grown + one}),  # the first layer's
-        before + Counter({"gradients": gradients + waiting + 4 * s.head * (2 if c.tie_word_embeddings or first else 1)}),
+        # the loss: hidden states and the head, with their gradients
+        whole + Counter({"gradients": gradients, "logits and loss": (
+            2 * s.size * n * c.hidden_size + s.cast * s.head + head + logit * chunk)}),
+        # the backward pass of the last layer, that of the first (or of the prompts' last), and of the embedding
+        whole + Counter({"gradients": gradients, "logits and loss": head,
+                         "work space": grown[-1] + again[-1] * s.checkpointing}),
+        before + Counter({"gradients": gradients + waiting + head * (tied or first),
+                          "work space": max(map(sum, zip(grown, again)))}),
+        before + Counter({"gradients": gradients + waiting + head * (2 if tied else 1 + first)}),
+        Counter({"gradients": gradients + 4 * s.body * first + head * (2 if tied else len(passes) + first)}),
     ]
     return max(moments, key=Counter.total)
 

@@ -71,7 +71,7 @@ def test_gen_data_never_reaches_torch():
                 assert "torch" not in imports(PACKAGE / f"{module}.py"), f"gen_data reaches torch by {module}"
 
 
-@pytest.mark.parametrize("module", existing("model", "grpo", "logprob"))
+@pytest.mark.parametrize("module", existing("model", "grpo", "logprob", "memory"))
 def test_the_model_and_the_loss_never_see_text(module):
     text = {"tokenizer", "traces", "arms", "answer", "data", "dag", "igsm", "arithmetic", "custom", "rollout", "formula",
             "verify"}

@@ -1,5 +1,6 @@
 """Counted bytes against what the allocator hands out, in real steps of small models."""
 
+import gc
 import random
 from collections import Counter
 
@@ -19,14 +20,15 @@ from minibridge.rollout import Episode
 CPU = torch.device("cpu")
 
 
-def shape(kind="qwen2", tied=True, keys=2) -> ModelConfig:
-    return ModelConfig(kind, 768, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+def shape(kind="qwen2", tied=True, keys=2, vocabulary=768) -> ModelConfig:
+    return ModelConfig(kind, vocabulary, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
                        num_key_value_heads=keys, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=tied)
 
 
 def live_bytes(phases) -> list[int]:
     """The most bytes that are allocated during each of the `phases`, functions that run one after the other; what the
     earlier ones leave counts too, as nothing was allocated before them."""
+    gc.collect()  # what else would be freed in between has been counted by an earlier profile
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for number, phase in enumerate(phases):
             with torch.profiler.record_function(f"phase {number}"):
@@ -70,6 +72,9 @@ def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
     ({}, 2, 3, 100, 250, 10**6, 6),                       # attention masks
     ({"checkpointing": True}, 4, 8, 30, 60, 600, 32),
     ({"checkpointing": True}, 2, 3, 100, 200, 10**6, 6),
+    ({"checkpointing": True}, 8, 2, 250, 5, 10**6, 6),
+    ({"vocabulary": 20_000}, 2, 2, 5, 5, 10**6, 4),       # gradients of embedding and head
+    ({"vocabulary": 20_000, "tied": False}, 2, 2, 5, 5, 10**6, 4),
     ({"dtype": torch.bfloat16, "reference": True}, 4, 4, 30, 60, 10**6, 16),
     ({"dtype": torch.bfloat16, "checkpointing": True}, 4, 4, 30, 60, 700, 16),
     ({"kind": "qwen3", "tied": False}, 4, 4, 30, 60, 10**6, 16),
