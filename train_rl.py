@@ -189,6 +189,19 @@ def show(groups: list[list[Episode]]):
         print(f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}", flush=True)
 
 
+def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts and those held out, once it is sure that every batch of them will fit."""
+    limit = prompt_limit(model, config.max_prompt, config.max_new_tokens)
+    prompts = load_prompts(config.data, tokenizer, limit)
+    held_out = load_prompts(config.val, tokenizer, limit) if config.val else []
+    ranks.check("prompts", config.prompts)
+    if len(prompts) < config.prompts:
+        raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
+    if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
+        raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
+    return prompts, held_out
+
+
 def main(config: Config, ranks: Ranks = ALONE):
     recipe = recipe_of(config)
     if config.plan:
@@ -205,14 +218,7 @@ def main(config: Config, ranks: Ranks = ALONE):
             ranks.shard(sharded)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
-    limit = prompt_limit(model, config.max_prompt, config.max_new_tokens)
-    prompts = load_prompts(config.data, tokenizer, limit)
-    held_out = load_prompts(config.val, tokenizer, limit) if config.val else []
-    ranks.check("prompts", config.prompts)
-    if len(prompts) < config.prompts:
-        raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
-    if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
-        raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
+    prompts, held_out = open_data(config, model, tokenizer, ranks)
     state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "drawn": 0}
     if type(state.get("drawn")) is not int or state["drawn"] < state["step"] * config.prompts:
         raise InputError(f"{saved}: not a checkpoint of train_rl.py")
