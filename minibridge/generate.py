@@ -22,6 +22,9 @@ from minibridge.model import Decoder
 from minibridge.sampling import sample
 
 
+PREFILL_TOKENS = 2**14  # beyond this, more at once take memory and save no time
+
+
 class Decodes(Protocol):
     """What stop strings need of a tokenizer."""
 
@@ -97,6 +100,11 @@ def _check(model: Decoder, prompts, samples: int, max_new_tokens: int, rows: int
                              f"exceed the model's max_position_embeddings {limit}")
 
 
+def prefill_batch(rows: int, samples: int, longest: int) -> int:
+    """Prompts, of at most `longest` tokens, to run at once: enough for all rows, but no more than keep the device busy."""
+    return max(1, min(rows // samples, PREFILL_TOKENS // longest))
+
+
 @dataclass
 class _Prompt:
     """A prefilled prompt: where the cache has it, the hidden state (C,) of its last token, its unfinished samples."""
@@ -123,8 +131,9 @@ class _Pool:
                  max_new_tokens: int, compiled: bool):
         samples = len(results[0]) if results else 1
         self.model, self.rows, self.seeds = model, min(rows, samples * len(prompts)), seeds
-        self.batch = max(1, rows // samples)  # prompts of a prefill
-        self.cache = KVCache(model.config, min(2 * self.batch, len(prompts)), max(map(len, prompts), default=0),
+        longest = max(map(len, prompts), default=1)
+        self.batch = prefill_batch(rows, samples, longest)
+        self.cache = KVCache(model.config, min(-(-rows // samples) + self.batch, len(prompts)), longest,
                              self.rows, max_new_tokens, model.activation_dtype, model.device, compiled)
         self.live: list[_Row] = []
         self.prompts: list[_Prompt] = []  # those of live and of waiting rows, in the order of the cache

@@ -14,6 +14,7 @@ Axes: N prompts of P tokens, B answers of T tokens, C hidden, V vocabulary, L la
 from collections import Counter
 from dataclasses import dataclass
 
+from minibridge.generate import prefill_batch
 from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
 from minibridge.model import Decoder, ModelConfig
 
@@ -149,8 +150,9 @@ def highest(s: Sizes, answers: int, group: int, prompt: int, longest: int, limit
 
 def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, rows: int) -> Counter:
     """The highest moment of `generate.generate`, without what `held` counts."""
-    c, live, batch = s.config, min(rows, prompts * samples), min(prompts, max(1, rows // samples))
-    cache = (min(2 * batch, prompts) + 2) * (prompt + 2) + (live + 2) * (answer + 2)  # slots of cache.KVCache
+    c, live, batch = s.config, min(rows, prompts * samples), min(prompts, prefill_batch(rows, samples, prompt))
+    places = min(-(-rows // samples) + batch, prompts)  # unless answers of more prompts live at once, one or two of each
+    cache = (places + 2) * (prompt + 2) + (live + 2) * (answer + 2)  # slots of cache.KVCache
     drawing = max(12 * live * c.vocab_size, s.cast * s.head)  # logits, probabilities, and these in blocks
     scores = 12 * live * c.num_attention_heads * max(prompt, answer)
     prefill = batch * prompt * (s.slot + s.size * (3 * c.intermediate_size + 2 * c.hidden_size))
