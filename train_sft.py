@@ -70,13 +70,19 @@ def answer_loss(model: Decoder, batch: list[Example], device: torch.device, pad_
     return loss, len(hidden)
 
 
+def shared_out(examples: list[Example], config: Config, ranks: Ranks) -> list[tuple[list[Example], float]]:
+    """This process's share in micro-batches, each with 1.0 or (`Ranks.even`) 0.0; longest first, so that all get alike."""
+    share = ranks.mine(sorted(examples, key=lambda example: -len(example.ids)))
+    return ranks.even([[share[row] for row in rows] for rows in micro_batches(share, config.micro_tokens)])
+
+
 def accumulate(model: Decoder, batch: list[Example], config: Config, device: torch.device, pad_id: int,
                ranks: Ranks = ALONE) -> float:
     """Leaves in .grad the gradient of the mean loss over the batch's trained tokens; returns that loss."""
     normalizer = sum(sum(example.mask[1:]) for example in batch)  # of the whole step, before any micro-batch
     total = 0.0
-    for rows, counted in ranks.even(micro_batches(batch, config.micro_tokens, ranks)):
-        loss = counted * answer_loss(model, [batch[row] for row in rows], device, pad_id)[0] / normalizer
+    for rows, counted in shared_out(batch, config, ranks):
+        loss = counted * answer_loss(model, rows, device, pad_id)[0] / normalizer
         loss.backward()
         total += loss.item()
     ranks.sum_gradients(model)
@@ -90,10 +96,11 @@ def accumulate(model: Decoder, batch: list[Example], config: Config, device: tor
 def validation_loss(model: Decoder, examples: list[Example], config: Config, device: torch.device, pad_id: int,
                     ranks: Ranks = ALONE) -> float:
     """Mean negative log-likelihood of the trained tokens, in nats."""
-    total = 0.0
-    for rows, counted in ranks.even(micro_batches(examples, config.micro_tokens, ranks)):
-        total += counted * answer_loss(model, [examples[row] for row in rows], device, pad_id)[0].item()
-    return ranks.total(total) / sum(sum(example.mask[1:]) for example in examples)
+    total = tokens = 0.0
+    for rows, counted in shared_out(examples, config, ranks):
+        loss, number = answer_loss(model, rows, device, pad_id)
+        total, tokens = total + counted * loss.item(), tokens + counted * number
+    return ranks.total(total) / ranks.total(tokens)
 
 
 def main(config: Config, ranks: Ranks = ALONE):

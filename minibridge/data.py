@@ -21,7 +21,6 @@ from torch import Tensor
 
 from minibridge.answer import check_scoring
 from minibridge.config import InputError, read_jsonl
-from minibridge.parallel import ALONE, Ranks
 from minibridge.tokenizer import Tokenizer
 
 
@@ -149,14 +148,14 @@ def prompt_stream(count: int, batch_size: int, seed: int, start: int = 0) -> Ite
         yield index, random.Random(f"{seed}/rollout/{position}").getrandbits(63)
 
 
-def micro_batches(examples: Sequence[Example], max_tokens: int, ranks: Ranks = ALONE) -> list[list[int]]:
-    """Split the indices into pieces of rows x longest row <= `max_tokens`, each index in exactly one of one rank.
+def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
+    """Split the indices into pieces of rows x longest row <= `max_tokens`, each index in exactly one.
 
     Longest first: rows of like length lie together, so little is padding; lack of memory shows at once.
     """
     lengths = [len(example.ids) for example in examples]
     pieces: list[list[int]] = []
-    for index in ranks.mine(sorted(range(len(lengths)), key=lambda index: -lengths[index])):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if lengths[index] > max_tokens:
             raise InputError(f"micro_tokens: a row of {lengths[index]} tokens does not fit into {max_tokens}")
         # The first row of a piece is its longest.

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def said(out: Path) -> str:
 SFT = ("--model {model} --data {sft} --val {sft} --batch-size 5 --epochs 2 --learning-rate .003 --save-every 2"
        " --eval-every 1 --micro-tokens 400 --device cpu")
 RL = ("--model {guesser} --data {rl} --val {rl} --prompts 3 --samples 4 --max-new-tokens 8 --steps 4 --learning-rate .01"
-      " --kl-coef .1 --updates 2 --refill 2 --checkpointing --save-every 2 --eval-every 2 --micro-tokens 400 --device cpu")
+      " --kl-coef .1 --updates 2 --refill 2 --checkpointing --save-every 2 --eval-every 2 --micro-tokens 200 --device cpu")
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +132,38 @@ def assert_same_run(out: Path, whole: Path):
             assert one == other
 
 
+def split(model) -> bool:
+    """Whether this process holds about half of each parameter."""
+    shares = [parameter.to_local().numel() / parameter.numel() for parameter in model.parameters()
+              if hasattr(parameter, "to_local")]
+    return len(shares) == len([*model.parameters()]) and all(0.4 < share < 0.6 for share in shares)
+
+
+def all_is_split(script, rank):
+    """Model, gradients, Adam's moments and the layers of the reference."""
+    def look(model, optimizer, *rest):
+        assert split(model) and all(parameter.grad.placements == parameter.placements for parameter in model.parameters())
+        norm = update(model, optimizer, *rest)
+        assert all(moments["exp_avg"].placements == parameter.placements for parameter, moments in optimizer.state.items())
+        return norm
+
+    update, script.update = script.update, look
+    if script.__name__ == "train_rl":
+        script.improve = partial(improve_and_look, script.improve)
+
+
+def improve_and_look(improve, model, reference, *rest):
+    assert split(reference.model.layers)
+    return improve(model, reference, *rest)
+
+
 @pytest.mark.parametrize("flag", ["--no-shard", "--shard"])
 @pytest.mark.parametrize("name", ["train_sft", "train_rl"])
 def test_two_processes_do_what_one_does_and_resume_one_another(words, alone, tmp_path, name, flag):
     """An odd number of rows and groups, so that one process has more micro-batches; validation, and for RL refilled
     batches and a second update. Then each way: one process goes on from what two have left, and two from what one has."""
     out, script = tmp_path / "two", importlib.import_module(name)
-    assert two(name, f"{words[name]} {flag}", out) == [0, 0]
+    assert two(name, f"{words[name]} {flag}", out, all_is_split if flag == "--shard" else None) == [0, 0]
     assert_same_run(out, alone[name])
     assert said(out) == "" and Path(f"{out}.1.1").read_text() == ""
     assert Path(f"{out}.0.1").read_text().count("\nstep ") == len(metrics(out))
