@@ -29,8 +29,8 @@ from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
 from minibridge.optim import (
-    NonFinite, adamw, learning_rate, open_model, pick_device, prompt_limit, resume_point, save_checkpoint, training_flops,
-    update
+    NonFinite, adamw, fingerprint, finished, learning_rate, open_model, pick_device, prompt_limit, resume_point,
+    save_checkpoint, training_flops, update
 )
 from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, total, whole_step
@@ -74,7 +74,7 @@ class Config:
     rows: int = option(256, "answers decoded at the same time", least=1)
     micro_tokens: int = option(8192, "padded tokens in memory at once in training; changes speed, never results", least=1)
     eval_every: int = option(5, "steps between validations; also before the first step and after the last", least=0)
-    save_every: int = option(100, "steps between checkpoints; 0: only at the end", least=0)
+    save_every: int = option(100, "steps between checkpoints; 0: none", least=0)
     show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never", least=0)
     keep: int = option(2, "newest checkpoints that stay; 0: all", least=0)
     resume: bool = option(False, "go on from the newest checkpoint of --out")
@@ -153,14 +153,14 @@ def describe(groups: list[list[Episode]]) -> dict[str, float]:
 
 
 def wasted(groups: list[list[Episode]], config: Config) -> float:
-    """Share of the sampled tokens that no gradient of a reward comes from: answers of dead groups, of groups beyond those
-    to train on, and with mask_truncated those cut off."""
+    """Share of the sampled tokens that no gradient of a reward comes from: answers of dead groups, and with mask_truncated
+    those cut off."""
     def tokens(groups) -> int:
         return sum(len(episode.completion.ids) for group in groups for episode in group
                    if not (config.mask_truncated and episode.completion.finish_reason == "length"))
 
     sampled = sum(len(episode.completion.ids) for group in groups for episode in group)
-    return 1 - tokens(group for group in groups[: config.prompts] if not dead(group)) / sampled
+    return 1 - tokens(group for group in groups if not dead(group)) / sampled
 
 
 def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool, config: Config) -> float:
@@ -206,8 +206,12 @@ def main(config: Config, ranks: Ranks = ALONE):
     recipe = recipe_of(config)
     if config.plan:
         return print(plan.rl(config))
-    device, saved = pick_device(config.device), resume_point(config)
+    device = pick_device(config.device)
     model, tokenizer = open_model(config.model, device, config.dtype)
+    mark = fingerprint(config)
+    saved = resume_point(config, mark)
+    if finished(config):
+        return print(f"{config.out}: this run is finished")
     with_reference = config.kl_coef or config.kl_threshold is not None
     reference = open_model(config.model, device, config.dtype)[0] if with_reference else None
     if reference is not None:
@@ -220,7 +224,8 @@ def main(config: Config, ranks: Ranks = ALONE):
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     prompts, held_out = open_data(config, model, tokenizer, ranks)
     state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "drawn": 0}
-    if type(state.get("drawn")) is not int or state["drawn"] < state["step"] * config.prompts:
+    least = state["step"] * config.prompts
+    if type(state.get("drawn")) is not int or not least <= state["drawn"] <= least * (1 + config.refill):
         raise InputError(f"{saved}: not a checkpoint of train_rl.py")
     planned = plan.rl(config, [len(prompt.ids) for prompt in prompts], len(held_out))
     run = ranks.open_run(config.out, config, device=str(device), steps=config.steps,
@@ -240,7 +245,10 @@ def main(config: Config, ranks: Ranks = ALONE):
 
     for step in range(state["step"] + 1, config.steps + 1):
         began = time.monotonic()
-        groups = refilled(sample, config.prompts, config.refill)
+        try:
+            groups = refilled(sample, config.prompts, config.refill)
+        except InputError as error:  # logits that are not finite: an update too large for a norm to show it
+            raise InputError(f"step {step}: {error}; --resume goes back to the last checkpoint") from None
         drawn += len(groups)
         decoded = time.monotonic()
         if ranks.main:
@@ -256,9 +264,13 @@ def main(config: Config, ranks: Ranks = ALONE):
         except NonFinite as error:
             path = run.path / f"failed_step_{step:04d}.safetensors"
             whole = whole_step(batches, recipe, config.temperature, config.max_new_tokens, ranks)
-            replay.save_failure(path, model, batches, whole, ranks)
+            hint = f"for a second look: python train_rl.py --replay {path}"
+            try:
+                replay.save_failure(path, model, batches, whole, ranks)
+            except (InputError, OSError) as trouble:  # a full disk is no reason to hide the other one
+                hint = f"and {trouble}"
             ranks.barrier()  # the first process to end would end the one that writes
-            raise InputError(f"step {step}: {error}; for a second look: python train_rl.py --replay {path}") from None
+            raise InputError(f"step {step}: {error}; {hint}") from None
         trained = time.monotonic()
 
         numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
@@ -272,9 +284,10 @@ def main(config: Config, ranks: Ranks = ALONE):
         if config.show_every and (step - 1) % config.show_every == 0:
             show(groups)
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(config, step, model, optimizer, tokenizer, ranks, drawn=drawn)
+            save_checkpoint(config, mark, step, model, optimizer, tokenizer, ranks, drawn=drawn)
     checkpoint.save(model, run.path / "model", tokenizer, ranks=ranks)
     run.finish()
+    print(f"{run.path / 'model'}: written")
 
 
 CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "memory_gib",

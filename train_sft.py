@@ -24,7 +24,8 @@ from minibridge.logprob import fused_loss
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
 from minibridge.optim import (
-    NonFinite, adamw, learning_rate, open_model, pick_device, resume_point, save_checkpoint, training_flops, update
+    NonFinite, adamw, fingerprint, finished, learning_rate, open_model, pick_device, resume_point, save_checkpoint,
+    training_flops, update
 )
 from minibridge.parallel import ALONE, Ranks
 
@@ -48,7 +49,7 @@ class Config:
     truncate: bool = option(False, "cut longer examples on the right, as the authors do; otherwise they are an error")
     whole_chat: bool = option(False, "train on system and user turns too, as the authors do")
     eval_every: int = option(0, "steps between validation losses; 0: only at the end", least=0)
-    save_every: int = option(0, "steps between checkpoints; 0: only at the end", least=0)
+    save_every: int = option(0, "steps between checkpoints; 0: none", least=0)
     log_every: int = option(1, "steps between console lines; metrics.jsonl has every step", least=0)
     keep: int = option(2, "newest checkpoints that stay; 0: all", least=0)
     resume: bool = option(False, "go on from the newest checkpoint of --out")
@@ -108,8 +109,12 @@ def main(config: Config, ranks: Ranks = ALONE):
         return print(plan.sft(config))
     if config.epochs <= 0:
         raise InputError(f"epochs: must be above 0, not {config.epochs:g}")
-    device, saved = pick_device(config.device), resume_point(config)
+    device = pick_device(config.device)
     model, tokenizer = open_model(config.model, device, config.dtype)
+    mark = fingerprint(config)
+    saved = resume_point(config, mark)
+    if finished(config):
+        return print(f"{config.out}: this run is finished")
     model.checkpointing = config.checkpointing
     if config.shard:
         ranks.shard(model)
@@ -162,9 +167,10 @@ def main(config: Config, ranks: Ranks = ALONE):
         shown = step == steps or config.log_every and step % config.log_every == 0 or "val_loss" in numbers
         run.log(step, console=None if shown else (), **numbers)
         if config.save_every and step % config.save_every == 0 and step < steps:
-            save_checkpoint(config, step, model, optimizer, tokenizer, ranks)
+            save_checkpoint(config, mark, step, model, optimizer, tokenizer, ranks)
     checkpoint.save(model, run.path / "model", tokenizer, ranks=ranks)
     run.finish()
+    print(f"{run.path / 'model'}: written")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Nothing is pickled. What it is not: sharded saving, other weight formats, quanti
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def _read_weights(folder: Path, model: Decoder, dtype: torch.dtype, device) -> d
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     allowed = shapes | ({HEAD: shapes[EMBEDDING]} if model.config.tie_word_embeddings else {})
     weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         for name, tensor in _read_tensors(path):
             if name.endswith("rotary_emb.inv_freq"):  # old Llama files hold this constant
                 continue
@@ -84,7 +85,8 @@ def _read_weights(folder: Path, model: Decoder, dtype: torch.dtype, device) -> d
     return weights
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX
@@ -149,7 +151,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # a full disk, mostly
-        raise InputError(f"{path.parent.parent}: a model was not saved there ({error})") from None
+        raise InputError(f"{path}: not written ({error})") from None
 
 
 def _write_json(path: Path, data: dict) -> None:
@@ -273,7 +275,7 @@ def read_state(folder: str | Path) -> dict:
 
 
 def latest(checkpoints: str | Path) -> Path | None:
-    """The folder in `checkpoints` that training resumes from: the largest step. None if there is none."""
+    """The folder step_K in `checkpoints` that training resumes from: the largest K. None if there is none."""
     return next(iter(_newest_first(checkpoints)), None)
 
 
@@ -281,10 +283,11 @@ def prune(checkpoints: str | Path, keep: int) -> None:
     """Delete all but the `keep` newest folders (0: none is), and what a killed process left of its own."""
     for path in _newest_first(checkpoints)[keep:] if keep else []:
         path.rename(path.with_name(f".{path.name}.old"))  # at once: half a checkpoint is never taken for one
-    for path in Path(checkpoints).glob(".*"):
-        shutil.rmtree(path)
+    for path in (*Path(checkpoints).glob(".step_*.part"), *Path(checkpoints).glob(".step_*.old")):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def _newest_first(checkpoints: str | Path) -> list[Path]:
-    found = {read_state(path.parent)["step"]: path.parent for path in Path(checkpoints).glob("[!.]*/" + TRAINING)}
+    found = {int(path.parent.name.removeprefix("step_")): path.parent
+             for path in Path(checkpoints).glob("step_*/" + TRAINING) if re.fullmatch("step_[0-9]+", path.parent.name)}
     return [found[step] for step in sorted(found, reverse=True)]

@@ -10,7 +10,6 @@ and the reference are, at what temperature it sampled, and how long an answer ma
 
 One gradient a preset is kept on the CPU: 24 bytes a parameter. One that is zero has no direction: its cosines are nan.
 """
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minibridge.config import REQUIRED, InputError, option, run_main
+from minibridge.config import REQUIRED, InputError, option, read_json, run_main
 from minibridge.data import load_prompts
 from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.model import Decoder
@@ -44,16 +43,18 @@ class Settings:
     model: str
     temperature: float
     max_new_tokens: int
+    prompts: int
 
     @classmethod
     def read(cls, rollouts: str) -> "Settings":
         path = Path(rollouts).parent.parent / "run.json"
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))["config"]
-            return cls(str(saved["data"]), str(saved["model"]), float(saved["temperature"]), int(saved["max_new_tokens"]))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; --rollouts must lie in a run folder") from None
-        except (ValueError, KeyError, TypeError):
+            saved = read_json(path)["config"]
+            return cls(str(saved["data"]), str(saved["model"]), float(saved["temperature"]), int(saved["max_new_tokens"]),
+                       int(saved["prompts"]))
+        except InputError as error:
+            raise InputError(f"{error}; --rollouts must lie in a run folder") from None
+        except (ValueError, OverflowError, KeyError, TypeError):
             raise InputError(f"{path}: not the record of a run of train_rl.py") from None
 
 
@@ -88,7 +89,7 @@ def main(config: Config):
     model, tokenizer = open_model(config.model, device, "fp32")
     reference = open_model(config.reference or run.model, device, "fp32")[0]
     groups = read_episodes(config.rollouts, load_prompts(config.data or run.data, tokenizer,
-                                                         model.config.max_position_embeddings))
+                                                         model.config.max_position_embeddings))[: run.prompts]
     if (largest := max(max(episode.completion.ids) for group in groups for episode in group)) >= model.config.vocab_size:
         raise InputError(f"{config.rollouts}: a token {largest}, but the model's vocab_size is {model.config.vocab_size}")
     found = {name: gradient(model, reference, groups, recipe, run, config.micro_tokens) for name, recipe in PRESETS.items()}

@@ -54,6 +54,10 @@ def option(default: Any, help: str, choices: Sequence | None = None, least: floa
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # its own: no -1e-3
+
     def error(self, message: str) -> typing.NoReturn:  # argparse would print the whole usage and exit
         raise InputError(f"{message} (see --help)")
 
@@ -154,6 +158,9 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
         message, status = "interrupted: files are written whole, so the last checkpoint is intact", 130
     except InputError as error:
         message, status = f"error: {error}", 2
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # no permission, disk full: an open knows its filename, a write does not
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         message, status = f"error: {reason}", 2

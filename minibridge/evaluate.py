@@ -206,6 +206,8 @@ def main(config: Config):
             raise InputError("give --model, --data and --out, or --rescore, or --explain")
         if Path(config.out).is_dir():
             raise InputError(f"out: {config.out} is a folder")
+        if Path(config.out).resolve() == Path(config.data).resolve():
+            raise InputError("out: would replace the file of --data")
         write_jsonl(config.out, sample(config))
     problems = rescore(config.rescore or config.out)
     print(table(problems))

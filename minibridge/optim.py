@@ -74,40 +74,51 @@ def prompt_limit(model: Decoder, max_prompt: int, max_new_tokens: int) -> int:
     return min(max_prompt, room)
 
 
-def resume_point(config: Any) -> Path | None:
-    """The checkpoint a script goes on from, None to begin. InputError if --resume meets other settings, or if without it
-    the run folder holds an earlier run, whose results would be lost or be taken for this one's."""
-    saved = checkpoint.latest(Path(config.out) / "checkpoints")
-    if saved and not (Path(config.out) / "run.json").exists():
-        raise InputError(f"{config.out}: holds checkpoints, but no run.json to say of which run")
+def resume_point(config: Any, mark: str) -> Path | None:
+    """The checkpoint a script goes on from, None to begin. InputError if --resume meets other settings, data or weights
+    (`mark`, the run's fingerprint), or if without it the run folder holds an earlier run, whose results would be lost or
+    be taken for this one's."""
+    saved, model = checkpoint.latest(Path(config.out) / "checkpoints"), Path(config.out) / "model"
+    if (saved or config.resume and model.exists()) and not (Path(config.out) / "run.json").exists():
+        raise InputError(f"{config.out}: holds checkpoints or a model, but no run.json to say of which run")
     if config.resume:
         same_settings(config.out, config, but=MAY_CHANGE)
-        if saved and checkpoint.read_state(saved).get("fingerprint") != fingerprint(config):
-            raise InputError(f"{saved}: not of this run, or {config.data} has changed since")
-        if not saved and (Path(config.out) / "run.json").exists():
+        if saved and checkpoint.read_state(saved).get("fingerprint") != mark:
+            raise InputError(f"{saved}: not of this run, or {config.data} or {config.model} has changed since")
+        if saved and not finished(config):
+            print(f"{config.out}: goes on from {saved.name}", flush=True)
+        if not saved and not finished(config) and (Path(config.out) / "run.json").exists():
             print(f"{config.out}: no checkpoint yet, so the run begins anew", flush=True)
-    elif saved or (Path(config.out) / "model").exists():
+    elif saved or model.exists():
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
     return saved
 
 
+def finished(config: Any) -> bool:
+    """Whether --resume is asked for what is done: the model is a run's last work."""
+    return config.resume and (Path(config.out) / "model" / "config.json").exists()
+
+
 def fingerprint(config: Any) -> str:
-    """SHA-256 of the settings that no resumed run may change, and of the bytes of its data file: with the step, they say
-    which rows come next."""
+    """SHA-256 of all that a run's steps depend on: the settings that no resumed run may change, its data file, and the
+    model it starts from, which in RL stays the reference. To be taken once, when they are read."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(Path(config.data).read_bytes())
+    for path in (config.data, Path(config.model) / "config.json", *checkpoint.weight_files(Path(config.model))):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def save_checkpoint(config: Any, step: int, model: Decoder, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
-                    ranks: Ranks = ALONE, **state: int | Tensor):
+def save_checkpoint(config: Any, mark: str, step: int, model: Decoder, optimizer: torch.optim.Optimizer,
+                    tokenizer: Tokenizer, ranks: Ranks = ALONE, **state: int | Tensor):
     """All that the steps after `step` depend on, in out/checkpoints/step_K; the oldest make room for it.
 
-    The schedule and the order of the rows are functions of the settings and the step; `state` is what is not.
+    The schedule and the order of the rows are functions of the settings and the step; `state` is what is not. `mark` is the
+    run's fingerprint.
     """
     folder = Path(config.out) / "checkpoints"
-    state = {"step": step, "fingerprint": fingerprint(config), **state}
+    state = {"step": step, "fingerprint": mark, **state}
     checkpoint.save_training(folder / f"step_{step}", model, optimizer, state, tokenizer, ranks)
     if ranks.main:
         checkpoint.prune(folder, config.keep)

@@ -60,7 +60,7 @@ class Plan:
         step = sum(self.seconds.values())
         parts = " + ".join(f"{phase} {_time(seconds)}" for phase, seconds in self.seconds.items())
         whole = f"; {self.steps:,} steps take {_time(self.steps * step)}" if self.steps else ""
-        return (f"A step of full length takes at least {_time(step)} ({parts}) at {self.rates[0] / 1e12:.3g} TFLOP/s and "
+        return (f"A step takes at least {_time(step)} ({parts}) at {self.rates[0] / 1e12:.3g} TFLOP/s and "
                 f"{self.rates[1] / 1e9:,.0f} GB/s{whole}.")
 
     def __str__(self) -> str:
@@ -82,6 +82,9 @@ def rl(config: Any, prompts: Sequence[int] = (), held_out: int | None = None) ->
     longest = max(prompts, default=prompt_limit(model, config.max_prompt, config.max_new_tokens))
     answers, least = config.prompts * config.samples, longest + config.max_new_tokens
     _check_micro(config, least, f"a prompt of {longest} and an answer of {config.max_new_tokens} tokens")
+    if held_out is None and config.val and Path(config.val).is_file():
+        with open(config.val, "rb") as file:
+            held_out = sum(1 for _ in file)
     reference = bool(config.kl_coef) or config.kl_threshold is not None
 
     def phases(config: Any) -> Phases:
@@ -95,7 +98,7 @@ def rl(config: Any, prompts: Sequence[int] = (), held_out: int | None = None) ->
 
     rates, mean = _rates(device, dtype), sum(prompts) / len(prompts) if prompts else longest
     about = (f"{config.prompts} prompts of at most {longest:,} tokens, {config.samples} answers to each of at most "
-             f"{config.max_new_tokens:,}")
+             f"{config.max_new_tokens:,}{'; refilling comes on top' if config.refill else ''}")
     flags = {"micro_tokens": (least, config.prompts * longest + answers * config.max_new_tokens), "rows": (1, answers)}
     seconds = _rl_seconds(config, model, s, mean, reference, *rates)
     return _plan(config, s, device, dtype, about, phases, seconds, config.steps, rates, flags)
@@ -160,7 +163,8 @@ def _rl_seconds(config: Any, model: Decoder, s: Sizes, prompt: float, reference:
     read += s.slot * live * (prompt / config.samples + answer / 2)
     flops = training_flops(model, live, live, live * (prompt + answer / 2), passes=1)
     prefill = training_flops(model, config.prompts * prompt, config.prompts, config.prompts * prompt**2 / 2, passes=1)
-    passes = (3 + config.checkpointing) * config.updates + reference + (config.updates > 1)
+    recomputed = config.updates > 1 and config.old_logps == "recomputed"
+    passes = (3 + config.checkpointing) * config.updates + reference + recomputed
     pairs = config.prompts * prompt**2 / 2 + answers * answer * (prompt + answer / 2)
     training = training_flops(model, config.prompts * prompt + answers * answer, answers * answer, pairs, passes)
     return {"decoding": -(-answers // live) * answer * max(flops / rate, read / speed) + prefill / rate,

@@ -43,8 +43,10 @@ def save_failure(path: Path, model: Decoder, batches: list[MicroBatch], step: St
         tensors |= {f"{number}/{name}": torch.tensor(value) for name, value in batch.items()}
     if not ranks.main:
         return
+    aside = path.with_name(f".{path.name}.part")
     metadata = {"model": model.config.to_hf(), "dtype": str(model.activation_dtype), "step": dataclasses.asdict(step)}
-    checkpoint.write_tensors(path, tensors, {name: json.dumps(value) for name, value in metadata.items()})
+    checkpoint.write_tensors(aside, tensors, {name: json.dumps(value) for name, value in metadata.items()})
+    aside.rename(path)
 
 
 def load_failure(path: str | Path, device: torch.device) -> tuple[Decoder, list[MicroBatch], Step]:
@@ -66,7 +68,7 @@ def load_failure(path: str | Path, device: torch.device) -> tuple[Decoder, list[
         return model, batches, Step(**metadata["step"] | {"recipe": Recipe(**metadata["step"]["recipe"])})
     except OSError as error:
         raise InputError(f"{path}: not read ({error.strerror or error})") from None
-    except (SafetensorError, InputError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, InputError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not what a failed step leaves ({str(error).splitlines()[0]})") from None
 
 
@@ -117,6 +119,13 @@ def rows(batch: MicroBatch) -> Iterator[MicroBatch]:
 
 def main(config: Config):
     model, batches, step = load_failure(config.replay, pick_device(config.device))
+    try:
+        _report(model, batches, step)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:  # shapes, ids or settings that do not fit together
+        raise InputError(f"{config.replay}: not what a failed step leaves ({str(error).splitlines()[0]})") from None
+
+
+def _report(model: Decoder, batches: list[MicroBatch], step: Step):
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     print(f"weights that are not finite: {', '.join(broken) or 'none'}")
     print(f"\n{'micro-batch':<12} {'answers':>7} {'tokens':>7} {'loss':>12} {'grad norm':>12}  first not finite")

@@ -90,7 +90,7 @@ def read_episodes(path: str, prompts: list[Prompt]) -> list[list[Episode]]:
     groups: dict[int, list[Episode]] = {}
     for number, line in enumerate(read_jsonl(path), start=1):
         _check_line(line, f"{path}:{number}")
-        if (prompt := by_id.get(line.get("id"))) is None:
+        if (prompt := by_id.get(line["id"])) is None:
             raise InputError(f"{path}:{number}: no prompt has the id {line.get('id')!r}")
         group = groups.setdefault(line["group"], [])
         if group and group[0].prompt is not prompt:
@@ -103,7 +103,7 @@ def read_episodes(path: str, prompts: list[Prompt]) -> list[list[Episode]]:
 
 
 def _check_line(line: dict, where: str):
-    kinds = {"group": (int,), "ids": (list,), "logprobs": (list,), "text": (str,), "reward": (int, float),
+    kinds = {"id": (int, str), "group": (int,), "ids": (list,), "logprobs": (list,), "text": (str,), "reward": (int, float),
              "correct": (bool,), "well_formed": (bool,), "finish_reason": (str,)}
     for field, allowed in kinds.items():
         if type(line.get(field)) not in allowed:
@@ -111,5 +111,7 @@ def _check_line(line: dict, where: str):
     ids, logprobs = line["ids"], line["logprobs"]
     if not ids or len(ids) != len(logprobs):
         raise InputError(f"{where}: {len(ids)} ids and {len(logprobs)} logprobs")
-    if not all(type(token) is int and token >= 0 for token in ids) or not all(type(x) in (int, float) for x in logprobs):
-        raise InputError(f"{where}: ids must be whole numbers from 0 on, and logprobs numbers")
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise InputError(f"{where}: ids must be whole numbers from 0 on")
+    if not all(type(number) in (int, float) and abs(number) < 1e9 for number in (*logprobs, line["reward"])):
+        raise InputError(f"{where}: reward and logprobs must be numbers, none of them huge")

@@ -6,6 +6,7 @@
     [[[[...]]]]          beyond MOST_NESTED, what walks through it meets Python's limit of recursion
 """
 import json
+import math
 import re
 from typing import Any
 
@@ -19,7 +20,8 @@ def loads(data: bytes) -> dict:
         raise ValueError("blank line" if data else "empty file")
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=int)  # int("NaN") raises a ValueError
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=int,  # int("NaN") raises a ValueError
+                           parse_float=_finite)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"not valid JSON: {error.msg} at {line}column {error.colno}") from None
@@ -33,6 +35,12 @@ def loads(data: bytes) -> dict:
         raise ValueError(f"not readable JSON: nested more than {MOST_NESTED} deep")
     if "\\u" in text and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("half of a surrogate pair, which is no text")
+    return value
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number[:20]} is beyond what a float can hold")
     return value
 
 

@@ -59,6 +59,15 @@ def test_each_row_is_the_first_step_of_training_with_that_preset(toy, guesser, s
     assert float(cells[1]) == pytest.approx(logged["grad_norm"], rel=1e-3) and logged["grad_norm"] > 0.01
 
 
+def test_groups_that_were_sampled_to_refill_and_not_trained_on_do_not_count(toy, guesser, tmp_path, capsys):
+    assert run(toy, guesser, tmp_path, "--steps", 1, "--preset", "dapo", "--old-logps", "sampler", "--samples", 3,
+               "--refill", 3) == 0
+    (logged,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert logged["groups"] > logged["groups"] * (1 - logged["dead_groups"]) > 0
+    cells = table(capsys, tmp_path, guesser)["dapo"]
+    assert float(cells[1]) == pytest.approx(logged["grad_norm"], rel=1e-3) and logged["grad_norm"] > 0.01
+
+
 def test_on_the_model_that_sampled_them_clips_do_nothing(guesser, step, capsys):
     rows = table(capsys, step, guesser)
     assert list(rows) == NAMES and {row[2] for row in rows.values()} == {"0.0%"}

@@ -209,6 +209,7 @@ def test_a_kill_during_the_write_leaves_the_old_file(tmp_path, monkeypatch):
     (b'{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}\n', 2, "half of a surrogate pair"),
     (b'{"a": "\\\\ud83d"}\n{"\\udc00": 1}\n', 2, "half of a surrogate pair"),
     (b'{"a": 1}\n{"a": [NaN]}\n', 2, "not readable JSON: .*NaN"),
+    (b'{"a": -1e999}\n', 1, "not readable JSON: -1e999 is beyond"),
     (b'{"a": -Infinity}\n', 1, "not readable JSON: .*Infinity"),
     (b'{"a": {"b": 1}, "b": 2}\n{"a": {"b": 1, "b": 1}}\n', 2, "not readable JSON: a name stands twice"),
     (b'{"a": ' + b"9" * 5000 + b"}\n", 1, "not readable JSON: .*digits"),

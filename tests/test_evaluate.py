@@ -4,6 +4,7 @@ import json
 import itertools
 import math
 import random
+from pathlib import Path
 
 import pytest
 
@@ -270,3 +271,12 @@ def test_wrong_input_is_one_line(toy, tmp_path, capsys, argv, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message.format(**names) in error and error.count("\n") == 1
     assert not names["out"].exists()
+
+
+def test_answers_never_replace_their_prompts(toy, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(Path(toy.rl).read_bytes())
+    words = ["--model", toy.model, "--data", str(data), "--out", f"{tmp_path}/../{tmp_path.name}/data.jsonl"]
+    assert run_main(evaluate.main, evaluate.Config, words) == 2
+    assert capsys.readouterr().err == "error: out: would replace the file of --data\n"
+    assert data.read_bytes() == Path(toy.rl).read_bytes()

@@ -32,6 +32,7 @@ from minibridge.config import InputError, Run, _lines_before, read_jsonl, write_
 from minibridge.dag import read_problem
 from minibridge.data import Example, Prompt, load_prompts, load_sft
 from minibridge.model import SIZES, Decoder, ModelConfig
+from minibridge.reproduce import TOY_BASE
 from minibridge.optim import adamw, fingerprint, resume_point, update
 from minibridge.tokenizer import Tokenizer
 
@@ -252,6 +253,7 @@ def check_answers(found, folder: Path):
 class Settings:
     out: str
     data: str = __file__  # some file that stays as it is
+    model: str = str(TOY_BASE)
     resume: bool = True
     seed: int = 0
     rate: float = 0.5
@@ -259,7 +261,7 @@ class Settings:
 
 def read_run(folder: Path):
     """What resuming does before its first step."""
-    saved = resume_point(Settings(str(folder)))
+    saved = resume_point(Settings(str(folder)), fingerprint(Settings("here")))
     if saved is None:
         return None
     model = Decoder(TINY)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import train_rl
 from conftest import metrics
@@ -90,6 +92,23 @@ def test_the_first_module_that_overflows_is_named(toy, tmp_path, monkeypatch, ca
     lines = second_look(path, capsys)
     assert lines[0] == "weights that are not finite: " + (name if math.isinf(value) else "none")
     assert all(line.endswith(where) for line in lines if line[:1].isdigit())
+
+
+@pytest.mark.parametrize("name, tensor", [
+    ("0/answers", torch.full((4, 12), 10**6)), ("0/owner", torch.zeros(4)), ("0/prompt_lengths", torch.tensor([999])),
+    ("0/trained", torch.ones(4, 12)), ("0/advantages", torch.ones(3)), ("0/ref_logps", None)])
+def test_tensors_that_do_not_fit_are_refused_in_one_line(toy, tmp_path, monkeypatch, capsys, name, tensor):
+    broken_input(monkeypatch)
+    assert train(toy, tmp_path, "--micro-tokens 5000") == 2
+    path = tmp_path / "failed_step_0001.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    tensors |= {name: tensor}
+    save_file({key: value for key, value in tensors.items() if value is not None}, path, metadata)
+    capsys.readouterr()
+    assert run_main(replay.main, replay.Config, ["--replay", str(path), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: not what a failed step leaves") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "no metadata", "a folder"])

@@ -536,6 +536,7 @@ def test_interrupted_run_leaves_a_good_checkpoint(toy, guesser, whole, tmp_path,
 def test_a_checkpoint_of_sft_is_refused(toy, guesser, whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
     path = out / "checkpoints" / "step_2" / checkpoint.TRAINING
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "drawn"}))
     assert long(toy, guesser, out, "--resume") == 2

@@ -5,12 +5,14 @@ import json
 import math
 import resource
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import train_sft
-from conftest import metrics, weights, without_times
+from conftest import make_model, metrics, weights, without_times
 from minibridge import checkpoint
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Example, index_stream, load_sft
@@ -146,7 +148,7 @@ def test_learning_rate_validations_and_console(toy, tmp_path, capsys):
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 5]
     shown = [line.split("|")[0].split() for line in capsys.readouterr().out.splitlines()]
     assert shown[0][:3] == ["The", "plan", "fits:"]
-    assert shown[1:] == [["step", f"{step}/5"] for step in (2, 3, 4, 5)]
+    assert shown[1:] == [["step", f"{step}/5"] for step in (2, 3, 4, 5)] + [[f"{tmp_path}/model:", "written"]]
 
 
 def test_flags_reach_the_optimizer(toy, tmp_path, monkeypatch):
@@ -239,7 +241,60 @@ def test_a_checkpoint_of_another_run_or_other_data_is_refused(toy, whole, tmp_pa
     assert train(toy, tmp_path / "third", SETTINGS, data=data) == 0
     write_jsonl(data, read_jsonl(toy.sft)[::-1])
     assert train(toy, tmp_path / "third", SETTINGS, "--resume", data=data) == 2
-    assert f"{data} has changed since" in capsys.readouterr().err
+    assert f"{data} or {toy.model} has changed since" in capsys.readouterr().err
+
+
+def test_the_mark_of_a_checkpoint_is_of_what_the_run_has_read(toy, whole, tmp_path, monkeypatch, capsys):
+    """Not of what lies there when it saves: the run goes on without its data file, which comes back and is right."""
+    data, out = tmp_path / "data.jsonl", tmp_path / "run"
+    shutil.copy(toy.sft, data)
+    update = train_sft.update
+    monkeypatch.setattr(train_sft, "update", lambda *words: data.unlink(missing_ok=True) or update(*words))
+    assert train(toy, out, SETTINGS, data=data) == 0
+    shutil.rmtree(out / "model")
+    write_jsonl(data, read_jsonl(toy.sft)[::-1])
+    assert train(toy, out, SETTINGS, "--resume", data=data) == 2
+    shutil.copy(toy.sft, data)
+    assert train(toy, out, SETTINGS, "--resume", data=data) == 0
+    assert weights(out / "model") == weights(whole / "model")
+
+
+def test_other_starting_weights_are_refused(toy, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(toy.model, model)
+    moved = replace(toy, model=str(model))
+    assert train(moved, tmp_path / "run", SETTINGS) == 0
+    shutil.rmtree(tmp_path / "run" / "model")
+    checkpoint.save(make_model(toy.tokenizer.vocab_size, seed=1), model, toy.tokenizer)
+    assert train(moved, tmp_path / "run", SETTINGS, "--resume") == 2
+    assert f"{model} has changed since" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_run_again(toy, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = (out / "metrics.jsonl").read_bytes()
+    assert train(toy, out, SETTINGS, "--resume") == 0
+    assert f"{out}: this run is finished" in capsys.readouterr().out
+    assert (out / "metrics.jsonl").read_bytes() == before and weights(out / "model") == weights(whole / "model")
+
+
+def test_a_model_that_no_run_has_left_is_not_replaced(toy, tmp_path, capsys):
+    shutil.copytree(toy.model, tmp_path / "model")
+    moved = replace(toy, model=str(tmp_path / "model"))
+    assert train(moved, tmp_path, SETTINGS, "--resume") == 2
+    assert "no run.json" in capsys.readouterr().err and weights(tmp_path / "model") == weights(Path(toy.model))
+
+
+def test_only_the_runs_own_folders_make_room(toy, whole, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / ".mine").mkdir(parents=True)
+    (checkpoints / ".DS_Store").touch()
+    shutil.copytree(whole / "checkpoints" / "step_2", checkpoints / "best")
+    for leftover in (".step_1.part", ".step_7.old"):
+        (checkpoints / leftover).mkdir()
+    assert train(toy, tmp_path / "run", SETTINGS, "--save-every 1 --keep 1") == 0
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".DS_Store", ".mine", "best", "step_3"]
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(toy, whole, tmp_path, capsys):
@@ -259,7 +314,7 @@ def test_checkpoints_without_the_record_of_their_run_are_refused(toy, whole, tmp
     shutil.copytree(whole, out)
     (out / "run.json").unlink()
     assert train(toy, out, SETTINGS, "--resume --seed 7") == 2
-    assert f"{out}: holds checkpoints, but no run.json" in capsys.readouterr().err
+    assert f"{out}: holds checkpoints or a model, but no run.json" in capsys.readouterr().err
 
 
 def test_validation_row_that_fits_no_micro_batch_is_found_before_training(toy, tmp_path, capsys):
