@@ -107,8 +107,8 @@ def kept(s: Sizes, passes: list[Pass]) -> Counter:
 def training(s: Sizes, passes: list[Pass], first: bool, entropy: bool) -> Counter:
     """The highest moment of one micro-batch, without what `held` counts; `first`: there are no gradients before it."""
     c, layers, (rows, tokens, _), shared = s.config, s.config.num_hidden_layers, passes[-1], passes[:-1]
-    n, whole, before, head = rows * tokens, kept(s, passes), kept(s, shared), 4 * s.head
-    gradients = 0 if first else 4 * s.weights
+    n, whole, head = rows * tokens, kept(s, passes), 4 * s.head
+    before, gradients = whole - kept(s, passes[-1:]), 0 if first else 4 * s.weights
     # What two passes use waits for the second's share: keys and values of the prompts, and each weight for its gradient.
     before["activations"] += sum(s.slot * rows * tokens for rows, tokens, _ in shared)
     waiting = 4 * s.body if first or shared else 0
@@ -123,12 +123,15 @@ def training(s: Sizes, passes: list[Pass], first: bool, entropy: bool) -> Counte
         # the loss: hidden states and the head, with their gradients
         whole + Counter({"gradients": gradients, "logits and loss": (
             2 * s.size * n * c.hidden_size + s.cast * s.head + head + logit * chunk)}),
-        # the backward pass of the last layer, that of the first (or of the prompts' last), and of the embedding
+        # the backward pass of the last layer, of the first, and of the embedding
         whole + Counter({"gradients": gradients, "logits and loss": head,
                          "work space": grown[-1] + again[-1] * s.checkpointing}),
-        before + Counter({"gradients": gradients + waiting + head * (tied or first),
-                          "work space": max(map(sum, zip(grown, again)))}),
+        before + Counter({"gradients": gradients + waiting + head * (tied or first), "work space": grown[-1] + again[-1]}),
         before + Counter({"gradients": gradients + waiting + head * (2 if tied else 1 + first)}),
+        # the same of the prompts: the last layer, whose norm is done with, and the embedding
+        *(before + Counter({"gradients": gradients + waiting + head * (1 if tied else 1 + first), "work space": (
+            grown[0] + again[0] * s.checkpointing - rows * tokens * s.normed * c.hidden_size)})
+          for rows, tokens, _ in shared),
         Counter({"gradients": gradients + 4 * s.body * first + head * (2 if tied else len(passes) + first)}),
     ]
     return max(moments, key=Counter.total)

@@ -72,7 +72,8 @@ def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
     ({}, 2, 3, 100, 250, 10**6, 6),                       # attention masks
     ({"checkpointing": True}, 4, 8, 30, 60, 600, 32),
     ({"checkpointing": True}, 2, 3, 100, 200, 10**6, 6),
-    ({"checkpointing": True}, 8, 2, 250, 5, 10**6, 6),
+    ({"checkpointing": True}, 8, 2, 250, 5, 10**6, 6),    # prompts
+    ({}, 8, 2, 250, 5, 10**6, 6),
     ({"vocabulary": 20_000}, 2, 2, 5, 5, 10**6, 4),       # gradients of embedding and head
     ({"vocabulary": 20_000, "tied": False}, 2, 2, 5, 5, 10**6, 4),
     ({"dtype": torch.bfloat16, "reference": True}, 4, 4, 30, 60, 10**6, 16),
@@ -151,6 +152,20 @@ def test_no_lengths_take_more_than_the_highest(seed):
                                             CPU)):
             passes = [(*batch.prompts.shape, None), (*batch.answers.shape, prompt)]
             assert training(s, passes, number == 0, entropy=True).total() <= 1.03 * bound
+
+
+@pytest.mark.parametrize("answers, group, prompt, limit", [(6, 3, 20, 90), (8, 2, 30, 10**6), (5, 1, 0, 70)])
+def test_highest_is_that_of_all_packings(answers, group, prompt, limit):
+    """Tried one by one: full micro-batches, the first of which finds no gradients, and what is left for the last."""
+    s, found, longest = outline(shape(), torch.float32), [], 40
+    for count in range(1, answers + 1):
+        for tokens in range(1, longest + 1):
+            if -(-count // group) * prompt + count * tokens <= limit:
+                for rows, first in ((count, True), (min(count, answers - count), False)):
+                    shared = [(-(-rows // group), prompt, None)] if prompt else []
+                    passes = [*shared, (rows, tokens, prompt or None)]
+                    found += [training(s, passes, first, True).total()] if rows else []
+    assert highest(s, answers, group, prompt, longest, limit, True).total() == max(found)
 
 
 def test_a_gpu_keeps_less():
