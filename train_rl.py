@@ -223,7 +223,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     prompts, held_out = open_data(config, model, tokenizer, ranks)
-    state = checkpoint.load_training(saved, model, optimizer) if saved else {"step": 0, "drawn": 0}
+    state = checkpoint.load_training(saved, model, optimizer, config.updates) if saved else {"step": 0, "drawn": 0}
     least = state["step"] * config.prompts
     if type(state.get("drawn")) is not int or not least <= state["drawn"] <= least * (1 + config.refill):
         raise InputError(f"{saved}: not a checkpoint of train_rl.py")

@@ -216,11 +216,11 @@ def save_training(
         _write_json(aside / TRAINING, state)
 
 
-def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer) -> dict:
+def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer, updates: int = 1) -> dict:
     """Fill `model` and `optimizer` (AdamW) in place from a folder of `save_training`; returns the `state` given then.
 
-    Learning rate, betas and the like stay those of `optimizer`. A folder of another model, or a damaged one, is an
-    InputError, and then nothing is filled.
+    `updates`: optimizer steps in each step. Learning rate, betas and the like stay those of `optimizer`. A folder of
+    another model, or a damaged one, is an InputError, and then nothing is filled.
     """
     folder, device = Path(folder), model.device
     state, moments = read_state(folder), _read_moments(folder / TRAINING_TENSORS)
@@ -229,7 +229,7 @@ def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer) -> d
         raise InputError(f"{path}: not the model that this run starts from")
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    _check_moments(moments, model, order, state["step"], folder / TRAINING_TENSORS)
+    _check_moments(moments, model, order, state["step"], updates, folder / TRAINING_TENSORS)
     weights = _read_weights(folder, model, model.lm_head_weight.dtype, device)
     model.load_state_dict({name: part(tensor, model.get_parameter(name)) for name, tensor in weights.items()})
     # Loading by position lets the optimizer put each tensor where its implementation (fused or not) wants it.
@@ -249,8 +249,8 @@ def _read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     return moments
 
 
-def _check_moments(moments: dict, model: Decoder, order: list[str], step: int, path: Path) -> None:
-    """InputError unless they are AdamW's of the parameters `order` after `step` steps of training."""
+def _check_moments(moments: dict, model: Decoder, order: list[str], step: int, updates: int, path: Path) -> None:
+    """InputError unless they are AdamW's of the parameters `order` after `step` steps of `updates` each."""
     if moments.keys() != (set(order) if step else set()):  # none at all before the first step
         raise InputError(f"{path}: the optimizer's tensors are not those of this model at step {step}")
     for name in moments:
@@ -261,8 +261,8 @@ def _check_moments(moments: dict, model: Decoder, order: list[str], step: int, p
         for key, value in moments[name].items():
             if value.dtype not in FLOATS or not _finite(value) or key != "exp_avg" and value.min() < 0:
                 raise InputError(f"{path}: the optimizer's {key} of {name} holds what no training leaves there")
-        if (updates := moments[name]["step"].item()) < step or updates % step:  # the same number at every step
-            raise InputError(f"{path}: {updates:g} updates of {name}, but {TRAINING} says step {step}")
+        if (found := moments[name]["step"].item()) != step * updates:
+            raise InputError(f"{path}: {found:g} updates of {name}, but {TRAINING} says step {step}, of {updates}")
 
 
 def read_state(folder: str | Path) -> dict:

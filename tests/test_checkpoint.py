@@ -474,7 +474,10 @@ def test_several_updates_a_step_can_be_resumed(tmp_path):
     optimizer = adam(model)
     train(model, optimizer, 6, torch.Generator())
     checkpoint.save_training(tmp_path / "2", model, optimizer, {"step": 2})
-    assert checkpoint.load_training(tmp_path / "2", model, adam(model))["step"] == 2
+    assert checkpoint.load_training(tmp_path / "2", model, adam(model), updates=3)["step"] == 2
+    for updates in (1, 2, 4):
+        with pytest.raises(InputError, match=f"6 updates of .* step 2, of {updates}"):
+            checkpoint.load_training(tmp_path / "2", model, adam(model), updates=updates)
 
 
 def test_training_state_of_another_model(training_folder):
