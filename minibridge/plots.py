@@ -152,7 +152,7 @@ def draw_rollout_accuracy(figure, table: Table, arms: list[Arm]):
 
 
 def bin_of(alpha: float) -> int:
-    return 0 if alpha == 0 else len(tables.BINS) - 1 if alpha == 1 else 1 + int(alpha * (len(tables.BINS) - 2) + 1e-9)
+    return 0 if alpha == 0 else len(tables.BINS) - 1 if alpha == 1 else 1 + int(alpha * (len(tables.BINS) - 2))
 
 
 def draw_influence(figure, table: Table, arms: list[Arm]):

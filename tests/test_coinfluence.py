@@ -12,10 +12,10 @@ from minibridge.coinfluence import adam_scale, factor, means, measure, mix, per_
 from minibridge.config import InputError
 from minibridge.data import Prompt
 from minibridge.generate import Completion
-from minibridge.grpo import group_advantages
+from minibridge.grpo import group_advantages, grpo_loss
 from minibridge.jvp import directional, gradient, inner
 from minibridge.optim import adamw
-from minibridge.policy import pack
+from minibridge.policy import pack, score
 from minibridge.rollout import Episode
 
 CPU = torch.device("cpu")
@@ -206,6 +206,22 @@ def test_growth_is_as_predicted_with_an_error_that_falls_with_the_step(model, va
     assert rows[0]["predicted"] == pytest.approx(10 * rows[1]["predicted"])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_the_growth_that_is_measured_is_that_of_grpos_objective(model, val, groups, monkeypatch):
+    """Of the ratio, that is, and not of its logarithm; by the loss itself with its clip wide open."""
+    monkeypatch.setattr(coinfluence, "LENGTHS", (0.5,))
+    advantages = group_advantages(rewards(val))
+    q, step = (pack(x, group_advantages(rewards(x)) / 20, 60, CPU) for x in (val, groups))
+    (row,) = taken(model, q, step, 1.0, 0.7)
+    move = gradient(model, step, 0.7)
+    before = [score(model, batch, 0.7)[0].detach() for batch in pack(val, advantages, 60, CPU)]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += 0.5 / math.sqrt(inner(move, move)) * move[name]
+    loss = sum(grpo_loss(score(model, batch, 0.7)[0], old, None, batch.advantages, batch.trained, clip=(1.0, 1e9),
+                         normalizer=20)[0].item() for batch, old in zip(pack(val, advantages, 60, CPU), before))
+    assert row["measured"] == pytest.approx(-loss, rel=1e-9) and abs(loss) > 1e-3
 
 
 def test_the_objective_that_grows_is_the_expected_accuracy(model):

@@ -108,6 +108,8 @@ def test_the_other_tables(toy, finished):
     assert float(bins[-1]["influence"]) == pytest.approx(sum(influences) / 5)
     fluency = {row["text"]: row for row in tables.read(finished / "fluency.csv")}
     assert int(fluency["own answers"]["answers"]) == 120 and int(fluency["reference answers"]["answers"]) == 5
+    sampled = [logprob for line in read_jsonl(finished / "rollouts.jsonl") for logprob in line["logprobs"]]
+    assert float(fluency["own answers"]["perplexity"]) == pytest.approx(math.exp(-sum(sampled) / len(sampled)), rel=1e-4)
     assert float(fluency["reference answers"]["perplexity"]) > 100 > float(fluency["own answers"]["perplexity"])
     assert int(fluency["reference answers"]["tokens"]) == sum(
         sum(example.mask) for example in load_sft(toy.sft, toy.tokenizer, 1024)[:5])

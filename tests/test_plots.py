@@ -71,9 +71,9 @@ def test_an_arm_looks_the_same_in_every_figure_and_no_two_alike(folders, monkeyp
     for name, (read, _, size) in plots.FIGURES.items():
         monkeypatch.setitem(plots.FIGURES, name, (read, lambda figure, table, arms, name=name: (
             figure.subplots(), seen.update({(name, arm.name): arm.number for arm in arms})), size))
-    plots.draw([("bridge", folders / "b"), ("vanilla", folders / "a"), ("whole", folders / "whole")], folders / "out")
+    plots.draw([("vanilla", folders / "a"), ("bridge", folders / "b"), ("whole", folders / "whole")], folders / "out")
     assert {arm: {number for (_, name), number in seen.items() if name == arm} for arm in ("bridge", "vanilla")} == {
-        "bridge": {0}, "vanilla": {1}}
+        "bridge": {1}, "vanilla": {0}}
     assert len(seen) == 10
     looks = [(arm.bar["color"], arm.bar["hatch"], arm.point["marker"]) for arm in map(plots.Arm, "abcdefgh", range(8))]
     for column in zip(*looks):
@@ -102,7 +102,9 @@ def test_what_is_drawn(folders, monkeypatch):
     assert heights[0] == pytest.approx([0, 1 / 55, 5 / 55, 9 / 55, 13 / 55, 17 / 55, 10 / 55])
     figure = Figure()
     plots.draw_ablation(figure, plots.ablation([("whole", folders / "whole")]), arms[::-1])
-    after = next(c for c in figure.axes[0].containers if c.get_label() == "after RL")
+    stages = {container.get_label(): container for container in figure.axes[0].containers}
+    before, after = (stages[name].patches for name in ("after SFT", "after RL"))
+    assert [patch.get_height() for patch in before] == [0.25, 0.25]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["vanilla", "bridge"]
     assert {round(patch.get_x() + patch.get_width() / 2): patch.get_height() for patch in after} == {0: 0.5, 1: 0.75}
 
