@@ -200,7 +200,8 @@ def _scaled(direction: Direction, scale: Direction | None) -> Direction:
 
 def adam_scale(folder: str, model: Decoder, beta2: float = 0.999, eps: float = 1e-8) -> Direction:
     """1 / (sqrt(v) + eps), with the second moments v that a checkpoint of train_rl.py holds: what Adam does to a gradient,
-    but for momentum. v is taken as fixed; if it moved, the influences of prompts would not add up."""
+    but for momentum. v is taken as fixed; if it moved, the influences of prompts would not add up. Where v is 0, because
+    there was never a gradient (embeddings of tokens that did not occur), the scale is 0 and not 1e8."""
     trained = checkpoint.load(folder, device=model.device)
     if trained.config != model.config:
         raise InputError(f"adam: {folder} holds another kind of model")
@@ -208,6 +209,9 @@ def adam_scale(folder: str, model: Decoder, beta2: float = 0.999, eps: float = 1
     checkpoint.load_training(folder, trained, optimizer)
     if not optimizer.state:
         raise InputError(f"adam: {folder} holds no second moments")
-    states = {name: optimizer.state[parameter] for name, parameter in trained.named_parameters()}
-    return {name: 1 / ((state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))).sqrt() + eps)
-            for name, state in states.items()}
+
+    def scale_of(state: dict) -> Tensor:
+        moment = state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))
+        return torch.where(moment > 0, 1 / (moment.sqrt() + eps), 0.0)
+
+    return {name: scale_of(optimizer.state[parameter]) for name, parameter in trained.named_parameters()}
