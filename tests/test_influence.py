@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from minibridge import checkpoint, influence, tables
+from minibridge import checkpoint, influence, plots, tables
 from minibridge.coinfluence import per_step
 from minibridge.config import read_jsonl, run_main, write_jsonl
 from minibridge.data import load_prompts, load_sft
@@ -59,6 +59,12 @@ def finished(toy, arguments, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """As without matplotlib: drawing takes longer than all else here."""
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+
+
 def numbers(table, column) -> list[float]:
     return [float(row[column] or "nan") for row in table]
 
@@ -91,6 +97,12 @@ def test_the_ranked_file_is_the_data_in_another_order_and_trains(toy, finished, 
     by_id = {row["id"]: float(row["influence"]) for row in tables.read(finished / "prompts.csv")}
     assert [by_id[line["id"]] for line in ranked] == values
     assert len(load_prompts(finished / "ranked.jsonl", toy.tokenizer, 1000)) == 5
+
+
+def test_figures_of_the_run(finished):
+    pytest.importorskip("matplotlib")
+    names = {f"{name}.{kind}" for name in ("rollout_accuracy", "influence", "fluency") for kind in ("png", "csv")}
+    assert {path.name for path in (finished / "figures").iterdir()} == names
 
 
 def test_the_step_that_is_taken_brings_what_is_predicted(finished):
@@ -132,7 +144,7 @@ def test_reference_perplexity_by_hand(toy):
     assert row["tokens"] == count and row["perplexity"] == pytest.approx(math.exp(surprise / count), rel=1e-4)
 
 
-def test_same_seed_same_bytes_and_nothing_depends_on_the_micro_batch(arguments, tmp_path):
+def test_same_seed_same_bytes_and_nothing_depends_on_the_micro_batch(arguments, tmp_path, no_figures):
     outs = [tmp_path / name for name in ("a", "b", "c")]
     for out, more in zip(outs, ((), (), ("--micro-tokens", 400, "--checkpointing", "--no-halves"))):
         assert run(*arguments, "--out", out, *more) == 0
@@ -144,7 +156,7 @@ def test_same_seed_same_bytes_and_nothing_depends_on_the_micro_batch(arguments, 
     assert "influence, half 1" not in tables.read(outs[2] / "prompts.csv")[0]
 
 
-def test_adam_changes_the_direction(arguments, tuned, finished, tmp_path):
+def test_adam_changes_the_direction(arguments, tuned, finished, tmp_path, no_figures):
     assert run(*arguments, "--out", tmp_path, "--adam", tuned, "--check", 1) == 0
     plain, scaled = (numbers(tables.read(out / "prompts.csv"), "influence") for out in (finished, tmp_path))
     assert max(abs(a / b - 1) for a, b in zip(plain, scaled) if a) > 0.05
@@ -152,7 +164,7 @@ def test_adam_changes_the_direction(arguments, tuned, finished, tmp_path):
     assert all(float(row["relative error"]) < 0.1 for row in rows if row["length"] == "0.001")
 
 
-def test_where_problems_are_known_kinds_of_text_add_up(toy, tuned, tmp_path):
+def test_where_problems_are_known_kinds_of_text_add_up(toy, tuned, tmp_path, no_figures):
     lines = [line for line in read_jsonl(toy.rl) if len(line["answer"]) == 1]
     write_jsonl(tmp_path / "rl.jsonl", lines)
     assert len(lines) >= 6
@@ -179,15 +191,14 @@ def test_the_direction_is_that_of_the_sampled_answers(toy, tuned, arguments, fin
     assert json.loads((finished / "run.json").read_text())["gradient_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_without_matplotlib_only_the_figures_are_missing(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(influence.plots.importlib.util, "find_spec", lambda name: None)
+def test_without_matplotlib_only_the_figures_are_missing(arguments, tmp_path, capsys, no_figures):
     assert run(*arguments, "--out", tmp_path) == 0
     printed = capsys.readouterr().out
     assert printed.endswith('no figures without matplotlib: pip install -e ".[plot]"\n') and "| gradient_norm |" in printed
     assert (tmp_path / "prompts.csv").exists() and not (tmp_path / "figures").exists()
 
 
-def test_an_unreliable_ranking_is_called_so(arguments, tmp_path, capsys, monkeypatch):
+def test_an_unreliable_ranking_is_called_so(arguments, tmp_path, capsys, monkeypatch, no_figures):
     for limit, said in ((-1.0, False), (1.1, True)):
         monkeypatch.setattr(influence, "UNRELIABLE", limit)
         assert run(*arguments, "--out", tmp_path) == 0
