@@ -165,10 +165,11 @@ def main(config: Config):
     examples = load_sft(config.reference, tokenizer, longest)[:config.prompts] if config.reference else []
     scale = adam_scale(config.adam, model) if config.adam else None
     run = Run(out, config, device=str(device))
-    print(f"sampling {config.samples} answers to each of {len(prompts)} prompts and of {len(held_out)} of Q\n", flush=True)
+    print(f"sampling {config.samples} answers to each of {len(prompts)} prompts and of {len(held_out)} of Q", flush=True)
     generator = torch.Generator(device).manual_seed(config.seed)
     groups, val = (rollout(model, tokenizer, asked, config.samples, max_new_tokens=config.max_new_tokens, rows=config.rows,
                            temperature=config.temperature, generator=generator) for asked in (prompts, held_out))
+    print("derivatives\n", flush=True)
     model.compute_dtype, model.checkpointing = None, config.checkpointing  # fp32 from here on
     passes = (config.temperature, config.micro_tokens)
     found = measure(model, val, groups, *passes, config.halves, config.contrast, scale)
