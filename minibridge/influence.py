@@ -52,7 +52,7 @@ class Config:
     samples: int = option(16, "answers to each prompt", least=2)
     halves: bool = option(True, "also by either half of Q, to see how far the ranking rests on it; one more pass")
     contrast: bool = option(False, "also the four means over right and wrong answers on both sides; two more passes")
-    check: int = option(0, "prompts on which the step is really taken; and one on all of them together", least=0)
+    check: int = option(0, "prompts on which a step is really taken, and one on all: 5 passes over Q each", least=0)
     adam: str | None = option(None, "checkpoint of train_rl.py, by whose second moments steps are scaled as Adam's are")
     reference: str | None = option(None, "JSONL file of SFT answers for perplexity, its first --prompts lines")
     temperature: float = option(1.0, "of sampling and of the log-probabilities", least=1e-3)
@@ -173,35 +173,44 @@ def main(config: Config):
     model.compute_dtype, model.checkpointing = None, config.checkpointing  # fp32 from here on
     passes = (config.temperature, config.micro_tokens)
     found = measure(model, val, groups, *passes, config.halves, config.contrast, scale)
-    correct, kappa = rewards(groups), means(found.tokens)
-    columns = columns_of(found, correct, kappa)
-
-    results = {"rollout_accuracy": tables.histogram(correct), "influence": tables.by_accuracy(correct, columns)}
-    if problems:
-        kinds = [[token_kinds(tokenizer, episode, problem) for episode in group] for group, problem in zip(groups, problems)]
-        results["behaviors"] = tables.by_kind(found.tokens, kinds, group_advantages(correct))
-    results["fluency"] = own_rows(groups, found.tokens)
-    if examples:
-        results["fluency"].append(reference_row(model, examples, *passes))
-    if config.check and live_prompts(correct):
-        results["steps"] = take_steps(model, val, groups, found, config, scale)
-    for name, table in results.items():
-        tables.write(out / f"{name}.csv", table)
-        print(f"{name}\n\n{tables.markdown(tables.narrowed(table, NOT_PRINTED))}\n", flush=True)
-    summary = summarise(found, correct, kappa, columns)
-    print(tables.markdown([{"of the run": name, "": value} for name, value in summary.items()]))
-    if config.halves and (summary["halves_rank_correlation"] or 0.0) < UNRELIABLE:
-        print("\nThe halves of Q rank the prompts differently: the ranking is mostly chance. Q needs more prompts.")
-    write_prompts(out, prompts, correct, columns)
-    write_jsonl(out / "rollouts.jsonl", [
-        {**line, "kappa": answer[1].mean(), "token_kappa": [float(f"{value:.4g}") for value in answer[1].tolist()]}
-        for line, answer in zip(lines(groups), (answer for row in found.tokens for answer in row))])
+    given = [reference_row(model, examples, *passes)] if examples else []
+    summary = report(out, prompts, groups, found, own_rows(groups, found.tokens) + given, tokenizer, problems)
+    if config.check and live_prompts(rewards(groups)):
+        show(out, "steps", take_steps(model, val, groups, found, config, scale))
     run.finish(**summary)
-    print(f"\nwritten: {out}", flush=True)
+    print(f"written: {out}", flush=True)
     try:
         plots.draw([(Path(config.model).resolve().parent.name, out)], out / "figures")
     except InputError as error:
         print(error)
+
+
+def report(out: Path, prompts: list[Prompt], groups: list[list[Episode]], found: Measured, fluency: list[dict],
+           tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, float | None]:
+    """Prints and writes what was found, and returns the summary."""
+    correct, kappa = rewards(groups), means(found.tokens)
+    columns = columns_of(found, correct, kappa)
+    show(out, "rollout_accuracy", tables.histogram(correct))
+    show(out, "influence", tables.by_accuracy(correct, columns))
+    if problems:
+        kinds = [[token_kinds(tokenizer, episode, problem) for episode in group] for group, problem in zip(groups, problems)]
+        show(out, "behaviors", tables.by_kind(found.tokens, kinds, group_advantages(correct)))
+    show(out, "fluency", fluency)
+    summary = summarise(found, correct, kappa, columns)
+    print(tables.markdown([{"of the run": name, "": value} for name, value in summary.items()]), flush=True)
+    if (summary.get("halves_rank_correlation", 1.0) or 0.0) < UNRELIABLE:
+        print("\nThe halves of Q rank the prompts differently: the ranking is mostly chance. Q needs more prompts.")
+    print(flush=True)
+    write_prompts(out, prompts, correct, columns)
+    write_jsonl(out / "rollouts.jsonl", [
+        {**line, "kappa": answer[1].mean(), "token_kappa": [float(f"{value:.4g}") for value in answer[1].tolist()]}
+        for line, answer in zip(lines(groups), (answer for row in found.tokens for answer in row))])
+    return summary
+
+
+def show(out: Path, name: str, table: tables.Table):
+    tables.write(out / f"{name}.csv", table)
+    print(f"{name}\n\n{tables.markdown(tables.narrowed(table, NOT_PRINTED))}\n", flush=True)
 
 
 def write_prompts(out: Path, prompts: list[Prompt], correct: Tensor, columns: dict[str, Tensor]):
