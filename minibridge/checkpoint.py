@@ -216,10 +216,10 @@ def save_training(
         _write_json(aside / TRAINING, state)
 
 
-def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer, updates: int = 1) -> dict:
+def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer, updates: int | None = 1) -> dict:
     """Fill `model` and `optimizer` (AdamW) in place from a folder of `save_training`; returns the `state` given then.
 
-    `updates`: optimizer steps in each step. Learning rate, betas and the like stay those of `optimizer`. A folder of
+    `updates`: optimizer steps in each step; None: any number. Learning rate, betas and the like stay those of `optimizer`. A folder of
     another model, or a damaged one, is an InputError, and then nothing is filled.
     """
     folder, device = Path(folder), model.device
@@ -249,7 +249,7 @@ def _read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     return moments
 
 
-def _check_moments(moments: dict, model: Decoder, order: list[str], step: int, updates: int, path: Path) -> None:
+def _check_moments(moments: dict, model: Decoder, order: list[str], step: int, updates: int | None, path: Path) -> None:
     """InputError unless they are AdamW's of the parameters `order` after `step` steps of `updates` each."""
     if moments.keys() != (set(order) if step else set()):  # none at all before the first step
         raise InputError(f"{path}: the optimizer's tensors are not those of this model at step {step}")
@@ -261,7 +261,7 @@ def _check_moments(moments: dict, model: Decoder, order: list[str], step: int, u
         for key, value in moments[name].items():
             if value.dtype not in FLOATS or not _finite(value) or key != "exp_avg" and value.min() < 0:
                 raise InputError(f"{path}: the optimizer's {key} of {name} holds what no training leaves there")
-        if (found := moments[name]["step"].item()) != step * updates:
+        if (found := moments[name]["step"].item()) != (found if updates is None else step * updates):
             raise InputError(f"{path}: {found:g} updates of {name}, but {TRAINING} says step {step}, of {updates}")
 
 

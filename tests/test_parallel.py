@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 import train_rl
 import train_sft
@@ -36,7 +36,8 @@ def child(name: str, words: list[str], port: int, rank: int, sabotage):
     for stream in (1, 2):
         os.dup2(os.open(f"{words[-1]}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                   "TORCHELASTIC_RESTART_COUNT": "0"}
     script = importlib.import_module(name)
     if sabotage:
         sabotage(script, rank)
@@ -50,11 +51,9 @@ def two(name: str, words: str, out: Path, sabotage=None, patience: float = DEADL
     `patience`: seconds that one gets to end by itself after the other, until it is told to, as torchrun would at once.
     `interrupt`: processes that get a Ctrl-C when the third step is logged.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun keeps it, too: it outlives a process
     words = [*words.split(), "--out", str(out)]
-    processes = [FORK.Process(target=child, args=(name, words, port, rank, sabotage), daemon=True) for rank in (0, 1)]
+    processes = [FORK.Process(target=child, args=(name, words, store.port, rank, sabotage), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()
     if interrupt:

@@ -1,0 +1,217 @@
+"""Co-influence and per-step influence: what a GRPO step on a prompt does for a validation set Q (arXiv 2505.18917, 3).
+
+For a prompt q with N sampled answers, of which a share alpha is right, and s(o) = grad mean_t log pi(o_t | q, o_<t):
+
+    g_Q      = mean of A s over the answers of Q     where GRPO's objective over Q grows    `validation_directions`
+    kappa(o) = <g_Q, s(o)>                           co-influence of an answer, or token    `jvp.directional`
+    I(q)     = <g_Q, mean of A s over q's answers>   growth by a step on q, per step size
+             = sqrt(alpha (1 - alpha)) (K+ - K-)     Proposition 3.1                        `per_step`
+    I(q) against the growth seen when the step is really taken                              `taken`
+
+K+ and K- are the means of kappa over the right and the wrong answers. A is GRPO's advantage as the trainer has it, by the
+sample deviation plus 1e-6, which makes the first factor a little smaller: `factor`.
+
+Axes: N prompts, G answers to each, T tokens of an answer.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minibridge import checkpoint
+from minibridge.config import InputError
+from minibridge.grpo import group_advantages
+from minibridge.jvp import Direction, directional, gradient, inner, scores_at
+from minibridge.model import Decoder
+from minibridge.optim import adamw
+from minibridge.policy import MicroBatch, pack
+from minibridge.rollout import Episode
+
+LENGTHS = (0.1, 0.03, 0.01, 0.003, 0.001)  # norms of the change; a step of Adam's at rate r has about r sqrt(parameters)
+
+
+# --- Proposition 3.1 -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Of each prompt, (N,) each: value = factor * (right - wrong), and 0 where alpha is 0 or 1 and a mean is NaN."""
+    alpha: Tensor
+    factor: Tensor
+    right: Tensor  # K+
+    wrong: Tensor  # K-
+    value: Tensor
+
+
+def factor(alpha: Tensor, samples: int, ddof: int = 1, eps: float = 1e-6) -> Tensor:
+    """alpha (1 - alpha) / (std + eps), what stands before K+ - K-: sqrt(alpha (1 - alpha)) for ddof 0 and eps 0. The sample
+    deviation (ddof 1) takes it times sqrt((N - 1) / N), .968 at 16 answers."""
+    variance = alpha * (1 - alpha)
+    return torch.where(variance > 0, variance / ((variance * samples / (samples - ddof)).sqrt() + eps), 0.0)
+
+
+def per_step(kappa: Tensor, correct: Tensor, ddof: int = 1, eps: float = 1e-6) -> Influence:
+    """I(q) from the co-influence of the answers, kappa and correct (N, G): mean_i A_i kappa_i in closed form."""
+    alpha = correct.mean(1)
+    weight = factor(alpha, correct.shape[1], ddof, eps)
+    right, wrong = ((kappa * chosen).sum(1) / chosen.sum(1) for chosen in (correct, 1 - correct))  # NaN: there are none
+    return Influence(alpha, weight, right, wrong, torch.where(weight > 0, weight * (right - wrong), 0.0))
+
+
+def rewards(groups: list[list[Episode]]) -> Tensor:
+    """(N, G) of 1 for a right answer and 0: the analysis leaves format rewards out."""
+    return torch.tensor([[episode.correct for episode in group] for group in groups], dtype=torch.float64)
+
+
+def mix(correct: Tensor) -> dict[str, float]:
+    """What the rollouts let GRPO learn from, of correct (N, G): also for a training log."""
+    alpha = correct.mean(1)
+    return {"accuracy": alpha.mean().item(), "between_0_and_1": ((alpha > 0) & (alpha < 1)).double().mean().item(),
+            "root_of_alpha_1_minus_alpha": (alpha * (1 - alpha)).sqrt().mean().item()}
+
+
+# --- derivatives ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """norm: |g_Q|; everything else is per unit of it. tokens: (3, T) of each answer, as `jvp.directional` has them.
+    along: other directions of `validation_directions` -> kappa (N, G). cosine: between the g_Q of either half of Q."""
+    norm: float
+    tokens: list[list[Tensor]]
+    influence: Influence
+    along: dict[str, Tensor]
+    cosine: float | None
+
+
+def measure(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]], temperature: float, max_tokens: int,
+            halves: bool = False, contrast: bool = False, scale: Direction | None = None) -> Measured:
+    """The influence on Q, of which `val` are rollouts, of a step on each prompt of `groups`.
+
+    One backward pass over val and one forward pass with dual numbers over groups, and one more over those with right and
+    wrong answers for `halves` and for `contrast` each; at most max_tokens padded tokens in memory. `scale`: as `adam_scale`.
+    """
+    directions = validation_directions(model, val, temperature, max_tokens, halves, contrast, scale)
+    norm, cosine = math.sqrt(inner(directions["Q"], directions["Q"])), _cosine_of_halves(directions)
+    for direction in directions.values():
+        for tensor in direction.values():
+            tensor /= norm
+    correct = rewards(groups)
+    tokens = directional(model, groups, directions.pop("Q"), temperature, max_tokens)
+    live, along = live_prompts(correct), {}
+    for name, direction in directions.items():
+        along[name] = torch.zeros_like(correct)
+        if live:
+            along[name][live] = means(directional(model, [groups[n] for n in live], direction, temperature, max_tokens))
+    return Measured(norm, tokens, per_step(means(tokens), correct), along, cosine)
+
+
+def live_prompts(correct: Tensor) -> list[int]:
+    """Those with right and with wrong answers; a step on any other changes nothing."""
+    return ((correct.mean(1) > 0) & (correct.mean(1) < 1)).nonzero()[:, 0].tolist()
+
+
+def validation_directions(model: Decoder, groups: list[list[Episode]], temperature: float, max_tokens: int,
+                          halves: bool = False, contrast: bool = False,
+                          scale: Direction | None = None) -> dict[str, Direction]:
+    """"Q": g_Q. "halves": what one half of Q's prompts adds to it, less what the other half adds. "signs": what right
+    answers add, less what wrong ones add (their advantages are negative). Each times `scale`, parameter for parameter."""
+    correct = rewards(groups)
+    weights, live = group_advantages(correct) / correct.numel(), live_prompts(correct)
+    if len(live) < 2:
+        raise InputError(f"val: of {len(groups)} prompts {len(live)} got both right and wrong answers, and the validation "
+                         "gradient needs two; give more --val-prompts or --samples, or other prompts")
+
+    def gradient_of(chosen: list[int], weights: Tensor) -> Direction:
+        batches = pack([groups[n] for n in chosen], weights[chosen], max_tokens, model.device)
+        return _scaled(gradient(model, batches, temperature), scale)
+
+    directions = {"Q": gradient_of(live[::2] if halves else live, weights)}
+    if halves:
+        directions["halves"] = gradient_of(live[1::2], weights)
+        for name, first in directions["Q"].items():
+            second = directions["halves"][name]
+            directions["Q"][name], directions["halves"][name] = first + second, first - second
+    if contrast:
+        directions["signs"] = gradient_of(live, weights.abs())
+    return directions
+
+
+def _cosine_of_halves(directions: dict[str, Direction]) -> float | None:
+    """From the sum and the difference of the two."""
+    if "halves" not in directions:
+        return None
+    both, gap = directions["Q"], directions["halves"]
+    squares, mixed = inner(both, both) + inner(gap, gap), 2 * inner(both, gap)
+    return (inner(both, both) - inner(gap, gap)) / math.sqrt((squares + mixed) * (squares - mixed))
+
+
+def training_numbers(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]], temperature: float,
+                     max_tokens: int) -> dict[str, float]:
+    """For the log of train_rl.py, between two steps: |g_Q|, and the mean of I(q) / |g_Q| over a rollout batch."""
+    kept, model.compute_dtype = model.compute_dtype, None
+    try:
+        found = measure(model, val, groups, temperature, max_tokens)
+    finally:
+        model.compute_dtype = kept
+    return {"influence": found.influence.value.mean().item(), "validation_gradient_norm": found.norm}
+
+
+def means(tokens: list[list[Tensor]]) -> Tensor:
+    """kappa (N, G): the mean over tokens of what `jvp.directional` found."""
+    return torch.tensor([[answer[1].double().mean() for answer in group] for group in tokens], dtype=torch.float64)
+
+
+# --- steps ---------------------------------------------------------------------------------------------------
+
+
+def taken(model: Decoder, val: list[MicroBatch], batches: list[MicroBatch], predicted: float, temperature: float,
+          scale: Direction | None = None) -> list[dict]:
+    """One row for each of LENGTHS: the growth that a step along the gradient of `batches` brings, beside step size times
+    `predicted`. The step is not kept. The advantages of both carry their normalisers.
+
+    What grows is GRPO's objective over the sampled answers `val`: sum of A mean_t (ratio_t - 1), with the ratio of each
+    token's probability to that before the step. So it is 0 there, and its gradient is that of A mean_t log pi.
+    """
+    before = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for batch in val:
+        if batch.old_logps is None:
+            batch.old_logps = scores_at(before, model, batch, temperature)
+    step, rows = _scaled(gradient(model, batches, temperature), scale), []
+    norm = math.sqrt(inner(step, step))
+    for length in LENGTHS:
+        after = {name: parameter + length / norm * step[name] for name, parameter in before.items()}
+        measured, expected = sum(_objective(after, model, batch, temperature) for batch in val), length / norm * predicted
+        error = abs(measured / expected - 1)
+        rows.append({"length": length, "predicted": expected, "measured": measured, "relative error": error})
+    return rows
+
+
+def _objective(parameters: Direction, model: Decoder, batch: MicroBatch, temperature: float) -> float:
+    change = scores_at(parameters, model, batch, temperature) - batch.old_logps  # (B, T), 0 where nothing was sampled
+    return (batch.advantages * change.double().expm1().sum(1) / batch.trained.sum(1)).sum().item()
+
+
+def _scaled(direction: Direction, scale: Direction | None) -> Direction:
+    """Parameter for parameter, in place; None: as it is."""
+    return direction if scale is None else {name: tensor.mul_(scale[name]) for name, tensor in direction.items()}
+
+
+def adam_scale(folder: str, model: Decoder, beta2: float = 0.999, eps: float = 1e-8) -> Direction:
+    """1 / (sqrt(v) + eps), with the second moments v that a checkpoint of train_rl.py holds: what Adam does to a gradient,
+    but for momentum. v is taken as fixed; if it moved, the influences of prompts would not add up. Where v is 0, because
+    there was never a gradient (embeddings of tokens that did not occur), the scale is 0 and not 1e8."""
+    trained = checkpoint.load(folder, device=model.device)
+    if trained.config != model.config:
+        raise InputError(f"adam: {folder} holds another kind of model")
+    optimizer = adamw(trained, (0.9, beta2), 0.0)
+    checkpoint.load_training(folder, trained, optimizer, updates=None)
+    if not optimizer.state:
+        raise InputError(f"adam: {folder} holds no second moments")
+
+    def scale_of(state: dict) -> Tensor:
+        moment = state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))
+        return torch.where(moment > 0, 1 / (moment.sqrt() + eps), 0.0)
+
+    return {name: scale_of(optimizer.state[parameter]) for name, parameter in trained.named_parameters()}

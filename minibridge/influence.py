@@ -1,0 +1,227 @@
+"""What a GRPO step on each prompt would do for a validation set Q, and what else makes a model ready for RL.
+
+    python -m minibridge.influence --model runs/sft/model --data data/rl.jsonl --val data/val.jsonl --out runs/influence
+
+The equations are in `coinfluence`. Printed, and written to the folder --out as CSV:
+
+    rollout_accuracy   how many prompts got which share alpha of right answers
+    influence          I(q) and its factors, grouped by alpha; every prompt's in prompts.csv
+    behaviors          what failed attempts, analyses and subgoals bring to I(q), token by token, where problems are known
+    fluency            entropy and perplexity on the model's own answers, and on --reference
+    steps              with --check: I(q) against the growth seen when the step is really taken
+
+and not printed rollouts.jsonl, the answers with kappa of every token; ranked.jsonl, the lines of --data from the most to the
+least influential, for train_rl.py; and, with matplotlib, the figures of `plots`. Influence and co-influence are divided by
+|g_Q|, so that models can be compared. Derivatives are in fp32. "+-" is half of a 95% interval over prompts.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minibridge import plots, tables
+from minibridge.coinfluence import Measured, adam_scale, live_prompts, means, measure, mix, per_step, rewards, taken
+from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
+from minibridge.dag import Problem, read_problem
+from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches, pad_batch
+from minibridge.grpo import group_advantages
+from minibridge.jvp import Direction
+from minibridge.logprob import token_logprobs
+from minibridge.model import Decoder
+from minibridge.optim import open_model, pick_device, prompt_limit
+from minibridge.policy import pack
+from minibridge.rollout import Episode, lines, rollout
+from minibridge.spans import token_kinds
+from minibridge.tokenizer import Tokenizer
+
+NOT_PRINTED = ("factor +-", "K+ +-", "K- +-", "influence, half", "K++", "K+-", "K-+", "K--")  # columns left to the CSV
+UNRELIABLE = 0.5  # rank correlation of the halves; by chance alone it spreads widely, as few directions dominate gradients
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = option(REQUIRED, "Hugging Face folder")
+    data: str = option(REQUIRED, "JSONL file of RL prompts, whose influence is measured")
+    val: str | None = option(None, "JSONL file of prompts for Q; none: the lines of --data after the first --prompts")
+    out: str = option("runs/influence", "folder for tables and figures")
+    prompts: int = option(64, "prompts of --data, from its first", least=1)
+    val_prompts: int = option(64, "prompts of Q", least=2)
+    samples: int = option(16, "answers to each prompt", least=2)
+    halves: bool = option(True, "also by either half of Q, to see how far the ranking rests on it; one more pass")
+    contrast: bool = option(False, "also the four means over right and wrong answers on both sides; two more passes")
+    check: int = option(0, "prompts on which a step is really taken, and one on all: 5 passes over Q each", least=0)
+    adam: str | None = option(None, "checkpoint of train_rl.py, by whose second moments steps are scaled as Adam's are")
+    reference: str | None = option(None, "JSONL file of SFT answers for perplexity, its first --prompts lines")
+    temperature: float = option(1.0, "of sampling and of the log-probabilities", least=1e-3)
+    max_prompt: int = option(1024, "longest prompt, in tokens", least=1)
+    max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
+    rows: int = option(256, "answers decoded at the same time", least=1)
+    micro_tokens: int = option(8192, "padded tokens in memory at once; changes speed, never results", least=1)
+    checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
+    seed: int = option(0, "seed of sampling", least=0)
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of sampling alone; auto: bf16 on a GPU, fp32 on a CPU")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...")
+
+
+def read_prompts(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to measure, and those of Q; no prompt is in both."""
+    prompts = load_prompts(config.data, tokenizer, limit)
+    chosen, rest = prompts[:config.prompts], prompts[config.prompts:]
+    held_out = (load_prompts(config.val, tokenizer, limit) if config.val else rest)[:config.val_prompts]
+    if len(held_out) < 2:
+        where = config.val or f"{config.data} after its first {len(chosen)}"
+        raise InputError(f"val: Q needs 2 prompts, and there are {len(held_out)} in {where}")
+    asked = {tuple(prompt.ids) for prompt in chosen}
+    if shared := sum(tuple(prompt.ids) in asked for prompt in held_out):
+        raise InputError(f"val: {shared} of its prompts are also measured; an influence on itself says nothing")
+    return chosen, held_out
+
+
+def read_problems(config: Config, prompts: list[Prompt]) -> list[Problem]:
+    """The problems behind the prompts; none unless every line has one."""
+    if not all(isinstance(prompt.record.get("problem"), dict) for prompt in prompts):
+        return []
+    return [read_problem(prompt.record, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
+
+
+def reference_row(model: Decoder, examples: list[Example], temperature: float, max_tokens: int) -> dict:
+    """`tables.fluency` of given answers; the prompts of SFT lines are not among the tokens."""
+    found = []
+    for piece in micro_batches(examples, max_tokens):
+        ids, mask = (x.to(model.device) for x in pad_batch([examples[index] for index in piece], pad_id=0))
+        learned = mask[:, 1:] > 0
+        with torch.no_grad():
+            hidden = model(ids[:, :-1])[learned]  # (tokens, C)
+            found.append(torch.stack(token_logprobs(hidden, model.lm_head_weight, ids[:, 1:][learned], temperature)))
+    return tables.fluency("reference answers", *torch.cat(found, 1).cpu(), len(examples))
+
+
+def own_rows(groups: list[list[Episode]], tokens: list[list[Tensor]]) -> list[dict]:
+    """`tables.fluency` of the model's own answers, all of them and apart."""
+    answers = [(episode.correct, values) for group, row in zip(groups, tokens) for episode, values in zip(group, row)]
+    kinds = {"own answers": (True, False), "own right answers": (True,), "own wrong answers": (False,)}
+    chosen = {name: [values for correct, values in answers if correct in wanted] for name, wanted in kinds.items()}
+    return [tables.fluency(name, *torch.cat(values, 1)[[0, 2]], len(values)) for name, values in chosen.items() if values]
+
+
+def columns_of(found: Measured, correct: Tensor, kappa: Tensor) -> dict[str, Tensor]:
+    """Everything that is known of each prompt, (N,) each. K+- and the like: the first sign is that of Q's answers, so that
+    K+ - K- = (K++ - K+-) - (K-+ - K--)."""
+    influence = found.influence
+    columns = {"factor": influence.factor, "K+": influence.right, "K-": influence.wrong,
+               "K+ - K-": influence.right - influence.wrong, "influence": influence.value}
+    if "halves" in found.along:
+        columns |= {f"influence, half {half}": per_step((kappa + sign * found.along["halves"]) / 2, correct).value
+                    for half, sign in ((1, 1), (2, -1))}
+    if "signs" in found.along:
+        for of_q, sign in (("+", 1), ("-", -1)):
+            terms = per_step((found.along["signs"] + sign * kappa) / 2, correct)
+            for own, term in (("+", terms.right), ("-", terms.wrong)):
+                columns[f"K{of_q}{own}"] = torch.where(influence.factor > 0, term, torch.nan)
+    return columns
+
+
+def take_steps(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]], found: Measured, config: Config,
+               scale: Direction | None) -> list[dict]:
+    """`coinfluence.taken` on all prompts together, then on the --check prompts of largest influence, up or down."""
+    def packed(chosen: list[list[Episode]]):
+        advantages = group_advantages(rewards(chosen)) / rewards(chosen).numel()
+        return pack(chosen, advantages, config.micro_tokens, model.device)
+
+    value, rows, q = found.influence.value, [], packed(val)
+    live = live_prompts(rewards(groups))
+    largest = sorted(live, key=lambda n: -abs(value[n]))[:config.check]
+    for name, chosen in [("all", live), *((f"line {n + 1}", [n]) for n in largest)]:
+        batches = packed([groups[n] for n in chosen])
+        steps = taken(model, q, batches, found.norm * value[chosen].mean().item(), config.temperature, scale)
+        rows += [{"step on": name, **row} for row in steps]
+    return rows
+
+
+def summarise(found: Measured, correct: Tensor, kappa: Tensor, columns: dict[str, Tensor]) -> dict[str, float | None]:
+    """What stands for the whole run. The rank correlations, over the prompts that have an influence: of I(q) by one half
+    of Q and by the other, and of I(q) from one half of q's own answers and from the other."""
+    live = live_prompts(correct)
+    own = [per_step(kappa[:, first::2], correct[:, first::2]).value[live] for first in (0, 1)]
+    summary = mix(correct) | {"gradient_norm": found.norm, "influence": found.influence.value.mean().item(),
+                              "answers_rank_correlation": tables.rank_correlation(*own)}
+    if "halves" in found.along:
+        halves = [columns[f"influence, half {half}"][live] for half in (1, 2)]
+        summary |= {"halves_cosine": found.cosine, "halves_rank_correlation": tables.rank_correlation(*halves)}
+    return summary
+
+
+def main(config: Config):
+    out, device = Path(config.out), pick_device(config.device)
+    if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes():
+        raise InputError(f"out: {out} holds a training run; choose another folder")
+    model, tokenizer = open_model(config.model, device, config.dtype)
+    prompts, held_out = read_prompts(config, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
+    problems = read_problems(config, prompts)
+    longest = min(config.micro_tokens, model.config.max_position_embeddings)
+    examples = load_sft(config.reference, tokenizer, longest)[:config.prompts] if config.reference else []
+    scale = adam_scale(config.adam, model) if config.adam else None
+    run = Run(out, config, device=str(device))
+    print(f"sampling {config.samples} answers to each of {len(prompts)} prompts and of {len(held_out)} of Q", flush=True)
+    generator = torch.Generator().manual_seed(config.seed)
+    groups, val = (rollout(model, tokenizer, asked, config.samples, max_new_tokens=config.max_new_tokens, rows=config.rows,
+                           temperature=config.temperature, generator=generator) for asked in (prompts, held_out))
+    print("derivatives\n", flush=True)
+    model.compute_dtype, model.checkpointing = None, config.checkpointing  # fp32 from here on
+    passes = (config.temperature, config.micro_tokens)
+    found = measure(model, val, groups, *passes, config.halves, config.contrast, scale)
+    given = [reference_row(model, examples, *passes)] if examples else []
+    summary = report(out, prompts, groups, found, own_rows(groups, found.tokens) + given, tokenizer, problems)
+    if config.check and live_prompts(rewards(groups)):
+        show(out, "steps", take_steps(model, val, groups, found, config, scale))
+    run.finish(**summary)
+    print(f"written: {out}", flush=True)
+    try:
+        plots.draw([(Path(config.model).resolve().parent.name, out)], out / "figures")
+    except InputError as error:
+        print(error)
+
+
+def report(out: Path, prompts: list[Prompt], groups: list[list[Episode]], found: Measured, fluency: list[dict],
+           tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, float | None]:
+    """Prints and writes what was found, and returns the summary."""
+    correct, kappa = rewards(groups), means(found.tokens)
+    columns = columns_of(found, correct, kappa)
+    show(out, "rollout_accuracy", tables.histogram(correct))
+    show(out, "influence", tables.by_accuracy(correct, columns))
+    if problems:
+        kinds = [[token_kinds(tokenizer, episode, problem) for episode in group] for group, problem in zip(groups, problems)]
+        show(out, "behaviors", tables.by_kind(found.tokens, kinds, group_advantages(correct)))
+    show(out, "fluency", fluency)
+    summary = summarise(found, correct, kappa, columns)
+    print(tables.markdown([{"of the run": name, "": value} for name, value in summary.items()]), flush=True)
+    if (summary.get("halves_rank_correlation", 1.0) or 0.0) < UNRELIABLE:
+        print("\nThe two halves of Q rank the prompts too differently to trust the ranking: Q needs more prompts.")
+    print(flush=True)
+    write_prompts(out, prompts, correct, columns)
+    write_jsonl(out / "rollouts.jsonl", [
+        {**line, "kappa": answer[1].mean(), "token_kappa": [float(f"{value:.4g}") for value in answer[1].tolist()]}
+        for line, answer in zip(lines(groups), (answer for row in found.tokens for answer in row))])
+    return summary
+
+
+def show(out: Path, name: str, table: tables.Table):
+    tables.write(out / f"{name}.csv", table)
+    print(f"{name}\n\n{tables.markdown(tables.narrowed(table, NOT_PRINTED))}\n", flush=True)
+
+
+def write_prompts(out: Path, prompts: list[Prompt], correct: Tensor, columns: dict[str, Tensor]):
+    """prompts.csv in the order of --data, and ranked.jsonl: its lines, the most influential first."""
+    values = {"right": correct.sum(1).long(), "alpha": correct.mean(1), **columns}
+    tables.write(out / "prompts.csv", [
+        {"line": n + 1, **{name: prompt.record.get(name) for name in ("id", "num_ops")},
+         **{name: value[n].item() for name, value in values.items()}} for n, prompt in enumerate(prompts)])
+    order = columns["influence"].argsort(descending=True, stable=True).tolist()
+    write_jsonl(out / "ranked.jsonl", [{**prompts[n].record, "influence": columns["influence"][n]} for n in order])
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, Config))

@@ -1,0 +1,43 @@
+"""Which tokens of a sampled answer belong to which behavior, by the verifier, and how much of each there is."""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minibridge.dag import Problem
+from minibridge.rollout import Episode
+from minibridge.tokenizer import Tokenizer
+from minibridge.verify import ANALYSIS, FAILED_ATTEMPT, SUBGOAL, verify
+
+KINDS = (FAILED_ATTEMPT, ANALYSIS, SUBGOAL, "rest")
+REST = KINDS.index("rest")
+
+
+def token_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Where the text of each token ends in tokenizer.decode(ids). Special tokens have no text; a token that begins a
+    character and does not end it counts as one character."""
+    ends, first, before = [], 0, 0
+    for place in range(len(ids)):
+        piece = tokenizer.decode(ids[first:place + 1])
+        ends.append(before + len(piece))
+        if not piece.endswith("\ufffd"):  # whole characters: what follows is decoded apart, so the time is linear
+            first, before = place + 1, ends[-1]
+    return ends
+
+
+def token_kinds(tokenizer: Tokenizer, episode: Episode, problem: Problem) -> Tensor:
+    """(T,) indices into KINDS: what the last character of each token belongs to. A restatement within a failed attempt is
+    an analysis; what has no text, such as the stop token, is the rest."""
+    kinds = [REST] * len(episode.text)
+    for part in verify(problem, episode.text).spans():  # the parts of a step come after it
+        if part.kind in KINDS:
+            kinds[part.start:part.end] = [KINDS.index(part.kind)] * (part.end - part.start)
+    ends = [0, *token_ends(tokenizer, episode.completion.ids)]
+    return torch.tensor([kinds[end - 1] if end > before else REST for before, end in zip(ends, ends[1:])])
+
+
+def behavior_rates(groups: list[list[Episode]], problems: list[Problem]) -> dict[str, float]:
+    """What the answers to each problem show, per answer, for a training log."""
+    verdicts = [verify(problem, episode.text) for group, problem in zip(groups, problems) for episode in group]
+    fields = {"attempts": "attempts", "analyses": "analyses", "subgoals": "subgoals", "right_in_every_step": "correct"}
+    return {name: sum(getattr(verdict, field) for verdict in verdicts) / len(verdicts) for name, field in fields.items()}

@@ -1,0 +1,118 @@
+"""Tables of the influence analysis: a table is a list of dicts, one a row, that is printed and written as CSV.
+
+All take tensors of one model's rollouts. Axes: N prompts, G answers to each, T tokens of an answer. "+-" is half of a 95%
+interval of the mean over prompts. Numbers are per unit of |g_Q| (see `influence`).
+"""
+import csv
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minibridge.config import InputError
+from minibridge.spans import KINDS
+
+Table = list[dict]
+
+BINS = ("0", "0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1", "1")  # of alpha; the ends, where no step is taken, apart
+
+
+# --- what a table is -----------------------------------------------------------------------------------------
+
+
+def write(path: Path, table: Table):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def read(path: Path) -> Table:
+    """Rows of texts. Raises InputError for a file that is no such table."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: not a table ({error})") from None
+
+
+def markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(_cell, row.values())) + " |" for row in table])
+
+
+def narrowed(table: Table, without: tuple[str, ...]) -> Table:
+    """Without the columns whose names begin with one of these."""
+    return [{name: value for name, value in row.items() if not name.startswith(without)} for row in table]
+
+
+def _cell(value) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _mean(values: Tensor) -> tuple[float | None, float | None]:
+    """Mean and "+-" of values (n,); None where there are too few."""
+    mean = values.mean().item() if len(values) else None
+    return mean, 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """Spearman's, of two (n,); ties share their rank. None where one of them is constant, or there are too few."""
+    ranks = [(x[:, None] > x).double().sum(1) + (x[:, None] == x).double().sum(1) / 2 for x in (a, b)]
+    ranks = [rank - rank.mean() for rank in ranks]
+    scale = math.sqrt(ranks[0].square().sum() * ranks[1].square().sum())
+    return (ranks[0] @ ranks[1]).item() / scale if scale else None
+
+
+# --- the tables ----------------------------------------------------------------------------------------------
+
+
+def histogram(correct: Tensor) -> Table:
+    """How many prompts got 0, 1, ... G right answers; correct (N, G)."""
+    counts = torch.bincount(correct.sum(1).long(), minlength=correct.shape[1] + 1).tolist()
+    return [{"alpha": n / correct.shape[1], "prompts": count, "share": count / len(correct)}
+            for n, count in enumerate(counts)]
+
+
+def by_accuracy(correct: Tensor, columns: dict[str, Tensor]) -> Table:
+    """Means of columns, (N,) each, over the prompts of each bin of alpha, and over all. A NaN is left out of its mean."""
+    right, samples = correct.sum(1).long(), correct.shape[1]
+    inner = len(BINS) - 2
+    bins = torch.where(right == 0, 0, torch.where(right == samples, inner + 1, 1 + inner * right // samples))
+    table = []
+    for name, chosen in [*((name, bins == b) for b, name in enumerate(BINS)), ("all", bins >= 0)]:
+        row = {"alpha": name, "prompts": int(chosen.sum())}
+        for column, values in columns.items():
+            row[column], row[f"{column} +-"] = _mean(values[chosen & values.isfinite()])
+        table.append(row)
+    return table
+
+
+def by_kind(tokens: list[list[Tensor]], kinds: list[list[Tensor]], advantages: Tensor) -> Table:
+    """What the tokens of each kind of text bring to I(q): rows that add up to its mean over the prompts that have an
+    influence. tokens: as `jvp.directional` has them, kinds: as `spans.token_kinds`, advantages (N, G).
+    "kappa" is the mean over tokens of d log pi along g_Q, in right and in wrong answers."""
+    live = advantages.any(1).nonzero()[:, 0].tolist()
+    answers = [(place, tokens[n][g][1].double(), kinds[n][g], advantages[n, g]) for place, n in enumerate(live)
+               for g in range(advantages.shape[1])]
+    if not answers:
+        return [{"text": kind, "tokens": 0} for kind in KINDS]
+    slopes, kind = (torch.cat(column) for column in list(zip(*answers))[1:3])
+    right = torch.cat([(weight > 0).expand(len(values)) for _, values, _, weight in answers])
+    brought = torch.zeros(len(live), len(KINDS), dtype=torch.float64)
+    for place, values, names, weight in answers:
+        brought[place].index_add_(0, names, values * weight / (len(values) * advantages.shape[1]))
+    table = []
+    for k, name in enumerate(KINDS):
+        influence, reach = _mean(brought[:, k])
+        table.append({"text": name, "tokens": int((kind == k).sum()), "share of tokens": (kind == k).double().mean().item(),
+                      "kappa, right": _mean(slopes[(kind == k) & right])[0],
+                      "kappa, wrong": _mean(slopes[(kind == k) & ~right])[0], "influence": influence, "influence +-": reach})
+    return table
+
+
+def fluency(name: str, logps: Tensor, entropies: Tensor, answers: int) -> dict:
+    """A row for the tokens of some answers, logps and entropies (tokens,): nats a token, and exp of the mean surprise."""
+    return {"text": name, "answers": answers, "tokens": len(logps), "entropy": entropies.double().mean().item(),
+            "perplexity": (-logps.double().mean()).exp().item()}
