@@ -21,10 +21,10 @@ from typing import Literal
 
 import torch
 
-from minibridge import checkpoint, parallel, plan, replay
+from minibridge import checkpoint, coinfluence, parallel, plan, replay, spans
 from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
-from minibridge.data import Prompt, load_prompts, prompt_stream
+from minibridge.data import Prompt, load_prompts, prompt_stream, sample_seed
 from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
@@ -73,6 +73,8 @@ class Config:
     max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
     rows: int = option(256, "answers decoded at the same time", least=1)
     micro_tokens: int = option(8192, "padded tokens in memory at once in training; changes speed, never results", least=1)
+    influence_every: int = option(
+        0, "steps between measuring what a step on the rollouts does for --val: as many of its prompts are sampled", least=0)
     eval_every: int = option(5, "steps between validations; also before the first step and after the last", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: none", least=0)
     show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never", least=0)
@@ -140,9 +142,10 @@ def describe(groups: list[list[Episode]]) -> dict[str, float]:
     def mean(values) -> float:
         return sum(values) / len(episodes)
 
+    learnable = coinfluence.mix(coinfluence.rewards(groups))
     answers = Counter(text for episode in episodes if (text := extract(episode.text)) is not None)
     return {
-        "accuracy": mean(episode.correct for episode in episodes),
+        **learnable,
         "reward": mean(episode.reward for episode in episodes),
         "well_formed": mean(episode.well_formed for episode in episodes),
         "length": mean(len(episode.completion.ids) for episode in episodes),
@@ -181,6 +184,23 @@ def validate(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], config
     return sum(group[0].correct for group in groups) / len(groups)
 
 
+def influence(model: Decoder, tokenizer: Tokenizer, held_out: list[Prompt], groups: list[list[Episode]], step: int,
+              config: Config) -> dict[str, float]:
+    """What the step to come does for held-out prompts, as far as answers sampled now can tell."""
+    asked = held_out[: config.prompts]
+    seeds = [sample_seed(config.seed, f"influence/{step}", position) for position in range(len(asked))]
+    val = rollout(model, tokenizer, asked, config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
+                  temperature=config.temperature, rows=config.rows)
+    return coinfluence.training_numbers(model, val, groups, config.temperature, config.micro_tokens)
+
+
+def behaviors(groups: list[list[Episode]], config: Config) -> dict[str, float]:
+    """Of some answers to each prompt: the verifier takes milliseconds for each."""
+    some = max(1, VERIFIED // len(groups))
+    problems = [spans.problem_of(group[0].prompt, config.data) for group in groups]
+    return {} if None in problems else spans.behavior_rates([group[:some] for group in groups], problems)
+
+
 def show(groups: list[list[Episode]]):
     """Two rollouts in full, a right and a wrong one if there are both."""
     episodes = sorted((episode for group in groups for episode in group), key=lambda episode: -episode.correct)
@@ -195,6 +215,10 @@ def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks
     prompts = load_prompts(config.data, tokenizer, limit)
     held_out = load_prompts(config.val, tokenizer, limit) if config.val else []
     ranks.check("prompts", config.prompts)
+    for number, prompt in enumerate(prompts, 1):
+        spans.problem_of(prompt, f"{config.data}:{number}")  # what is wrong is said now
+    if config.influence_every and (ranks.size > 1 or len(held_out) < 2):
+        raise InputError("influence_every: needs two prompts of --val, and one process")
     if len(prompts) < config.prompts:
         raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
     if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
@@ -253,12 +277,15 @@ def main(config: Config, ranks: Ranks = ALONE):
         decoded = time.monotonic()
         if ranks.main:
             write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
-        numbers = describe(groups) | {"groups": len(groups), "wasted": wasted(groups, config)}
+        numbers = describe(groups) | behaviors(groups, config) | {"groups": len(groups), "wasted": wasted(groups, config)}
         sampled, groups = sum(len(episode.completion.ids) for group in groups for episode in group), groups[: config.prompts]
         rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
         advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
         rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
         batches = pack(groups, advantages, config.micro_tokens, device, ranks)
+        if config.influence_every and step % config.influence_every == 0:
+            numbers |= influence(model, tokenizer, held_out, groups, step, config)
+        ready = time.monotonic()
         try:
             numbers |= improve(model, reference, optimizer, batches, rate, config, ranks)
         except NonFinite as error:
@@ -276,7 +303,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
                     "tokens_per_second": sampled / (decoded - began),
                     "padding": padding(batches, ranks), "memory_gib": highest_memory(device) / 2**30,
-                    "utilisation": step_flops(model, groups, reference is not None, config) / (trained - decoded)
+                    "utilisation": step_flops(model, groups, reference is not None, config) / (trained - ready)
                     / planned.rates[0] / ranks.size}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
             numbers["val_accuracy"] = validate(model, tokenizer, held_out, config, ranks)
@@ -290,6 +317,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     print(f"{run.path / 'model'}: written")
 
 
+VERIFIED = 128  # answers of a step whose behaviors are counted, if there are not more prompts
 CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "memory_gib",
            "val_accuracy")
 

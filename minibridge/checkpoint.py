@@ -219,8 +219,8 @@ def save_training(
 def load_training(folder: str | Path, model: Decoder, optimizer: Optimizer, updates: int | None = 1) -> dict:
     """Fill `model` and `optimizer` (AdamW) in place from a folder of `save_training`; returns the `state` given then.
 
-    `updates`: optimizer steps in each step; None: any number. Learning rate, betas and the like stay those of `optimizer`. A folder of
-    another model, or a damaged one, is an InputError, and then nothing is filled.
+    `updates`: optimizer steps in each step; None: any number. Learning rate, betas and the like stay those of `optimizer`.
+    A folder of another model, or a damaged one, is an InputError, and then nothing is filled.
     """
     folder, device = Path(folder), model.device
     state, moments = read_state(folder), _read_moments(folder / TRAINING_TENSORS)
@@ -261,7 +261,8 @@ def _check_moments(moments: dict, model: Decoder, order: list[str], step: int, u
         for key, value in moments[name].items():
             if value.dtype not in FLOATS or not _finite(value) or key != "exp_avg" and value.min() < 0:
                 raise InputError(f"{path}: the optimizer's {key} of {name} holds what no training leaves there")
-        if (found := moments[name]["step"].item()) != (found if updates is None else step * updates):
+        found = moments[name]["step"].item()
+        if updates is not None and found != step * updates:
             raise InputError(f"{path}: {found:g} updates of {name}, but {TRAINING} says step {step}, of {updates}")
 
 

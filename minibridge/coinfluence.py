@@ -149,7 +149,10 @@ def _cosine_of_halves(directions: dict[str, Direction]) -> float | None:
 
 def training_numbers(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]], temperature: float,
                      max_tokens: int) -> dict[str, float]:
-    """For the log of train_rl.py, between two steps: |g_Q|, and the mean of I(q) / |g_Q| over a rollout batch."""
+    """For the log of train_rl.py, before a step: |g_Q|, and the mean of I(q) / |g_Q| over a rollout batch. Nothing where
+    fewer than two prompts of Q got both right and wrong answers."""
+    if len(live_prompts(rewards(val))) < 2:
+        return {}
     kept, model.compute_dtype = model.compute_dtype, None
     try:
         found = measure(model, val, groups, temperature, max_tokens)

@@ -145,7 +145,12 @@ def prompt_stream(count: int, batch_size: int, seed: int, start: int = 0) -> Ite
     batch, done = divmod(start, batch_size)
     indices = itertools.chain.from_iterable(index_stream(count, batch_size, seed, batch))
     for position, index in enumerate(itertools.islice(indices, done, None), start):
-        yield index, random.Random(f"{seed}/rollout/{position}").getrandbits(63)
+        yield index, sample_seed(seed, "rollout", position)
+
+
+def sample_seed(seed: int, purpose: str, position: int) -> int:
+    """Of the samples of one prompt: known from where it stands, whatever was drawn before."""
+    return random.Random(f"{seed}/{purpose}/{position}").getrandbits(63)
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from minibridge import plots, tables
 from minibridge.coinfluence import Measured, adam_scale, live_prompts, means, measure, mix, per_step, rewards, taken
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
-from minibridge.dag import Problem, read_problem
+from minibridge.dag import Problem
 from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches, pad_batch
 from minibridge.grpo import group_advantages
 from minibridge.jvp import Direction
@@ -34,7 +34,7 @@ from minibridge.model import Decoder
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.policy import pack
 from minibridge.rollout import Episode, lines, rollout
-from minibridge.spans import token_kinds
+from minibridge.spans import problem_of, token_kinds
 from minibridge.tokenizer import Tokenizer
 
 NOT_PRINTED = ("factor +-", "K+ +-", "K- +-", "influence, half", "K++", "K+-", "K-+", "K--")  # columns left to the CSV
@@ -78,13 +78,6 @@ def read_prompts(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list
     if shared := sum(tuple(prompt.ids) in asked for prompt in held_out):
         raise InputError(f"val: {shared} of its prompts are also measured; an influence on itself says nothing")
     return chosen, held_out
-
-
-def read_problems(config: Config, prompts: list[Prompt]) -> list[Problem]:
-    """The problems behind the prompts; none unless every line has one."""
-    if not all(isinstance(prompt.record.get("problem"), dict) for prompt in prompts):
-        return []
-    return [read_problem(prompt.record, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
 
 
 def reference_row(model: Decoder, examples: list[Example], temperature: float, max_tokens: int) -> dict:
@@ -160,7 +153,7 @@ def main(config: Config):
         raise InputError(f"out: {out} holds a training run; choose another folder")
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts, held_out = read_prompts(config, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
-    problems = read_problems(config, prompts)
+    problems = [problem_of(prompt, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
     longest = min(config.micro_tokens, model.config.max_position_embeddings)
     examples = load_sft(config.reference, tokenizer, longest)[:config.prompts] if config.reference else []
     scale = adam_scale(config.adam, model) if config.adam else None
@@ -186,13 +179,13 @@ def main(config: Config):
 
 
 def report(out: Path, prompts: list[Prompt], groups: list[list[Episode]], found: Measured, fluency: list[dict],
-           tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, float | None]:
+           tokenizer: Tokenizer, problems: list[Problem | None]) -> dict[str, float | None]:
     """Prints and writes what was found, and returns the summary."""
     correct, kappa = rewards(groups), means(found.tokens)
     columns = columns_of(found, correct, kappa)
     show(out, "rollout_accuracy", tables.histogram(correct))
     show(out, "influence", tables.by_accuracy(correct, columns))
-    if problems:
+    if None not in problems:
         kinds = [[token_kinds(tokenizer, episode, problem) for episode in group] for group, problem in zip(groups, problems)]
         show(out, "behaviors", tables.by_kind(found.tokens, kinds, group_advantages(correct)))
     show(out, "fluency", fluency)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minibridge.dag import Problem
+from minibridge.data import Prompt
+from minibridge.dag import Problem, read_problem
 from minibridge.rollout import Episode
 from minibridge.tokenizer import Tokenizer
 from minibridge.verify import ANALYSIS, FAILED_ATTEMPT, SUBGOAL, verify
@@ -34,6 +35,11 @@ def token_kinds(tokenizer: Tokenizer, episode: Episode, problem: Problem) -> Ten
             kinds[part.start:part.end] = [KINDS.index(part.kind)] * (part.end - part.start)
     ends = [0, *token_ends(tokenizer, episode.completion.ids)]
     return torch.tensor([kinds[end - 1] if end > before else REST for before, end in zip(ends, ends[1:])])
+
+
+def problem_of(prompt: Prompt, where: str) -> Problem | None:
+    """The problem behind a prompt, if its line holds one. InputError("where: what") if it is not whole."""
+    return read_problem(prompt.record, where) if isinstance(prompt.record.get("problem"), dict) else None
 
 
 def behavior_rates(groups: list[list[Episode]], problems: list[Problem]) -> dict[str, float]:

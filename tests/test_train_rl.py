@@ -20,6 +20,7 @@ from minibridge.parallel import ALONE
 from minibridge.policy import chunked_loss, pack, padding, score, whole_loss, whole_step
 from minibridge.rollout import Episode, rollout
 from minibridge.tokenizer import Tokenizer
+from minibridge.verify import verify
 from train_rl import Config, describe, improve, recipe_of, step_flops
 
 CPU = torch.device("cpu")
@@ -281,7 +282,8 @@ def test_describe():
         [episode("\\boxed{6}", 1.0, 1), episode("\\boxed{6}", 1.25, 2, well_formed=True)],
         [episode("", 1.0, 5), episode("", 1.0, 0)],
     ]
-    assert describe(groups) == {"accuracy": 5 / 8, "reward": 5.5 / 8, "well_formed": 2 / 8, "length": 4.0,
+    assert describe(groups) == {"accuracy": 5 / 8, "between_0_and_1": 1 / 4, "root_of_alpha_1_minus_alpha": 1 / 8,
+                                "reward": 5.5 / 8, "well_formed": 2 / 8, "length": 4.0,
                                 "truncated": 1 / 8, "common_answer": 3 / 8, "dead_groups": 2 / 4}
 
 
@@ -310,6 +312,36 @@ def test_two_steps_and_their_files(toy, guesser, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("--- reward") == 4 and printed.count("--- reward 1, right answer") == 2
     assert printed.count("How many") == 4
+
+
+def test_behaviors_are_counted_where_problems_are_known(toy, guesser, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_rl, "VERIFIED", 6)  # of 3 groups of 16
+    seen = []
+    monkeypatch.setattr(train_rl.spans, "verify", lambda problem, text: seen.append(text) or verify(problem, text))
+    plain = tmp_path / "plain.jsonl"
+    write_jsonl(plain, [{**line, "problem": "a text"} for line in read_jsonl(toy.rl)])
+    for data, out in ((toy.rl, tmp_path / "a"), (plain, tmp_path / "b")):
+        assert train(guesser, data, out, "--steps 1 --samples 16") == 0
+    with_them, without = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
+    assert len(seen) == 6 and with_them.keys() - without.keys() == {"attempts", "analyses", "subgoals", "right_in_every_step"}
+    assert 0 <= with_them["right_in_every_step"] <= 1
+    lines = read_jsonl(toy.rl)
+    del lines[2]["problem"]["order"]
+    write_jsonl(plain, lines)
+    assert train(guesser, plain, tmp_path / "c", "--steps 1") == 2
+
+
+def test_influence_is_logged_and_changes_nothing(toy, guesser, tmp_path, capsys):
+    for name, words in (("a", "--influence-every 2 --val"), ("b", "--val")):
+        assert train(guesser, toy.rl, tmp_path / name, "--steps 3 --samples 16", words, toy.rl) == 0
+    rows = metrics(tmp_path / "a")[1:]
+    assert [set(row) & {"influence", "validation_gradient_norm"} != set() for row in rows] == [False, True, False]
+    assert rows[1]["influence"] != 0 < rows[1]["validation_gradient_norm"]
+    a, b = (checkpoint.load(tmp_path / name / "model").state_dict() for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    capsys.readouterr()
+    assert train(guesser, toy.rl, tmp_path / "c", "--influence-every 2") == 2
+    assert capsys.readouterr().err == "error: influence_every: needs two prompts of --val, and one process\n"
 
 
 def test_validation_is_the_greedy_accuracy_and_leaves_sampling_alone(toy, guesser, tmp_path):
