@@ -4,6 +4,7 @@
     python -m minibridge.bench logprob --shape 0.5b      log-probs forward and backward, time and memory
     python -m minibridge.bench train --peers             tokens trained per second, one SFT step
     python -m minibridge.bench step --peers              one GRPO step: sampling, reference, loss, update
+    python -m minibridge.bench influence                 answers whose derivative along a direction is found, per second
     python -m minibridge.bench data                      problems and worked answers per second
 
 --peers needs the oracle extra, and trl for `step`. --json FILE writes the rows. The limit beside a figure is what this
@@ -23,6 +24,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_rl
 from minibridge import arms, checkpoint, igsm, peers, splits, traces
@@ -30,15 +32,17 @@ from minibridge.config import InputError, option, run_command
 from minibridge.data import Prompt
 from minibridge.generate import Completion, generate
 from minibridge.grpo import group_advantages
+from minibridge.jvp import directional, directional_naive, gradient
 from minibridge.logprob import fused_loss, token_logprobs, token_logprobs_naive
 from minibridge.measure import bandwidth, clock, matmul_rate, peak_memory, rates, report, row
 from minibridge.model import Decoder, ModelConfig
 from minibridge.optim import adamw, pick_device, pick_dtype, training_flops
-from minibridge.policy import pack
+from minibridge.policy import pack, score
 from minibridge.reproduce import TOY_BASE
 from minibridge.rollout import Episode
 from minibridge.tokenizer import Tokenizer
 
+NAMES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"
 SHAPES = {  # Qwen2.5's, with random weights: hidden, MLP, layers, heads, key heads, vocabulary
     "toy": (256, 768, 4, 4, 2, 1024), "0.5b": (896, 4864, 24, 14, 2, 151_936), "1.5b": (1536, 8960, 28, 12, 2, 151_936)}
 
@@ -59,10 +63,8 @@ class Work:
 
 
 def build(config: Work, device: torch.device) -> Decoder:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "vocab_size")
     shape = ModelConfig.from_hf({
-        **dict(zip(names, SHAPES[config.shape])), "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        **dict(zip(NAMES, SHAPES[config.shape])), "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "max_position_embeddings": config.prompt_tokens + config.new_tokens, "tie_word_embeddings": True})
     model = Decoder(shape)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -70,8 +72,8 @@ def build(config: Work, device: torch.device) -> Decoder:
 
 
 def random_prompts(config: Work) -> list[list[int]]:
-    shape = (config.prompts, config.prompt_tokens)
-    return torch.randint(SHAPES[config.shape][-1], shape, generator=torch.Generator().manual_seed(0)).tolist()
+    shape, generator = (config.prompts, config.prompt_tokens), torch.Generator().manual_seed(0)
+    return torch.randint(SHAPES[config.shape][-1], shape, generator=generator).tolist()
 
 
 # --- decode --------------------------------------------------------------------------------------------------
@@ -214,8 +216,7 @@ def main_train(config: Work):
 
 
 def main_step(config: Work):
-    """One GRPO step with a KL term: sampling, reference log-probs, loss, update. No answer stops early; the reward is
-    whether the sum of its ids is odd. The tokenizer of the toy base model makes the peer's prompts."""
+    """One GRPO step with a KL term. No answer stops early; its reward is whether the sum of its ids is odd."""
     check_peers(config, "transformers", "trl", "datasets")
     if config.peers and config.shape != "toy":
         raise InputError("shape: TRL is measured at the toy shape only")
@@ -234,8 +235,8 @@ def main_step(config: Work):
                            compiled=not config.eager)
         groups = [[Episode(Prompt(ids, "", {}), answer, "", False, False, reward=float(sum(answer.ids) % 2))
                    for answer in group] for ids, group in zip(prompts, answers)]
-        advantages = group_advantages(torch.tensor([[episode.reward for episode in group] for group in groups]))
-        batches = pack(groups, advantages, settings.micro_tokens, device)
+        rewards = torch.tensor([[episode.reward for episode in group] for group in groups])
+        batches = pack(groups, group_advantages(rewards), settings.micro_tokens, device)
         train_rl.improve(model, reference, optimizer, batches, 1e-6, settings)
         seconds.append(clock() - began)
 
@@ -257,6 +258,35 @@ def main_step(config: Work):
     answers = config.prompts * config.samples
     report(config, [row(config, "GRPO step", "answers/s", [answers / x for x in ours_], name, [answers / x for x in theirs])
                     for name, (ours_, theirs) in found.items()])
+
+
+# --- influence -----------------------------------------------------------------------------------------------
+
+
+def main_influence(config: Work):
+    """Beside a forward pass on the same attention path, and a gradient of each answer in turn."""
+    model, generator = build(config, pick_device(config.device)), torch.Generator().manual_seed(0)
+
+    def answer(ids: list[int]) -> Episode:
+        sampled = torch.randint(model.config.vocab_size, (config.new_tokens,), generator=generator).tolist()
+        return Episode(Prompt(ids, "", {}), Completion(sampled, [0.0] * len(sampled)), "", False, False, 0.0)
+
+    groups = [[answer(ids) for _ in range(config.samples)] for ids in random_prompts(config)]
+    count, most = config.prompts * config.samples, 8192
+    batches = pack(groups, torch.full((config.prompts, config.samples), 1 / count), most, model.device)
+    direction = gradient(model, batches, 1.0)
+
+    def forward() -> int:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            return sum(len(score(model, batch, 1.0)[0]) for batch in batches)
+
+    ways = {"forward pass, same attention": forward,
+            "gradient of all together": lambda: count * bool(gradient(model, batches, 1.0)),
+            "gradient of each answer": lambda: directional_naive(model, groups, direction, 1.0).numel(),
+            "derivative of each answer": lambda: len(directional(model, groups, direction, 1.0, most)) * config.samples}
+    found = dict(zip(ways, rates(config.repeats, *ways.values())))
+    name, ours = found.popitem()
+    report(config, [row(config, name, "answers/s", ours, other, rate) for other, rate in found.items()])
 
 
 # --- data ----------------------------------------------------------------------------------------------------
@@ -313,7 +343,7 @@ def check_peers(config: Work, *packages: str):
 
 
 COMMANDS = {"decode": (main_decode, Work), "logprob": (main_logprob, LogProb), "train": (main_train, Work),
-            "step": (main_step, Work), "data": (main_data, Data)}
+            "step": (main_step, Work), "influence": (main_influence, Work), "data": (main_data, Data)}
 
 if __name__ == "__main__":
     sys.exit(run_command(COMMANDS))

@@ -67,6 +67,7 @@ def test_the_limit_of_decoding_by_hand(monkeypatch):
     ("decode", SMALL, ["decode, equal", "decode, ragged"]),
     ("train", SMALL, ["train"]),
     ("step", SMALL, ["GRPO step"]),
+    ("influence", SMALL, ["derivative of each answer"]),
     ("logprob", "--shape toy --tokens 32 --repeats 2", ["fused_loss", "token_logprobs", "fused_loss, with entropy: memory"]),
     ("data", "--count 10 --repeats 1 --ops 3-5 --workers 1", ["both: a problem with its texts"]),
 ])
