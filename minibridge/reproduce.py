@@ -14,29 +14,30 @@ behavior and no problem structure of the SFT, RL, validation or test splits. Wha
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
 interrupted run is continued by the same command.
 """
-import csv
 import itertools
-import math
+import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-import gen_data
 import train_rl
 import train_sft
-from minibridge import arms, checkpoint, evaluate, igsm, splits, traces
-from minibridge.config import Run, option, read_jsonl, run_command, same_settings, write_jsonl
+from minibridge import arms, checkpoint, evaluate, igsm, results, splits, tables, traces
+from minibridge.config import InputError, Run, option, run_command, same_settings, write_jsonl
+from minibridge.dag import Problem
 from minibridge.model import Decoder, ModelConfig
 from minibridge.optim import open_model, prompt_limit
 from minibridge.tokenizer import Tokenizer, train_toy
 
 TOY_BASE = Path(__file__).parent / "toy_base"
-ARMS = ("vanilla", "bridge")
 SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems, those of the base too
 TESTS = {"id": "ops", "ood": "ood_ops"}  # the test sets, and the settings that hold their op ranges
-DECODINGS = ("greedy", "sampled")
 SFT_BATCH, MAX_PROMPT = 32, 400  # rows of an SFT step; tokens of a prompt
 
 
@@ -45,7 +46,10 @@ class Toy:
     """One line a stage; see train_sft.py and train_rl.py for what the numbers mean."""
     out: str = option("runs/toy", "run folder")
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
+    arms: str = option("vanilla,bridge", "arms of gen_data.py; NAME@P is its strict form with probability P")
     seed: int = option(0, "seed of problems, training and sampling", least=0)
+    seeds: int = option(1, "how often all is done, with the seeds from --seed on", least=1, most=len(results.T_QUANTILES) + 1)
+    workers: int = option(1, "processes, each for an arm of a seed at a time; they share the threads", least=1, most=256)
     sft_ops: tuple[int, int] = option((3, 4), "operations of the SFT problems")
     ops: tuple[int, int] = option((6, 6), "operations of the RL and in-distribution test problems")
     ood_ops: tuple[int, int] = option((7, 7), "operations of the out-of-distribution test problems")
@@ -60,29 +64,81 @@ class Toy:
     test_samples: int = option(2, "answers to each at temperature 1, beside the greedy one", least=1)
     max_new_tokens: int = option(320, "longest answer, in tokens", least=1)
 
+    @property
+    def names(self) -> list[str]:
+        return self.arms.split(",")
+
+    @property
+    def one_seed_each(self) -> list["Toy"]:
+        return [replace(self, out=str(Path(self.out) / f"seed_{seed}"), seed=seed, seeds=1)
+                for seed in range(self.seed, self.seed + self.seeds)]
+
 
 # --- toy: the comparison -------------------------------------------------------------------------------------
 
 
 def main_toy(config: Toy):
     out = Path(config.out)
-    same_settings(out, config, but=("out",))
+    same_settings(out, config, but=("out", "workers"))
+    for arm in config.names:
+        behaviors_of(arm)
     base, _ = open_model(config.base, torch.device("cpu"), "auto")  # what cannot work is an error now
     prompt_limit(base, MAX_PROMPT, config.max_new_tokens)
-    run = Run(out, config)  # before any file of this seed, so that another seed's cannot join them
-    make_data(config, out)
-    for arm in ARMS:
-        if announce_if_missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
-            train_sft.main(sft_config(config, out, arm))
-        if announce_if_missing(out / f"rl_{arm}" / "model", f"GRPO, {arm}"):
-            train_rl.main(rl_config(config, out, arm))
-        for stage in ("sft", "rl"):
-            answer_tests(config, out, f"{stage}_{arm}")
-    text = results_table(config, out)
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    write_curves(out)
+    run = Run(out, config)  # before any file of these seeds, so that others' cannot join them
+    for one in config.one_seed_each:
+        make_data(one)
+    jobs = [(one, arm) for one in config.one_seed_each for arm in config.names]
+    if config.workers == 1:
+        for job in jobs:
+            run_arm(*job)
+    else:
+        side_by_side(jobs, config.workers)
+    text = write_results(config)
     run.finish()
-    print(f"\n{text}\n\nwritten: {out / 'table.md'}, {out / 'curves.csv'}; {run.record['seconds']:.0f} s")
+    print(f"\n{text}\n\nwritten: table.md, results.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
+
+
+def behaviors_of(arm: str) -> traces.Behaviors | None:
+    name, at, probability = arm.partition("@")
+    if not at:
+        return arms.behaviors_of(name)
+    try:
+        return arms.behaviors_of(name, reflection=float(probability), strict=True)
+    except ValueError:
+        raise InputError(f"arms: {arm!r}: {probability!r} is not a probability") from None
+
+
+def side_by_side(jobs: list[tuple[Toy, str]], workers: int):
+    """What a job prints goes to a file of its own."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (max(1, torch.get_num_threads() // workers),)) as pool:
+        running = {pool.submit(run_logged, *job): job for job in jobs}
+        try:
+            for future in as_completed(running):
+                future.result()
+                print(f"done: seed {running[future][0].seed}, {running[future][1]}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def begin_worker(threads: int):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+
+
+def run_logged(config: Toy, arm: str):
+    with open(Path(config.out) / f"{arm}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
+        run_arm(config, arm)
+
+
+def run_arm(config: Toy, arm: str):
+    out = Path(config.out)
+    if announce_if_missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
+        train_sft.main(sft_config(config, out, arm))
+    if announce_if_missing(out / f"rl_{arm}" / "model", f"GRPO, {arm}"):
+        train_rl.main(rl_config(config, out, arm))
+    for stage in results.STAGES:
+        answer_tests(config, out, f"{stage}_{arm}")
 
 
 def announce_if_missing(path: Path, title: str) -> bool:
@@ -91,19 +147,30 @@ def announce_if_missing(path: Path, title: str) -> bool:
     return not path.exists()
 
 
-def make_data(config: Toy, out: Path):
-    """Both arms get the same SFT problems. No answer is more frequent than 5%, so that none is a shortcut."""
-    sets = [("sft", config.sft_ops, config.sft_rows, {f"sft_{arm}": arms.ARMS[arm] for arm in ARMS}),
-            ("rl", config.ops, config.rl_steps * config.rl_prompts, {"rl": None})]
-    sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": None}) for name, ops in TESTS.items()]
-    for split, ops, rows, files in sets:
-        if all((out / f"{name}.jsonl").exists() for name in files):
-            continue
-        drawn = splits.problems(split, rows, ops, SCALE, config.seed, balance=0.05)
-        for name, behaviors in files.items():
-            write_jsonl(out / f"{name}.jsonl", [arms.record(problem, config.seed, behaviors, SCALE.letters)
-                                                for problem in drawn])
-    print(gen_data.summary(read_jsonl(out / "sft_bridge.jsonl")), flush=True)
+def make_data(config: Toy):
+    """All arms get as many SFT rows, of the same problems; those that write a problem four times get the first quarter of
+    them. No answer is more frequent than 5%, so that none is a shortcut."""
+    out, rows = Path(config.out), {arm: partial(sft_rows, config, arm) for arm in config.names}
+    sets = [("sft", config.sft_ops, config.sft_rows, {f"sft_{arm}": make for arm, make in rows.items()}),
+            ("rl", config.ops, config.rl_steps * config.rl_prompts, {"rl": partial(prompt_rows, config)})]
+    sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": partial(prompt_rows, config)})
+             for name, ops in TESTS.items()]
+    for split, ops, count, files in sets:
+        if missing := [name for name in files if not (out / f"{name}.jsonl").exists()]:
+            drawn = splits.problems(split, count, ops, SCALE, config.seed, balance=0.05)
+            for name in missing:
+                write_jsonl(out / f"{name}.jsonl", files[name](drawn))
+
+
+def sft_rows(config: Toy, arm: str, problems: list[Problem]) -> list[dict]:
+    if arm in arms.AUGMENTED:
+        rows = [arms.augmented(arm, problem, config.seed, SCALE.letters) for problem in problems[:-(-len(problems) // arms.FORMS)]]
+        return [row for four in rows for row in four][:len(problems)]
+    return [arms.record(problem, config.seed, behaviors_of(arm), SCALE.letters) for problem in problems]
+
+
+def prompt_rows(config: Toy, problems: list[Problem]) -> list[dict]:
+    return [arms.record(problem, config.seed, None, SCALE.letters) for problem in problems]
 
 
 def sft_config(config: Toy, out: Path, arm: str) -> train_sft.Config:
@@ -125,7 +192,7 @@ def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
 def answer_tests(config: Toy, out: Path, name: str):
     """Answers of one model to both test sets: the greedy ones, and those it gives at the temperature RL trains it at."""
     settings = {"greedy": {}, "sampled": {"samples": config.test_samples, "temperature": 1.0, "seed": config.seed}}
-    for which, decoding in itertools.product(TESTS, DECODINGS):
+    for which, decoding in itertools.product(TESTS, results.DECODINGS):
         answers = out / f"{name}_{which}_{decoding}.jsonl"
         if announce_if_missing(answers, f"test of {name}, {which}, {decoding}"):
             write_jsonl(answers, evaluate.sample(evaluate.Config(
@@ -133,47 +200,16 @@ def answer_tests(config: Toy, out: Path, name: str):
                 rows=400, device="cpu", **settings[decoding])))
 
 
-def results_table(config: Toy, out: Path) -> str:
-    """The table of the paper: accuracy in % before and after RL, and the gain with its 95% interval, from paired
-    differences over problems (one seed: the spread over seeds is not in it). The paper's is the greedy accuracy; RL raises
-    the expected accuracy of sampled answers, so that stands beside it."""
-    lines = ["| arm | test | answers | after SFT | after RL | RL gain | 95% interval | answer not 0, gain | tokens |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for which, setting in TESTS.items():
-        low, high = getattr(config, setting)
-        ops = f"{which}, {low} ops" if low == high else f"{which}, {low}-{high} ops"
-        for decoding, arm in itertools.product(DECODINGS, ARMS):
-            paths = [str(out / f"{stage}_{arm}_{which}_{decoding}.jsonl") for stage in ("sft", "rl")]
-            before, after = map(evaluate.rescore, paths)
-            gain, reach = paired_gain(before, after)
-            nonzero = paired_gain(*([p for p in tested if p.answer != "0"] for tested in (before, after)))[0]
-            lengths = [sum(len(line["ids"]) for line in rows) / len(rows) for rows in map(read_jsonl, paths)]
-            share = evaluate.accuracy(before), evaluate.accuracy(after)
-            lines.append(f"| {arm} | {ops} | {decoding} | {share[0]:.1%} | {share[1]:.1%} "
-                         f"| {gain:+.1%} | {gain - reach:+.1%} to {gain + reach:+.1%} | {nonzero:+.1%} "
-                         f"| {lengths[0]:.0f} -> {lengths[1]:.0f} |")
-        constant, luck = evaluate.best_constant(before)
-        lines.append(f"| always {constant} | {ops} | | {luck:.1%} | | | | | |")
-    return "\n".join(lines)
-
-
-def paired_gain(before: list[evaluate.Scored], after: list[evaluate.Scored]) -> tuple[float, float]:
-    """Mean change in accuracy over the same problems, and the half width of its 95% interval."""
-    changes = [evaluate.accuracy([b]) - evaluate.accuracy([a]) for a, b in zip(before, after, strict=True)]
-    mean = sum(changes) / len(changes)
-    variance = sum((change - mean) ** 2 for change in changes) / (len(changes) - 1)
-    return mean, 1.96 * math.sqrt(variance / len(changes))
-
-
-def write_curves(out: Path):
-    """The training curves of both arms, one row a step, for a spreadsheet or a plot."""
-    names = ("accuracy", "length", "common_answer", "dead_groups", "entropy", "grad_norm")
-    with open(out / "curves.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("arm", "step", *names))
-        for arm in ARMS:
-            for line in read_jsonl(out / f"rl_{arm}" / "metrics.jsonl"):
-                writer.writerow((arm, line["step"], *(line[name] for name in names)))
+def write_results(config: Toy) -> str:
+    """results.csv, curves.csv and table.md; returns the latter."""
+    runs = [(one.seed, Path(one.out)) for one in config.one_seed_each]
+    found = [outcome for seed, folder in runs for outcome in results.outcomes(seed, folder, config.names, list(TESTS))]
+    text = results.table(found, {test: getattr(config, ops) for test, ops in TESTS.items()})
+    out = Path(config.out)
+    tables.write(out / "results.csv", [row for outcome in found for row in outcome.rows()])
+    tables.write(out / "curves.csv", results.curves(runs, config.names))
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 # --- base: the model the comparison starts from --------------------------------------------------------------

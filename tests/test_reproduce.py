@@ -5,44 +5,64 @@ import json
 
 import pytest
 
-from minibridge import reproduce
+from minibridge import reproduce, results, tables
 from minibridge.checkpoint import load
 from minibridge.config import InputError, read_jsonl
 from minibridge.dag import Problem
 from minibridge.evaluate import Scored
 
 
+ARMS = ("vanilla", "bridge", "pp-aug", "subgoal+reflection@0.3")
+
+
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("reproduce") / "run"
-    config = reproduce.Toy(out=str(out), base=toy.model, sft_ops=(2, 3), ops=(2, 3), sft_rows=32, sft_epochs=1.0, rl_steps=2,
-                           rl_prompts=2, rl_samples=2, test_problems=24, test_samples=3, max_new_tokens=24)
+    config = reproduce.Toy(out=str(out), base=toy.model, arms=",".join(ARMS), sft_ops=(2, 3), ops=(2, 3), sft_rows=33,
+                           sft_epochs=1.0, rl_steps=2, rl_prompts=2, rl_samples=2, test_problems=24, test_samples=3,
+                           max_new_tokens=24)
     reproduce.main_toy(config)
     return config, out
 
 
 def test_every_stage_leaves_its_result(finished):
     _, out = finished
-    for arm in reproduce.ARMS:
-        assert load(out / f"sft_{arm}" / "model").config == load(out / f"rl_{arm}" / "model").config
-        assert len(list((out / f"rl_{arm}" / "rollouts").iterdir())) == 2
-        for stage in ("sft", "rl"):
+    folder = out / "seed_0"
+    for arm in ARMS:
+        assert load(folder / f"sft_{arm}" / "model").config == load(folder / f"rl_{arm}" / "model").config
+        assert len(list((folder / f"rl_{arm}" / "rollouts").iterdir())) == 2
+        for stage in results.STAGES:
             for test in reproduce.TESTS:
-                assert len(read_jsonl(out / f"{stage}_{arm}_{test}_greedy.jsonl")) == 24
-                assert len(read_jsonl(out / f"{stage}_{arm}_{test}_sampled.jsonl")) == 24 * 3
+                assert len(read_jsonl(folder / f"{stage}_{arm}_{test}_greedy.jsonl")) == 24
+                assert len(read_jsonl(folder / f"{stage}_{arm}_{test}_sampled.jsonl")) == 24 * 3
     table = (out / "table.md").read_text()
-    assert table.count("| vanilla |") == table.count("| bridge |") == 2 * len(reproduce.TESTS)
-    assert len((out / "curves.csv").read_text().splitlines()) == 1 + 2 * len(reproduce.ARMS)
+    assert all(table.count(f"| {arm} |") == 2 * len(reproduce.TESTS) + 4 for arm in ARMS)
+    assert len(tables.read(out / "curves.csv")) == 2 * len(ARMS)
+    assert len(tables.read(out / "results.csv")) == len(ARMS) * len(reproduce.TESTS) * 2 * 2
 
 
-def test_arms_share_problems_and_splits_share_none(finished):
-    _, out = finished
-    ids = {name: [row["id"] for row in read_jsonl(out / f"{name}.jsonl")]
-           for name in ("sft_vanilla", "sft_bridge")}
-    assert ids["sft_vanilla"] == ids["sft_bridge"]
-    splits = [{Problem.from_dict(row["problem"]).structure for name in names for row in read_jsonl(out / f"{name}.jsonl")}
+def test_arms_share_problems_and_rows_and_splits_share_none(finished):
+    folder = finished[1] / "seed_0"
+    rows = {arm: read_jsonl(folder / f"sft_{arm}.jsonl") for arm in ARMS}
+    ids = {arm: [row["id"] for row in lines] for arm, lines in rows.items()}
+    assert ids["vanilla"] == ids["bridge"] == ids[ARMS[3]] and len(set(ids["vanilla"])) == 33
+    assert ids["pp-aug"] == [id for id in ids["vanilla"][:9] for _ in range(4)][:33]
+    assert {row["behaviors"] for row in rows[ARMS[3]]} == {"subgoal=1 analysis=0 reflection=0.3 strict=1"}
+    splits = [{Problem.from_dict(row["problem"]).structure for name in names for row in read_jsonl(folder / f"{name}.jsonl")}
               for names in (["sft_bridge"], ["rl"], ["test_id", "test_ood"])]
     assert len(set.union(*splits)) == sum(map(len, splits))
+
+
+def test_several_seeds_side_by_side(finished, tmp_path, capsys):
+    """Another seed has other problems; processes of their own change nothing."""
+    config = dataclasses.replace(finished[0], out=str(tmp_path / "run"), arms="bridge", seeds=2, workers=2,
+                                 rl_steps=1, test_problems=2, test_samples=1)
+    reproduce.main_toy(config)
+    a, b = (tmp_path / "run" / f"seed_{seed}" for seed in (0, 1))
+    assert not {row["id"] for row in read_jsonl(a / "rl.jsonl")} & {row["id"] for row in read_jsonl(b / "rl.jsonl")}
+    assert (a / "sft_bridge.jsonl").read_bytes() == (finished[1] / "seed_0" / "sft_bridge.jsonl").read_bytes()
+    assert {row["seed"] for row in tables.read(tmp_path / "run" / "results.csv")} == {"0", "1"}
+    assert "=== GRPO, bridge" in (b / "bridge.log").read_text() and "===" not in capsys.readouterr().out
 
 
 def test_a_second_run_repeats_no_stage(finished, monkeypatch):
@@ -67,6 +87,7 @@ def test_other_settings_are_refused_by_name(finished):
 
 
 @pytest.mark.parametrize("change, message", [
+    ({"arms": "vanilla,bird"}, "arm: 'bird' is none of"), ({"arms": "bridge@x"}, "'x' is not a probability"),
     ({"max_new_tokens": 1024}, "max_new_tokens: 1024 leave no room"), ({"base": "no/such"}, "no/such: no such folder")])
 def test_what_cannot_work_is_refused_before_any_file(finished, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
@@ -74,18 +95,30 @@ def test_what_cannot_work_is_refused_before_any_file(finished, tmp_path, change,
     assert not (tmp_path / "run").exists()
 
 
-def test_paired_gain_by_hand():
-    """Changes +1, 0, 0, -1, +1: mean 1/5, variance (0.64 + 0.04 + 0.04 + 1.44 + 0.64) / 4 = 0.7. Twice the same answer to
-    a problem, or one of two right before and after, changes nothing."""
-    right = [(False, True), (True, True), (False, False), (True, False), (False, True)]
-    before, after = ([Scored("1", 8, [pair[i]]) for pair in right] for i in range(2))
-    gain, reach = reproduce.paired_gain(before, after)
-    assert gain == pytest.approx(0.2)
-    assert reach == pytest.approx(1.96 * (0.7 / 5) ** 0.5)
-    twice = [[Scored(s.answer, s.num_ops, s.correct * 2) for s in scored] for scored in (before, after)]
-    assert reproduce.paired_gain(*twice) == pytest.approx((gain, reach))
-    half = [Scored("1", 8, [True, False]), Scored("1", 8, [False, True])]
-    assert reproduce.paired_gain(half, half[::-1]) == (0, 0)
+def outcome(arm: str, seed: int, before, after) -> results.Outcome:
+    scored = [[Scored("1", 8, [bool(right) for right in problem]) for problem in stage] for stage in (before, after)]
+    return results.Outcome(seed, arm, "id", "greedy", *scored, (3.0, 4.0))
+
+
+def test_the_gain_of_one_seed_by_hand():
+    """Changes +1, 0, 0, -1, +1: mean 1/5, variance (0.64 + 0.04 + 0.04 + 1.44 + 0.64) / 4 = 0.7."""
+    changes = outcome("a", 0, [[0], [1], [0], [1], [0]], [[1], [1], [0], [0], [1]]).changes
+    assert changes == [1, 0, 0, -1, 1]
+    assert results.interval([changes]) == pytest.approx((0.2, 1.96 * (0.7 / 5) ** 0.5))
+    assert outcome("a", 0, [[1, 0], [0, 1]], [[0, 1], [1, 0]]).changes == [0, 0]
+
+
+def test_the_gain_of_several_seeds_by_hand():
+    """Means .5, 0, .25 of the seeds: mean .25, deviation .25, and 4.303 deviations of the mean of three."""
+    seeds = [[1, 0], [0, 0], [0, 0.5]]
+    assert results.interval(seeds) == pytest.approx((0.25, 4.303 * 0.25 / 3**0.5))
+    mine = [outcome("b", seed, [[0], [0]], [[gain > 0], [gain > 1]]) for seed, gain in enumerate((1, 2))]
+    firsts = [outcome("a", seed, [[0], [0]], [[1], [0]]) for seed in range(2)]
+    cells = results.row(mine, firsts)
+    assert (cells["after SFT"], cells["after RL"], cells["RL gain"]) == ("0.0%", "75.0%", "+75.0%")
+    reach = 12.706 * 0.5 / 2**0.5 / 2**0.5  # of 0 and 1/2
+    assert cells["more than a"] == "+25.0%" and cells["interval"] == f"{0.25 - reach:+.1%} to {0.25 + reach:+.1%}"
+    assert results.row(firsts, firsts)["more than a"] == ""
 
 
 def test_the_shipped_base_is_small_and_opens():

@@ -1,0 +1,122 @@
+"""What the comparison of arms found: accuracy before and after RL, gains and their intervals, behaviors in the answers.
+
+Answers are files FOLDER/STAGE_ARM_TEST_DECODING.jsonl of one seed's folder, as `reproduce` leaves them.
+"""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from minibridge import evaluate
+from minibridge.config import read_jsonl
+from minibridge.tables import Table, markdown
+
+STAGES, DECODINGS = ("sft", "rl"), ("greedy", "sampled")
+BEHAVIORS = {"attempts": "attempts", "restated": "analyses", "subgoals": "subgoals", "every step right": "correct"}
+CURVES = ("accuracy", "length", "common_answer", "dead_groups", "root_of_alpha_1_minus_alpha", "entropy", "grad_norm")
+# 97.5% quantiles of Student's t, by degrees of freedom from 1: for intervals over seeds
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm's answers to one test, of one seed, before and after RL: problem by problem."""
+    seed: int
+    arm: str
+    test: str
+    decoding: str
+    before: list[evaluate.Scored] = field(repr=False)
+    after: list[evaluate.Scored] = field(repr=False)
+    tokens: tuple[float, float]
+
+    @property
+    def accuracy(self) -> tuple[float, float]:
+        return evaluate.accuracy(self.before), evaluate.accuracy(self.after)
+
+    @property
+    def changes(self) -> list[float]:
+        return [evaluate.accuracy([b]) - evaluate.accuracy([a]) for a, b in zip(self.before, self.after, strict=True)]
+
+    def rows(self) -> Table:
+        """For a CSV file, a row a stage."""
+        where = {"seed": self.seed, "arm": self.arm, "test": self.test, "decoding": self.decoding}
+        return [{**where, "stage": stage, "problems": len(scored), "accuracy": share, "tokens": tokens,
+                 "accuracy, answer not 0": evaluate.accuracy([problem for problem in scored if problem.answer != "0"]),
+                 **behaviors(scored)}
+                for stage, scored, share, tokens in zip(STAGES, (self.before, self.after), self.accuracy, self.tokens)]
+
+
+def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: Sequence[str]) -> list[Outcome]:
+    found = []
+    for arm in arms:
+        for test in tests:
+            for decoding in DECODINGS:
+                paths = [folder / f"{stage}_{arm}_{test}_{decoding}.jsonl" for stage in STAGES]
+                tokens = tuple(mean(len(line["ids"]) for line in read_jsonl(path)) for path in paths)
+                found.append(Outcome(seed, arm, test, decoding, *(evaluate.rescore(str(path)) for path in paths), tokens))
+    return found
+
+
+def behaviors(scored: list[evaluate.Scored]) -> dict[str, float]:
+    """What the answers show, per answer, by the verifier."""
+    verdicts = [verdict for problem in scored for verdict in problem.verdicts]
+    return {name: mean(getattr(verdict, attribute) for verdict in verdicts) for name, attribute in BEHAVIORS.items()}
+
+
+def interval(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean of numbers of the problems of each seed, and the half width of its 95% interval: over the problems of a single
+    seed, by Student's t over the means of several seeds, each of which has problems and training of its own."""
+    values, quantile = (seeds[0], 1.96) if len(seeds) == 1 else ([mean(s) for s in seeds], T_QUANTILES[len(seeds) - 2])
+    return mean(values), quantile * stdev(values) / math.sqrt(len(values))
+
+
+def table(found: list[Outcome], ops: dict[str, tuple[int, int]]) -> str:
+    """Of each arm and test: accuracy before and after RL, its gain, and by how much that is more than the gain of the first
+    arm, on the same problems. The paper's accuracy is greedy; RL raises that of sampled answers."""
+    by = {(o.test, o.decoding, o.arm, o.seed): o for o in found}
+    tests, arms, seeds = (list(dict.fromkeys(getattr(o, name) for o in found)) for name in ("test", "arm", "seed"))
+    rows, lucky = [], []
+    for test in tests:
+        for decoding in DECODINGS:
+            for arm in arms:
+                rows.append({"arm": arm, "test": title(test, ops[test]), "answers": decoding,
+                             **row([by[test, decoding, arm, seed] for seed in seeds],
+                                   [by[test, decoding, arms[0], seed] for seed in seeds])})
+        constants = [evaluate.best_constant(by[test, DECODINGS[0], arms[0], seed].before) for seed in seeds]
+        lucky.append(f"{title(test, ops[test])}: {mean(share for _, share in constants):.1%}")
+    shown = [{"arm": arm, "after": stage.upper(), "answers": f"{tests[0]}, {decoding}", **averaged}
+             for decoding in DECODINGS for arm in arms for stage in STAGES
+             for averaged in [averages([by[tests[0], decoding, arm, seed] for seed in seeds], stage)]]
+    return "\n".join([markdown(rows), "", f"Best constant answer, {'; '.join(lucky)}", "", markdown(shown)])
+
+
+def title(test: str, ops: tuple[int, int]) -> str:
+    return f"{test}, {ops[0]} ops" if ops[0] == ops[1] else f"{test}, {ops[0]}-{ops[1]} ops"
+
+
+def row(outcomes: list[Outcome], first: list[Outcome]) -> dict[str, str]:
+    gain, reach = interval([outcome.changes for outcome in outcomes])
+    before, after = (mean(outcome.accuracy[stage] for outcome in outcomes) for stage in (0, 1))
+    cells = {"after SFT": f"{before:.1%}", "after RL": f"{after:.1%}", "RL gain": f"{gain:+.1%}",
+             "95% interval": f"{gain - reach:+.1%} to {gain + reach:+.1%}"}
+    if outcomes[0].arm != first[0].arm:
+        more, reach = interval([[a - b for a, b in zip(one.changes, other.changes, strict=True)]
+                                for one, other in zip(outcomes, first)])
+        cells |= {f"more than {first[0].arm}": f"{more:+.1%}", "interval": f"{more - reach:+.1%} to {more + reach:+.1%}"}
+    else:
+        cells |= {f"more than {first[0].arm}": "", "interval": ""}
+    tokens = (mean(outcome.tokens[stage] for outcome in outcomes) for stage in (0, 1))
+    return cells | {"tokens": " -> ".join(f"{count:.0f}" for count in tokens)}
+
+
+def averages(outcomes: list[Outcome], stage: str) -> dict[str, float]:
+    """Behaviors per answer, over all seeds."""
+    rows = [outcome.rows()[STAGES.index(stage)] for outcome in outcomes]
+    return {name: mean(row[name] for row in rows) for name in BEHAVIORS}
+
+
+def curves(runs: Sequence[tuple[int, Path]], arms: Sequence[str]) -> Table:
+    """The training curves, one row a step."""
+    return [{"seed": seed, "arm": arm, "step": line["step"], **{name: line[name] for name in CURVES}}
+            for seed, folder in runs for arm in arms for line in read_jsonl(folder / f"rl_{arm}" / "metrics.jsonl")]
