@@ -74,7 +74,7 @@ class Config:
     rows: int = option(256, "answers decoded at the same time", least=1)
     micro_tokens: int = option(8192, "padded tokens in memory at once in training; changes speed, never results", least=1)
     influence_every: int = option(
-        0, "steps between measuring what a step on the rollouts does for --val: as many of its prompts are sampled", least=0)
+        0, "steps between measuring what a plain GRPO step would do for --val; it samples as many of its prompts", least=0)
     eval_every: int = option(5, "steps between validations; also before the first step and after the last", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: none", least=0)
     show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never", least=0)
@@ -186,7 +186,7 @@ def validate(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], config
 
 def influence(model: Decoder, tokenizer: Tokenizer, held_out: list[Prompt], groups: list[list[Episode]], step: int,
               config: Config) -> dict[str, float]:
-    """What the step to come does for held-out prompts, as far as answers sampled now can tell."""
+    """What a plain GRPO step on correctness alone would do now for held-out prompts, by fresh answers to them."""
     asked = held_out[: config.prompts]
     seeds = [sample_seed(config.seed, f"influence/{step}", position) for position in range(len(asked))]
     val = rollout(model, tokenizer, asked, config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,

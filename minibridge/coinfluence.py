@@ -9,7 +9,8 @@ For a prompt q with N sampled answers, of which a share alpha is right, and s(o)
     I(q) against the growth seen when the step is really taken                              `taken`
 
 K+ and K- are the means of kappa over the right and the wrong answers. A is GRPO's advantage as the trainer has it, by the
-sample deviation plus 1e-6, which makes the first factor a little smaller: `factor`.
+sample deviation plus 1e-6, which makes the first factor a little smaller: `factor`. The step is a plain one along GRPO's
+gradient: no KL or entropy term, no format reward, no momentum.
 
 Axes: N prompts, G answers to each, T tokens of an answer.
 """
@@ -44,17 +45,17 @@ class Influence:
     value: Tensor
 
 
-def factor(alpha: Tensor, samples: int, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """alpha (1 - alpha) / (std + eps), what stands before K+ - K-: sqrt(alpha (1 - alpha)) for ddof 0 and eps 0. The sample
-    deviation (ddof 1) takes it times sqrt((N - 1) / N), .968 at 16 answers."""
+def factor(alpha: Tensor, samples: int) -> Tensor:
+    """alpha (1 - alpha) / (std + 1e-6), what stands before K+ - K-. With the deviation by G, not G - 1, and without the
+    1e-6 it would be the paper's sqrt(alpha (1 - alpha)); so it is sqrt((G - 1) / G) of that, .968 at 16 answers."""
     variance = alpha * (1 - alpha)
-    return torch.where(variance > 0, variance / ((variance * samples / (samples - ddof)).sqrt() + eps), 0.0)
+    return torch.where(variance > 0, variance / ((variance * samples / (samples - 1)).sqrt() + 1e-6), 0.0)
 
 
-def per_step(kappa: Tensor, correct: Tensor, ddof: int = 1, eps: float = 1e-6) -> Influence:
+def per_step(kappa: Tensor, correct: Tensor) -> Influence:
     """I(q) from the co-influence of the answers, kappa and correct (N, G): mean_i A_i kappa_i in closed form."""
     alpha = correct.mean(1)
-    weight = factor(alpha, correct.shape[1], ddof, eps)
+    weight = factor(alpha, correct.shape[1])
     right, wrong = ((kappa * chosen).sum(1) / chosen.sum(1) for chosen in (correct, 1 - correct))  # NaN: there are none
     return Influence(alpha, weight, right, wrong, torch.where(weight > 0, weight * (right - wrong), 0.0))
 
@@ -76,13 +77,16 @@ def mix(correct: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Measured:
-    """norm: |g_Q|; everything else is per unit of it. tokens: (3, T) of each answer, as `jvp.directional` has them.
-    along: other directions of `validation_directions` -> kappa (N, G). cosine: between the g_Q of either half of Q."""
+    """norm: |g_Q|. tokens: (3, T) of each answer, as `jvp.directional` has them. parts: kappa (N, G) by a part of Q alone,
+    as `validation_directions` has them, on the live prompts and 0 on others; what is left of kappa is by the other part.
+    cosine: between the gradients of either half of Q. common: the norm that they agree on, 2 sqrt(<g1, g2>), free of the
+    noise of sampling that |g_Q| holds; None where they point apart."""
     norm: float
     tokens: list[list[Tensor]]
     influence: Influence
-    along: dict[str, Tensor]
-    cosine: float | None
+    parts: dict[str, Tensor]
+    cosine: float | None = None
+    common: float | None = None
 
 
 def measure(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]], temperature: float, max_tokens: int,
@@ -93,18 +97,15 @@ def measure(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]
     wrong answers for `halves` and for `contrast` each; at most max_tokens padded tokens in memory. `scale`: as `adam_scale`.
     """
     directions = validation_directions(model, val, temperature, max_tokens, halves, contrast, scale)
-    norm, cosine = math.sqrt(inner(directions["Q"], directions["Q"])), _cosine_of_halves(directions)
-    for direction in directions.values():
-        for tensor in direction.values():
-            tensor /= norm
-    correct = rewards(groups)
-    tokens = directional(model, groups, directions.pop("Q"), temperature, max_tokens)
-    live, along = live_prompts(correct), {}
+    whole, correct = directions.pop("whole"), rewards(groups)
+    tokens = directional(model, groups, whole, temperature, max_tokens)
+    live, parts = live_prompts(correct), {}
     for name, direction in directions.items():
-        along[name] = torch.zeros_like(correct)
+        parts[name] = torch.zeros_like(correct)
         if live:
-            along[name][live] = means(directional(model, [groups[n] for n in live], direction, temperature, max_tokens))
-    return Measured(norm, tokens, per_step(means(tokens), correct), along, cosine)
+            parts[name][live] = means(directional(model, [groups[n] for n in live], direction, temperature, max_tokens))
+    agreement = _agreement(whole, directions["half"]) if halves else ()
+    return Measured(math.sqrt(inner(whole, whole)), tokens, per_step(means(tokens), correct), parts, *agreement)
 
 
 def live_prompts(correct: Tensor) -> list[int]:
@@ -112,58 +113,69 @@ def live_prompts(correct: Tensor) -> list[int]:
     return ((correct.mean(1) > 0) & (correct.mean(1) < 1)).nonzero()[:, 0].tolist()
 
 
+def check_live(val: list[list[Episode]]):
+    """InputError unless two prompts of Q are live, one for each half."""
+    live = len(live_prompts(rewards(val)))
+    if live < 2:
+        raise InputError(f"val: of {len(val)} prompts {live} got both right and wrong answers, and the validation gradient "
+                         "needs two; give more --val-prompts or --samples, or other prompts")
+
+
 def validation_directions(model: Decoder, groups: list[list[Episode]], temperature: float, max_tokens: int,
                           halves: bool = False, contrast: bool = False,
                           scale: Direction | None = None) -> dict[str, Direction]:
-    """"Q": g_Q. "halves": what one half of Q's prompts adds to it, less what the other half adds. "signs": what right
-    answers add, less what wrong ones add (their advantages are negative). Each times `scale`, parameter for parameter."""
+    """"whole": g_Q. With `halves`, "half": what every other live prompt adds to it. With `contrast`, "right": what right
+    answers add to it. Each times `scale`, parameter for parameter."""
+    check_live(groups)
     correct = rewards(groups)
     weights, live = group_advantages(correct) / correct.numel(), live_prompts(correct)
-    if len(live) < 2:
-        raise InputError(f"val: of {len(groups)} prompts {len(live)} got both right and wrong answers, and the validation "
-                         "gradient needs two; give more --val-prompts or --samples, or other prompts")
 
     def gradient_of(chosen: list[int], weights: Tensor) -> Direction:
         batches = pack([groups[n] for n in chosen], weights[chosen], max_tokens, model.device)
         return _scaled(gradient(model, batches, temperature), scale)
 
-    directions = {"Q": gradient_of(live[::2] if halves else live, weights)}
+    directions = {"whole": gradient_of(live[1::2] if halves else live, weights)}
     if halves:
-        directions["halves"] = gradient_of(live[1::2], weights)
-        for name, first in directions["Q"].items():
-            second = directions["halves"][name]
-            directions["Q"][name], directions["halves"][name] = first + second, first - second
+        directions["half"] = gradient_of(live[::2], weights)
+        for name, tensor in directions["half"].items():
+            directions["whole"][name] += tensor
     if contrast:
-        directions["signs"] = gradient_of(live, weights.abs())
+        directions["right"] = gradient_of(live, weights.clamp(min=0))
     return directions
 
 
-def _cosine_of_halves(directions: dict[str, Direction]) -> float | None:
-    """From the sum and the difference of the two."""
-    if "halves" not in directions:
-        return None
-    both, gap = directions["Q"], directions["halves"]
-    squares, mixed = inner(both, both) + inner(gap, gap), 2 * inner(both, gap)
-    return (inner(both, both) - inner(gap, gap)) / math.sqrt((squares + mixed) * (squares - mixed))
+def _agreement(whole: Direction, half: Direction) -> tuple[float, float | None]:
+    """`Measured.cosine` and `common`."""
+    own, both = inner(half, half), inner(whole, half)
+    shared, other = both - own, inner(whole, whole) - 2 * both + own  # <half, other half>, |other half|^2
+    return shared / math.sqrt(own * other), 2 * math.sqrt(shared) if shared > 0 else None
 
 
 def training_numbers(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]], temperature: float,
                      max_tokens: int) -> dict[str, float]:
-    """For the log of train_rl.py, before a step: |g_Q|, and the mean of I(q) / |g_Q| over a rollout batch. Nothing where
-    fewer than two prompts of Q got both right and wrong answers."""
-    if len(live_prompts(rewards(val))) < 2:
+    """For the log of train_rl.py, before a step: |g_Q|, and the mean of I(q) over a rollout batch. Nothing where no prompt
+    is live, or fewer than two of Q are."""
+    live = live_prompts(rewards(groups))
+    if not live or len(live_prompts(rewards(val))) < 2:
         return {}
     kept, model.compute_dtype = model.compute_dtype, None
     try:
-        found = measure(model, val, groups, temperature, max_tokens)
+        found = measure(model, val, [groups[n] for n in live], temperature, max_tokens)
     finally:
         model.compute_dtype = kept
-    return {"influence": found.influence.value.mean().item(), "validation_gradient_norm": found.norm}
+    return {"influence": found.influence.value.sum().item() / len(groups), "validation_gradient_norm": found.norm}
 
 
 def means(tokens: list[list[Tensor]]) -> Tensor:
     """kappa (N, G): the mean over tokens of what `jvp.directional` found."""
     return torch.tensor([[answer[1].double().mean() for answer in group] for group in tokens], dtype=torch.float64)
+
+
+def packed(groups: list[list[Episode]], max_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """The live ones, with GRPO's advantages over the number of all answers."""
+    correct = rewards(groups)
+    live = live_prompts(correct)
+    return pack([groups[n] for n in live], group_advantages(correct)[live] / correct.numel(), max_tokens, device)
 
 
 # --- steps ---------------------------------------------------------------------------------------------------

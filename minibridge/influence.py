@@ -11,8 +11,8 @@ The equations are in `coinfluence`. Printed, and written to the folder --out as 
     steps              with --check: I(q) against the growth seen when the step is really taken
 
 and not printed rollouts.jsonl, the answers with kappa of every token; ranked.jsonl, the lines of --data from the most to the
-least influential, for train_rl.py; and, with matplotlib, the figures of `plots`. Influence and co-influence are divided by
-|g_Q|, so that models can be compared. Derivatives are in fp32. "+-" is half of a 95% interval over prompts.
+least influential, for train_rl.py; and, with matplotlib, the figures of `plots`. Influence is the growth of GRPO's objective
+over Q for each unit of step size. Derivatives are in fp32. "+-" is half of a 95% interval over the measured prompts.
 """
 import sys
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from minibridge import plots, tables
-from minibridge.coinfluence import Measured, adam_scale, live_prompts, means, measure, mix, per_step, rewards, taken
+from minibridge.coinfluence import (
+    Measured, adam_scale, check_live, live_prompts, means, measure, mix, packed, per_step, rewards, taken
+)
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
 from minibridge.dag import Problem
 from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches, pad_batch
@@ -32,7 +34,6 @@ from minibridge.jvp import Direction
 from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
 from minibridge.optim import open_model, pick_device, prompt_limit
-from minibridge.policy import pack
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.spans import problem_of, token_kinds
 from minibridge.tokenizer import Tokenizer
@@ -106,12 +107,14 @@ def columns_of(found: Measured, correct: Tensor, kappa: Tensor) -> dict[str, Ten
     influence = found.influence
     columns = {"factor": influence.factor, "K+": influence.right, "K-": influence.wrong,
                "K+ - K-": influence.right - influence.wrong, "influence": influence.value}
-    if "halves" in found.along:
-        columns |= {f"influence, half {half}": per_step((kappa + sign * found.along["halves"]) / 2, correct).value
-                    for half, sign in ((1, 1), (2, -1))}
-    if "signs" in found.along:
-        for of_q, sign in (("+", 1), ("-", -1)):
-            terms = per_step((found.along["signs"] + sign * kappa) / 2, correct)
+    if "half" in found.parts:
+        half = found.parts["half"]
+        columns |= {"influence, half 1": per_step(half, correct).value,
+                    "influence, half 2": per_step(kappa - half, correct).value}
+    if "right" in found.parts:
+        right = found.parts["right"]
+        for of_q, part in (("+", right), ("-", right - kappa)):  # the advantages of Q's wrong answers are negative
+            terms = per_step(part, correct)
             for own, term in (("+", terms.right), ("-", terms.wrong)):
                 columns[f"K{of_q}{own}"] = torch.where(influence.factor > 0, term, torch.nan)
     return columns
@@ -120,16 +123,12 @@ def columns_of(found: Measured, correct: Tensor, kappa: Tensor) -> dict[str, Ten
 def take_steps(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]], found: Measured, config: Config,
                scale: Direction | None) -> list[dict]:
     """`coinfluence.taken` on all prompts together, then on the --check prompts of largest influence, up or down."""
-    def packed(chosen: list[list[Episode]]):
-        advantages = group_advantages(rewards(chosen)) / rewards(chosen).numel()
-        return pack(chosen, advantages, config.micro_tokens, model.device)
-
-    value, rows, q = found.influence.value, [], packed(val)
-    live = live_prompts(rewards(groups))
-    largest = sorted(live, key=lambda n: -abs(value[n]))[:config.check]
-    for name, chosen in [("all", live), *((f"line {n + 1}", [n]) for n in largest)]:
-        batches = packed([groups[n] for n in chosen])
-        steps = taken(model, q, batches, found.norm * value[chosen].mean().item(), config.temperature, scale)
+    value, rows = found.influence.value, []
+    q = packed(val, config.micro_tokens, model.device)
+    largest = sorted(live_prompts(rewards(groups)), key=lambda n: -abs(value[n]))[:config.check]
+    for name, chosen in [("all", list(range(len(groups)))), *((f"line {n + 1}", [n]) for n in largest)]:
+        batches = packed([groups[n] for n in chosen], config.micro_tokens, model.device)
+        steps = taken(model, q, batches, value[chosen].mean().item(), config.temperature, scale)
         rows += [{"step on": name, **row} for row in steps]
     return rows
 
@@ -139,12 +138,24 @@ def summarise(found: Measured, correct: Tensor, kappa: Tensor, columns: dict[str
     of Q and by the other, and of I(q) from one half of q's own answers and from the other."""
     live = live_prompts(correct)
     own = [per_step(kappa[:, first::2], correct[:, first::2]).value[live] for first in (0, 1)]
-    summary = mix(correct) | {"gradient_norm": found.norm, "influence": found.influence.value.mean().item(),
+    summary = mix(correct) | {"influence": found.influence.value.mean().item(), "gradient_norm": found.norm,
                               "answers_rank_correlation": tables.rank_correlation(*own)}
-    if "halves" in found.along:
+    if "half" in found.parts:
         halves = [columns[f"influence, half {half}"][live] for half in (1, 2)]
-        summary |= {"halves_cosine": found.cosine, "halves_rank_correlation": tables.rank_correlation(*halves)}
+        summary |= {"halves_cosine": found.cosine, "common_gradient_norm": found.common,
+                    "halves_rank_correlation": tables.rank_correlation(*halves)}
     return summary
+
+
+def doubts(summary: dict[str, float | None], live: int) -> list[str]:
+    """What to think of the ranking, if not all is well."""
+    if live < 3:
+        return [f"{live} of the prompts got both right and wrong answers: there is nothing to rank."]
+    causes = {"halves_rank_correlation": "the two halves of Q rank the prompts too differently; Q needs more prompts",
+              "answers_rank_correlation": "the two halves of each prompt's answers rank the prompts too differently; "
+                                          "give more --samples"}
+    return [f"The ranking is not to be trusted: {text}." for name, text in causes.items()
+            if (value := summary.get(name)) is not None and value < UNRELIABLE]
 
 
 def main(config: Config):
@@ -158,10 +169,15 @@ def main(config: Config):
     examples = load_sft(config.reference, tokenizer, longest)[:config.prompts] if config.reference else []
     scale = adam_scale(config.adam, model) if config.adam else None
     run = Run(out, config, device=str(device))
-    print(f"sampling {config.samples} answers to each of {len(prompts)} prompts and of {len(held_out)} of Q", flush=True)
+    print(f"sampling {config.samples} answers to each of {len(held_out)} prompts of Q and {len(prompts)} others", flush=True)
     generator = torch.Generator().manual_seed(config.seed)
-    groups, val = (rollout(model, tokenizer, asked, config.samples, max_new_tokens=config.max_new_tokens, rows=config.rows,
-                           temperature=config.temperature, generator=generator) for asked in (prompts, held_out))
+
+    def sampled(asked: list[Prompt]) -> list[list[Episode]]:
+        return rollout(model, tokenizer, asked, config.samples, max_new_tokens=config.max_new_tokens, rows=config.rows,
+                       temperature=config.temperature, generator=generator)
+
+    check_live(val := sampled(held_out))
+    groups = sampled(prompts)
     print("derivatives\n", flush=True)
     model.compute_dtype, model.checkpointing = None, config.checkpointing  # fp32 from here on
     passes = (config.temperature, config.micro_tokens)
@@ -173,7 +189,7 @@ def main(config: Config):
     run.finish(**summary)
     print(f"written: {out}", flush=True)
     try:
-        plots.draw([(Path(config.model).resolve().parent.name, out)], out / "figures")
+        plots.draw([(out.resolve().name, out)], out / "figures")
     except InputError as error:
         print(error)
 
@@ -191,9 +207,7 @@ def report(out: Path, prompts: list[Prompt], groups: list[list[Episode]], found:
     show(out, "fluency", fluency)
     summary = summarise(found, correct, kappa, columns)
     print(tables.markdown([{"of the run": name, "": value} for name, value in summary.items()]), flush=True)
-    if (summary.get("halves_rank_correlation", 1.0) or 0.0) < UNRELIABLE:
-        print("\nThe two halves of Q rank the prompts too differently to trust the ranking: Q needs more prompts.")
-    print(flush=True)
+    print("", *doubts(summary, len(live_prompts(correct))), sep="\n", flush=True)
     write_prompts(out, prompts, correct, columns)
     write_jsonl(out / "rollouts.jsonl", [
         {**line, "kappa": answer[1].mean(), "token_kappa": [float(f"{value:.4g}") for value in answer[1].tolist()]}
@@ -211,7 +225,8 @@ def write_prompts(out: Path, prompts: list[Prompt], correct: Tensor, columns: di
     values = {"right": correct.sum(1).long(), "alpha": correct.mean(1), **columns}
     tables.write(out / "prompts.csv", [
         {"line": n + 1, **{name: prompt.record.get(name) for name in ("id", "num_ops")},
-         **{name: value[n].item() for name, value in values.items()}} for n, prompt in enumerate(prompts)])
+         **{name: None if value[n].isnan() else value[n].item() for name, value in values.items()}}
+        for n, prompt in enumerate(prompts)])
     order = columns["influence"].argsort(descending=True, stable=True).tolist()
     write_jsonl(out / "ranked.jsonl", [{**prompts[n].record, "influence": columns["influence"][n]} for n in order])
 

@@ -27,6 +27,7 @@ from minibridge.rollout import Episode
 Direction = dict[str, Tensor]
 
 LOGIT_ELEMENTS = 2**25  # logits at a time in `directional`, which needs five such blocks: 640 MiB in fp32
+PAIR_ELEMENTS = 2**27  # pairs of tokens of all heads at a time, likewise: 2.5 GiB
 
 
 def gradient(model: Decoder, batches: list[MicroBatch], temperature: float) -> Direction:
@@ -51,9 +52,12 @@ def directional(model: Decoder, groups: list[list[Episode]], direction: Directio
                 max_tokens: int) -> list[list[Tensor]]:
     """For every answer (3, T) on the CPU: log-probabilities, their derivatives along the direction, and entropies.
 
-    In nats, and nats per unit of the direction. At most max_tokens padded tokens are in memory at a time.
+    In nats, and nats per unit of the direction. At most max_tokens padded tokens are in memory at a time, fewer where they
+    attend to many.
     """
     found: list[list[Tensor]] = [[None] * len(group) for group in groups]
+    longest = max(len(episode.prompt.ids) + len(episode.completion.ids) for group in groups for episode in group)
+    max_tokens = min(max_tokens, PAIR_ELEMENTS // (model.config.num_attention_heads * longest))
     for batch, places in numbered_batches(groups, max_tokens, model.device):
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             duals = {name: forward_ad.make_dual(parameter, direction[name]) for name, parameter in model.named_parameters()}

@@ -21,7 +21,7 @@ from minibridge.tokenizer import Tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Settings that a resumed run may change: they touch no number, or (micro_tokens, shard) only its last digits.
 MAY_CHANGE = ("out", "resume", "plan", "micro_tokens", "shard", "checkpointing", "compile", "eval_every",
-              "save_every", "keep", "log_every", "show_every")
+              "influence_every", "save_every", "keep", "log_every", "show_every")
 
 
 class NonFinite(InputError):

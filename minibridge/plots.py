@@ -167,7 +167,7 @@ def draw_influence(figure, table: Table, arms: list[Arm]):
         axes.set_xticks(range(len(tables.BINS)), BIN_LABELS)
         axes.set_xlim(-0.5, len(tables.BINS) - 0.5)
         axes.set_xlabel("share α of right answers to a prompt")
-        axes.set_title(f"{title}, per |g_Q|")
+        axes.set_title(title)
 
 
 def draw_ablation(figure, table: Table, arms: list[Arm]):

@@ -48,7 +48,7 @@ class Toy:
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
     arms: str = option("vanilla,bridge", "arms of gen_data.py; NAME@P is its strict form with probability P")
     seed: int = option(0, "seed of problems, training and sampling", least=0)
-    seeds: int = option(1, "how often all is done, with the seeds from --seed on", least=1, most=len(results.T_QUANTILES) + 1)
+    seeds: int = option(1, "how often all is done, with the seeds from --seed on", least=1, most=1000)
     workers: int = option(1, "processes, each for an arm of a seed at a time; they share the threads", least=1, most=256)
     sft_ops: tuple[int, int] = option((3, 4), "operations of the SFT problems")
     ops: tuple[int, int] = option((6, 6), "operations of the RL and in-distribution test problems")
@@ -110,7 +110,8 @@ def behaviors_of(arm: str) -> traces.Behaviors | None:
 
 def side_by_side(jobs: list[tuple[Toy, str]], workers: int):
     """What a job prints goes to a file of its own."""
-    with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (max(1, torch.get_num_threads() // workers),)) as pool:
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (threads,)) as pool:
         running = {pool.submit(run_logged, *job): job for job in jobs}
         try:
             for future in as_completed(running):
@@ -164,8 +165,9 @@ def make_data(config: Toy):
 
 def sft_rows(config: Toy, arm: str, problems: list[Problem]) -> list[dict]:
     if arm in arms.AUGMENTED:
-        rows = [arms.augmented(arm, problem, config.seed, SCALE.letters) for problem in problems[:-(-len(problems) // arms.FORMS)]]
-        return [row for four in rows for row in four][:len(problems)]
+        first = problems[:-(-len(problems) // arms.FORMS)]
+        rows = [row for problem in first for row in arms.augmented(arm, problem, config.seed, SCALE.letters)]
+        return rows[:len(problems)]
     return [arms.record(problem, config.seed, behaviors_of(arm), SCALE.letters) for problem in problems]
 
 

@@ -10,13 +10,11 @@ from statistics import mean, stdev
 
 from minibridge import evaluate
 from minibridge.config import read_jsonl
-from minibridge.tables import Table, markdown
+from minibridge.tables import Table, markdown, t_quantile
 
 STAGES, DECODINGS = ("sft", "rl"), ("greedy", "sampled")
 BEHAVIORS = {"attempts": "attempts", "restated": "analyses", "subgoals": "subgoals", "every step right": "correct"}
 CURVES = ("accuracy", "length", "common_answer", "dead_groups", "root_of_alpha_1_minus_alpha", "entropy", "grad_norm")
-# 97.5% quantiles of Student's t, by degrees of freedom from 1: for intervals over seeds
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,10 @@ def behaviors(scored: list[evaluate.Scored]) -> dict[str, float]:
 
 
 def interval(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Mean of numbers of the problems of each seed, and the half width of its 95% interval: over the problems of a single
-    seed, by Student's t over the means of several seeds, each of which has problems and training of its own."""
-    values, quantile = (seeds[0], 1.96) if len(seeds) == 1 else ([mean(s) for s in seeds], T_QUANTILES[len(seeds) - 2])
-    return mean(values), quantile * stdev(values) / math.sqrt(len(values))
+    """Mean of numbers of the problems of each seed, and the half width of its 95% interval (Student's t): over the problems
+    of a single seed, or over the means of several seeds, each of which has problems and training of its own."""
+    values = seeds[0] if len(seeds) == 1 else [mean(numbers) for numbers in seeds]
+    return mean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def table(found: list[Outcome], ops: dict[str, tuple[int, int]]) -> str:

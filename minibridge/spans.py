@@ -27,14 +27,15 @@ def token_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 
 def token_kinds(tokenizer: Tokenizer, episode: Episode, problem: Problem) -> Tensor:
-    """(T,) indices into KINDS: what the last character of each token belongs to. A restatement within a failed attempt is
-    an analysis; what has no text, such as the stop token, is the rest."""
+    """(T,) indices into KINDS: what the last character that a token has a part in belongs to. A restatement within a failed
+    attempt is an analysis; what has no text, such as the stop token, is the rest."""
     kinds = [REST] * len(episode.text)
     for part in verify(problem, episode.text).spans():  # the parts of a step come after it
         if part.kind in KINDS:
             kinds[part.start:part.end] = [KINDS.index(part.kind)] * (part.end - part.start)
-    ends = [0, *token_ends(tokenizer, episode.completion.ids)]
-    return torch.tensor([kinds[end - 1] if end > before else REST for before, end in zip(ends, ends[1:])])
+    ids = episode.completion.ids
+    silent = {token for token in set(ids) if not tokenizer.decode([token])}
+    return torch.tensor([REST if token in silent else kinds[end - 1] for token, end in zip(ids, token_ends(tokenizer, ids))])
 
 
 def problem_of(prompt: Prompt, where: str) -> Problem | None:

@@ -1,7 +1,7 @@
 """Tables of the influence analysis: a table is a list of dicts, one a row, that is printed and written as CSV.
 
 All take tensors of one model's rollouts. Axes: N prompts, G answers to each, T tokens of an answer. "+-" is half of a 95%
-interval of the mean over prompts. Numbers are per unit of |g_Q| (see `influence`).
+interval of the mean over prompts (Student's t); Q's own sampling error, common to all of them, is not in it.
 """
 import csv
 import math
@@ -15,6 +15,7 @@ from minibridge.spans import KINDS
 
 Table = list[dict]
 
+T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # of 1, 2, ... degrees of freedom
 BINS = ("0", "0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1", "1")  # of alpha; the ends, where no step is taken, apart
 
 
@@ -53,8 +54,17 @@ def _cell(value) -> str:
 
 def _mean(values: Tensor) -> tuple[float | None, float | None]:
     """Mean and "+-" of values (n,); None where there are too few."""
-    mean = values.mean().item() if len(values) else None
-    return mean, 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    count = len(values)
+    reach = t_quantile(count - 1) * values.std().item() / math.sqrt(count) if count > 1 else None
+    return values.mean().item() if count else None, reach
+
+
+def t_quantile(freedom: int) -> float:
+    """97.5% quantile of Student's t: a table, then Fisher's expansion around the normal one, good to 2e-3."""
+    z = 1.959964
+    if freedom <= len(T_QUANTILES):
+        return T_QUANTILES[freedom - 1]
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
@@ -90,25 +100,24 @@ def by_accuracy(correct: Tensor, columns: dict[str, Tensor]) -> Table:
 
 
 def by_kind(tokens: list[list[Tensor]], kinds: list[list[Tensor]], advantages: Tensor) -> Table:
-    """What the tokens of each kind of text bring to I(q): rows that add up to its mean over the prompts that have an
-    influence. tokens: as `jvp.directional` has them, kinds: as `spans.token_kinds`, advantages (N, G).
-    "kappa" is the mean over tokens of d log pi along g_Q, in right and in wrong answers."""
-    live = advantages.any(1).nonzero()[:, 0].tolist()
-    answers = [(place, tokens[n][g][1].double(), kinds[n][g], advantages[n, g]) for place, n in enumerate(live)
-               for g in range(advantages.shape[1])]
-    if not answers:
-        return [{"text": kind, "tokens": 0} for kind in KINDS]
-    slopes, kind = (torch.cat(column) for column in list(zip(*answers))[1:3])
-    right = torch.cat([(weight > 0).expand(len(values)) for _, values, _, weight in answers])
-    brought = torch.zeros(len(live), len(KINDS), dtype=torch.float64)
-    for place, values, names, weight in answers:
-        brought[place].index_add_(0, names, values * weight / (len(values) * advantages.shape[1]))
-    table = []
-    for k, name in enumerate(KINDS):
-        influence, reach = _mean(brought[:, k])
-        table.append({"text": name, "tokens": int((kind == k).sum()), "share of tokens": (kind == k).double().mean().item(),
-                      "kappa, right": _mean(slopes[(kind == k) & right])[0],
-                      "kappa, wrong": _mean(slopes[(kind == k) & ~right])[0], "influence": influence, "influence +-": reach})
+    """What the tokens of each kind of text bring to I(q): rows that add up to its mean over the prompts.
+    tokens: as `jvp.directional` has them, kinds: as `spans.token_kinds`, advantages (N, G). The other columns are of the
+    prompts that have an influence: "kappa" is the mean over tokens of d log pi along g_Q, in right and in wrong answers."""
+    brought = torch.zeros(len(tokens), len(KINDS), dtype=torch.float64)
+    slopes = {(kind, right): [torch.empty(0, dtype=torch.float64)] for kind in range(len(KINDS)) for right in (True, False)}
+    for n, g in advantages.nonzero().tolist():
+        values, weight = tokens[n][g][1].double(), advantages[n, g]
+        brought[n].index_add_(0, kinds[n][g], values * weight / (len(values) * advantages.shape[1]))
+        for kind in range(len(KINDS)):
+            slopes[kind, bool(weight > 0)].append(values[kinds[n][g] == kind])
+    found = {key: torch.cat(values) for key, values in slopes.items()}
+    total, table = max(1, sum(map(len, found.values()))), []
+    for kind, name in enumerate(KINDS):
+        right, wrong = found[kind, True], found[kind, False]
+        influence, reach = _mean(brought[:, kind])
+        table.append({"text": name, "tokens": len(right) + len(wrong), "share of tokens": (len(right) + len(wrong)) / total,
+                      "kappa, right": _mean(right)[0], "kappa, wrong": _mean(wrong)[0],
+                      "influence": influence, "influence +-": reach})
     return table
 
 

@@ -156,6 +156,25 @@ def test_same_seed_same_bytes_and_nothing_depends_on_the_micro_batch(arguments, 
     assert "influence, half 1" not in tables.read(outs[2] / "prompts.csv")[0]
 
 
+def test_sampling_in_bf16_and_derivatives_in_fp32_at_the_temperature(arguments, tmp_path, monkeypatch, no_figures):
+    seen = []
+    for name in ("measure", "taken"):
+        function = getattr(influence, name)
+        monkeypatch.setattr(influence, name, lambda model, *args, name=name, function=function: seen.append(
+            (name, model.compute_dtype, 0.7 in args)) or function(model, *args))
+    assert run(*arguments, "--out", tmp_path, "--temperature", 0.7, "--dtype", "bf16", "--check", 1) == 0
+    assert set(seen) == {("measure", None, True), ("taken", None, True)}
+
+
+def test_fluency_of_right_and_wrong_answers(finished):
+    rows, saved = tables.read(finished / "fluency.csv"), read_jsonl(finished / "rollouts.jsonl")
+    for row, right in zip(rows[1:3], (True, False)):
+        logprobs = [logprob for line in saved if line["correct"] == right for logprob in line["logprobs"]]
+        assert row["text"] == f"own {'right' if right else 'wrong'} answers" and int(row["tokens"]) == len(logprobs)
+        assert float(row["perplexity"]) == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), rel=1e-4)
+        assert 0 < float(row["entropy"]) < math.log(300)
+
+
 def test_adam_changes_the_direction(arguments, tuned, finished, tmp_path, no_figures):
     assert run(*arguments, "--out", tmp_path, "--adam", tuned, "--check", 1) == 0
     plain, scaled = (numbers(tables.read(out / "prompts.csv"), "influence") for out in (finished, tmp_path))
@@ -171,18 +190,17 @@ def test_where_problems_are_known_kinds_of_text_add_up(toy, tuned, tmp_path, no_
     assert run("--model", tuned, "--data", tmp_path / "rl.jsonl", "--prompts", 3, "--samples", 30, "--max-new-tokens", 8,
                "--device", "cpu", "--out", tmp_path / "out") == 0
     kinds = tables.read(tmp_path / "out" / "behaviors.csv")
-    live = [value for value in numbers(tables.read(tmp_path / "out" / "prompts.csv"), "influence") if value]
-    assert sum(numbers(kinds, "influence")) == pytest.approx(sum(live) / len(live))
+    mean = float(tables.read(tmp_path / "out" / "influence.csv")[-1]["influence"])
+    assert sum(numbers(kinds, "influence")) == pytest.approx(mean) and mean
     assert int(kinds[-1]["tokens"]) == sum(len(line["ids"]) for line in read_jsonl(tmp_path / "out" / "rollouts.jsonl"))
 
 
 def test_the_direction_is_that_of_the_sampled_answers(toy, tuned, arguments, finished):
-    """|g_Q| again, from the same random stream."""
+    """|g_Q| again, from the same random stream, of which Q is the first to draw."""
     model = checkpoint.load(tuned)
     prompts = load_prompts(arguments[3], toy.tokenizer, 1000)
     generator = torch.Generator().manual_seed(0)
     settings = dict(max_new_tokens=8, rows=256, temperature=1.0, generator=generator)
-    rollout(model, toy.tokenizer, prompts[:5], 24, **settings)
     val = rollout(model, toy.tokenizer, prompts[5:], 24, **settings)
     correct = torch.tensor([[episode.correct for episode in group] for group in val], dtype=F64)
     advantages = (correct - correct.mean(1, keepdim=True)) / (correct.std(1, keepdim=True) + 1e-6) / correct.numel()
@@ -202,7 +220,7 @@ def test_an_unreliable_ranking_is_called_so(arguments, tmp_path, capsys, monkeyp
     for limit, said in ((-1.0, False), (1.1, True)):
         monkeypatch.setattr(influence, "UNRELIABLE", limit)
         assert run(*arguments, "--out", tmp_path) == 0
-        assert ("too differently" in capsys.readouterr().out) == said
+        assert ("not to be trusted" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -1,6 +1,7 @@
 """Tokens by the behavior they belong to: places in the text, and what the verifier makes of an answer."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,16 +44,27 @@ def test_kinds_are_those_of_the_verifier(toy, number):
     inner = {kind: [] for kind in KINDS}
     for part in verify(problem, episode.text).spans():
         inner.setdefault(part.kind, []).append(part)
-    for before, end, kind in zip(ends, ends[1:], kinds.tolist()):
+    silent = {toy.tokenizer.end_of_turn_id}
+    for token, end, kind in zip(episode.completion.ids, ends[1:], kinds.tolist()):
         inside = [name for name in ("subgoal", "analysis", "failed attempt") for part in inner[name]
                   if part.start < end <= part.end]  # the smaller ones first
-        assert KINDS[kind] == (inside[0] if inside and end > before else "rest")
+        assert KINDS[kind] == (inside[0] if inside and token not in silent else "rest")
     for name in KINDS:
         assert (kinds == KINDS.index(name)).any()
     pieces = [(text[a:b], KINDS[kind]) for a, b, kind in zip(ends, ends[1:], kinds.tolist())]
     said = {name: "".join(piece for piece, kind in pieces if kind == name) for name in KINDS}
     assert " equals " in said["analysis"] and " equals " not in said["failed attempt"] + said["subgoal"]
     assert "known" in said["failed attempt"] or "go back" in said["failed attempt"]
+
+
+def test_bytes_of_a_character_belong_where_it_does(toy, monkeypatch):
+    """A character of several tokens: the last ones too are a part of the subgoal around it."""
+    problem = igsm.draw(random.Random(0), (15, 20))
+    episode = episode_of(toy.tokenizer, "3 日 4")
+    monkeypatch.setattr("minibridge.spans.verify", lambda problem, text: SimpleNamespace(
+        spans=lambda: [SimpleNamespace(kind="subgoal", start=0, end=5)]))
+    kinds = token_kinds(toy.tokenizer, episode, problem).tolist()
+    assert len(kinds) > 6 and kinds == [KINDS.index("subgoal")] * (len(kinds) - 1) + [KINDS.index("rest")]
 
 
 def test_rates_are_means_over_answers(toy):

@@ -52,7 +52,7 @@ def test_means_leave_out_what_is_not_known_and_have_intervals():
     correct = torch.tensor([[1, 0], [1, 0], [0, 1], [1, 1]], dtype=F64)
     values = torch.tensor([1.0, 4.0, math.nan, math.nan], dtype=F64)
     table = tables.by_accuracy(correct, {"x": values})
-    reach = 1.96 * math.sqrt(4.5 / 2)
+    reach = 12.7062 * math.sqrt(4.5 / 2)
     for row in (table[3], table[-1]):
         assert row["x"] == 2.5 and row["x +-"] == pytest.approx(reach)
     assert table[6] == {"alpha": "1", "prompts": 1, "x": None, "x +-": None}
@@ -68,14 +68,30 @@ def test_what_kinds_bring_adds_up_to_the_influence():
     kappa = torch.tensor([[answer[1].mean() for answer in group] for group in tokens], dtype=F64)
     table = tables.by_kind(tokens, kinds, group_advantages(correct))
     value = per_step(kappa, correct).value
-    assert sum(row["influence"] for row in table) == pytest.approx(value[[0, 2]].mean().item())
+    assert sum(row["influence"] for row in table) == pytest.approx(value.mean().item())
     assert [row["text"] for row in table] == list(KINDS) and sum(row["share of tokens"] for row in table) == pytest.approx(1)
     assert sum(row["tokens"] for row in table) == sum(2 + n + g for n in (0, 2) for g in range(3))
+
+    def brought_by(kind: int) -> torch.Tensor:
+        advantages = group_advantages(correct)
+        return torch.stack([sum(advantages[n, g] * (tokens[n][g][1] * (kinds[n][g] == kind)).mean() for g in range(3)) / 3
+                            for n in range(3)])
+
     wrong = [slope for n in (0, 2) for g in range(3) if not correct[n, g] for slope, kind in
              zip(tokens[n][g][1].tolist(), kinds[n][g].tolist()) if kind == 1]
+    right = [slope for n in (0, 2) for g in range(3) if correct[n, g] for slope, kind in
+             zip(tokens[n][g][1].tolist(), kinds[n][g].tolist()) if kind == 1]
     assert table[1]["kappa, wrong"] == pytest.approx(sum(wrong) / len(wrong))
+    assert table[1]["kappa, right"] == pytest.approx(sum(right) / len(right))
     dead = tables.by_kind(tokens[1:2], kinds[1:2], group_advantages(correct[1:2]))
-    assert dead == [{"text": kind, "tokens": 0} for kind in KINDS]
+    assert [(row["text"], row["tokens"], row["influence"], row["kappa, right"]) for row in dead] == [
+        (kind, 0, 0, None) for kind in KINDS]
+    assert table[1]["influence +-"] == pytest.approx(4.3027 * brought_by(1).std().item() / 3**0.5)
+
+
+@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (9, 2.2622), (10, 2.2281), (20, 2.0860), (10**6, 1.95996)])
+def test_students_quantiles(freedom, quantile):
+    assert tables.t_quantile(freedom) == pytest.approx(quantile, rel=2e-3)
 
 
 def test_fluency():

@@ -323,7 +323,8 @@ def test_behaviors_are_counted_where_problems_are_known(toy, guesser, tmp_path, 
     for data, out in ((toy.rl, tmp_path / "a"), (plain, tmp_path / "b")):
         assert train(guesser, data, out, "--steps 1 --samples 16") == 0
     with_them, without = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
-    assert len(seen) == 6 and with_them.keys() - without.keys() == {"attempts", "analyses", "subgoals", "right_in_every_step"}
+    assert with_them.keys() - without.keys() == {"attempts", "analyses", "subgoals", "right_in_every_step"}
+    assert len(seen) == 6
     assert 0 <= with_them["right_in_every_step"] <= 1
     lines = read_jsonl(toy.rl)
     del lines[2]["problem"]["order"]
@@ -331,12 +332,23 @@ def test_behaviors_are_counted_where_problems_are_known(toy, guesser, tmp_path, 
     assert train(guesser, plain, tmp_path / "c", "--steps 1") == 2
 
 
-def test_influence_is_logged_and_changes_nothing(toy, guesser, tmp_path, capsys):
+def test_influence_is_logged_and_changes_nothing(toy, guesser, tmp_path, capsys, monkeypatch):
+    lines = [line for line in read_jsonl(toy.rl) if len(line["answer"]) == 1]
+    write_jsonl(tmp_path / "rl.jsonl", lines[:3])
+    write_jsonl(tmp_path / "val.jsonl", lines[3:8])
+    asked = []
+    numbers = train_rl.coinfluence.training_numbers
+    monkeypatch.setattr(train_rl.coinfluence, "training_numbers", lambda *args: asked.append(args) or numbers(*args))
     for name, words in (("a", "--influence-every 2 --val"), ("b", "--val")):
-        assert train(guesser, toy.rl, tmp_path / name, "--steps 3 --samples 16", words, toy.rl) == 0
+        assert train(guesser, tmp_path / "rl.jsonl", tmp_path / name, "--steps 3 --samples 30 --temperature 1.2", words,
+                     tmp_path / "val.jsonl") == 0
     rows = metrics(tmp_path / "a")[1:]
     assert [set(row) & {"influence", "validation_gradient_norm"} != set() for row in rows] == [False, True, False]
     assert rows[1]["influence"] != 0 < rows[1]["validation_gradient_norm"]
+    ((_, val, groups, temperature, _),) = asked
+    assert [group[0].prompt.record["id"] for group in val] == [line["id"] for line in lines[3:6]] and temperature == 1.2
+    assert {group[0].prompt.record["id"] for group in groups} == {line["id"] for line in lines[:3]}
+    assert {len(group) for group in val} == {30} and len({str([e.text for e in group]) for group in val}) == 3
     a, b = (checkpoint.load(tmp_path / name / "model").state_dict() for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     capsys.readouterr()
