@@ -217,8 +217,12 @@ def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks
     ranks.check("prompts", config.prompts)
     for number, prompt in enumerate(prompts, 1):
         spans.problem_of(prompt, f"{config.data}:{number}")  # what is wrong is said now
-    if config.influence_every and (ranks.size > 1 or len(held_out) < 2):
-        raise InputError("influence_every: needs two prompts of --val, and one process")
+    if config.influence_every:
+        if ranks.size > 1 or min(len(held_out), config.prompts) < 2:
+            raise InputError("influence_every: needs two prompts of --val in a batch of --prompts, and one process")
+        asked = {tuple(prompt.ids) for prompt in prompts}
+        if shared := sum(tuple(prompt.ids) in asked for prompt in held_out[: config.prompts]):
+            raise InputError(f"influence_every: {shared} prompts of --val are also in --data")
     if len(prompts) < config.prompts:
         raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
     if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:

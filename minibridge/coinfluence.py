@@ -115,10 +115,12 @@ def live_prompts(correct: Tensor) -> list[int]:
 
 def check_live(val: list[list[Episode]]):
     """InputError unless two prompts of Q are live, one for each half."""
-    live = len(live_prompts(rewards(val)))
+    live, answers = len(live_prompts(rewards(val))), [episode for group in val for episode in group]
     if live < 2:
+        cut = sum(episode.completion.finish_reason == "length" for episode in answers) / len(answers)
+        right = sum(episode.correct for episode in answers) / len(answers)
         raise InputError(f"val: of {len(val)} prompts {live} got both right and wrong answers, and the validation gradient "
-                         "needs two; give more --val-prompts or --samples, or other prompts")
+                         f"needs two; {right:.0%} of the answers are right, {cut:.0%} were cut off at --max-new-tokens")
 
 
 def validation_directions(model: Decoder, groups: list[list[Episode]], temperature: float, max_tokens: int,

@@ -211,17 +211,17 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
     Makes the folders on the way. NaN and infinity, which JSON lacks, become null; UTF-8, not ASCII escapes.
     """
-    _write_whole(path, "".join(_line(row) for row in rows))
+    write_whole(path, "".join(_line(row) for row in rows))
 
 
-def _write_whole(path: str | Path, text: str) -> None:
+def write_whole(path: str | Path, content: str | bytes) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path}: not a file that can be replaced")
     aside = Path(f"{path}.part")
     try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -274,7 +274,7 @@ class Run:
         self.path, self.steps = Path(folder), steps
         self.path.mkdir(parents=True, exist_ok=True)
         self.metrics = self.path / "metrics.jsonl"
-        _write_whole(self.metrics, "" if resume_step is None else _lines_before(self.metrics, resume_step))
+        write_whole(self.metrics, "" if resume_step is None else _lines_before(self.metrics, resume_step))
         self.started = time.monotonic()
         self.record = {
             "config": dataclasses.asdict(config),
@@ -288,7 +288,7 @@ class Run:
 
     def _save(self) -> None:
         text = json.dumps(_plain(self.record), ensure_ascii=False, allow_nan=False, indent=2)
-        _write_whole(self.path / "run.json", text + "\n")
+        write_whole(self.path / "run.json", text + "\n")
 
     def log(self, step: int, console: Sequence[str] | None = None, **numbers: Any) -> None:
         """Append to metrics.jsonl; print the numbers named in `console` (default: all; empty: no line)."""
@@ -312,12 +312,16 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def whole_lines(path: Path) -> list[dict]:
+    """As `read_jsonl`, without a last line that lacks its newline: a process was killed while appending it."""
+    lines = _contents(path).split(b"\n")[:-1]
+    return [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
 def _lines_before(path: Path, step: int) -> str:
     if not path.exists():
         return ""
-    # A process killed while appending leaves a last line without its newline: drop it.
-    lines = _contents(path).split(b"\n")[:-1]
-    rows = [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    rows = whole_lines(path)
     if not all(isinstance(row.get("step"), int) for row in rows):
         raise InputError(f"{path}: a line without its step")
     return "".join(_line(row) for row in rows if row["step"] < step)

@@ -10,7 +10,7 @@ The equations are in `coinfluence`. Printed, and written to the folder --out as 
     fluency            entropy and perplexity on the model's own answers, and on --reference
     steps              with --check: I(q) against the growth seen when the step is really taken
 
-and not printed rollouts.jsonl, the answers with kappa of every token; ranked.jsonl, the lines of --data from the most to the
+and not printed rollouts.jsonl, the answers with kappa of every token; validation.jsonl, those of Q; ranked.jsonl, the lines of --data from the most to the
 least influential, for train_rl.py; and, with matplotlib, the figures of `plots`. Influence is the growth of GRPO's objective
 over Q for each unit of step size. Derivatives are in fp32. "+-" is half of a 95% interval over the measured prompts.
 """
@@ -26,7 +26,7 @@ from minibridge import plots, tables
 from minibridge.coinfluence import (
     Measured, adam_scale, check_live, live_prompts, means, measure, mix, packed, per_step, rewards, taken
 )
-from minibridge.config import REQUIRED, InputError, Run, option, run_main, write_jsonl
+from minibridge.config import REQUIRED, InputError, Run, option, run_main, same_settings, write_jsonl
 from minibridge.dag import Problem
 from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches, pad_batch
 from minibridge.grpo import group_advantages
@@ -160,8 +160,7 @@ def doubts(summary: dict[str, float | None], live: int) -> list[str]:
 
 def main(config: Config):
     out, device = Path(config.out), pick_device(config.device)
-    if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes():
-        raise InputError(f"out: {out} holds a training run; choose another folder")
+    same_settings(out, config, but=("out",))
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts, held_out = read_prompts(config, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
     problems = [problem_of(prompt, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
@@ -176,7 +175,9 @@ def main(config: Config):
         return rollout(model, tokenizer, asked, config.samples, max_new_tokens=config.max_new_tokens, rows=config.rows,
                        temperature=config.temperature, generator=generator)
 
-    check_live(val := sampled(held_out))
+    val = sampled(held_out)
+    write_jsonl(out / "validation.jsonl", lines(val))
+    check_live(val)
     groups = sampled(prompts)
     print("derivatives\n", flush=True)
     model.compute_dtype, model.checkpointing = None, config.checkpointing  # fp32 from here on

@@ -2,27 +2,30 @@
 
     python -m minibridge.plots --runs vanilla=runs/influence_vanilla,bridge=runs/influence_bridge,runs/toy --out figures
 
-A folder gives what it has, and folders of one name (by default their own) share a colour:
+A folder gives what it has:
 
     of minibridge.influence    rollout_accuracy, influence, fluency
     of train_rl.py             training (metrics.jsonl)
-    of minibridge.reproduce    training, of its folders rl_ARM; and accuracy before and after RL, from answers saved by
-                               minibridge.evaluate under names such as sft_ARM_TEST_DECODING.jsonl and rl_ARM_...
+    of minibridge.reproduce    training and accuracy before and after RL, of all its arms, means over seeds
 
-matplotlib draws them: pip install -e ".[plot]". Colours are those of Okabe and Ito, who chose them for colour-blind readers;
-every arm also has a line style, a marker and a hatching of its own, for print.
+Folders of the first two kinds are an arm each, named as given or as the folder; a name before one of the third goes before
+those of its arms. An arm has one colour in all figures. matplotlib draws them: pip install -e ".[plot]". Colours are those of
+Okabe and Ito, who chose them for colour-blind readers; line styles, markers and hatchings tell arms apart in print.
 """
-import importlib.util
-import re
+import io
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
+from statistics import mean
 
 from minibridge import tables
-from minibridge.config import REQUIRED, InputError, option, read_jsonl, run_main
-from minibridge.evaluate import accuracy, rescore, wilson
-from minibridge.tables import Table
+from minibridge.config import REQUIRED, InputError, option, run_main, whole_lines, write_whole
+from minibridge.evaluate import wilson
+from minibridge.results import interval
+from minibridge.tables import Table, number
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # jfly.uni-koeln.de/color
 LINES, MARKERS, HATCHES = ("-", "--", "-.", ":"), "osD^vP*X", ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "**")
@@ -32,8 +35,9 @@ BIN_LABELS = [name.replace("0.", ".").replace("-", "–") for name in tables.BIN
 LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.5}
 SMOOTHED = 5  # steps of the running mean in training curves
-ANSWERS = re.compile(r"(sft|rl)_(.+)_([^_]+)_([^_]+)\.jsonl")  # stage, arm, test, decoding
 MISSING = 'no figures without matplotlib: pip install -e ".[plot]"'
+
+Folder = tuple[str | None, Path]  # the name given to it, if one was
 
 
 @dataclass(frozen=True)
@@ -45,44 +49,91 @@ class Config:
 # --- from folders to tables ----------------------------------------------------------------------------------
 
 
-def named_folders(text: str) -> list[tuple[str, Path]]:
-    """("bridge", Path("runs/x")) of "bridge=runs/x"."""
+def named_folders(text: str) -> list[Folder]:
+    """("bridge", Path("runs/x")) of "bridge=runs/x", (None, Path("runs/x")) of "runs/x"."""
     pairs = []
     for word in text.split(","):
-        name, _, folder = word.rpartition("=")
-        if not Path(folder).is_dir():
-            raise InputError(f"runs: {folder or word}: no such folder")
-        pairs.append((name or Path(folder).name, Path(folder)))
+        name, _, folder = ("", "", word) if word and Path(word).is_dir() else word.partition("=")
+        if not folder or not Path(folder).is_dir():
+            raise InputError(f"runs: {folder or word or 'nothing'}: no such folder")
+        pairs.append((name or None, Path(folder)))
     return pairs
 
 
-def training(runs: list[tuple[str, Path]]) -> Table:
-    """Steps of GRPO runs; an SFT run's lines have no accuracy."""
-    inside = [(folder.name.removeprefix("rl_"), folder) for _, path in runs for folder in sorted(path.glob("rl_*/"))]
-    files = [(name, path / "metrics.jsonl") for name, path in runs + inside]
-    return [{"arm": name, "step": line["step"], **{curve: line[curve] for curve in CURVES}}
-            for name, path in files if path.exists() for line in read_jsonl(path) if "accuracy" in line]
+def together(kind: str, parts: list[tuple[str, Table]]) -> Table:
+    """One table of the tables of arms. InputError for two of one arm."""
+    names = [arm for arm, _ in parts]
+    if twice := [arm for arm in names if names.count(arm) > 1]:
+        raise InputError(f"runs: two folders have a table {kind!r} for {twice[0]!r}; give NAME= before them")
+    return [{**row, "arm": arm} for arm, table in parts for row in table]
 
 
-def collected(file: str) -> Callable[[list[tuple[str, Path]]], Table]:
+def numeric(table: Table, path: Path, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    """The columns wanted, with numbers for numbers. InputError, with file and row, for one that is none."""
+    rows = []
+    for line, row in enumerate(table, start=1):
+        if missing := [name for name in texts if not isinstance(row.get(name), str)]:
+            raise InputError(f"{path}: row {line}: no field {missing[0]!r}")
+        found = {name: number(row, name, f"{path}: row {line}") for name in numbers}
+        rows.append({name: row[name] for name in texts} | found)
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def collected(kind: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Callable[[list[Folder]], Table]:
     """The tables of that name that `influence` wrote, one under another."""
-    return lambda runs: [{"arm": name, **row} for name, path in runs if (path / file).exists()
-                         for row in tables.read(path / file)]
+    def read(runs: list[Folder]) -> Table:
+        files = [(name or folder.name, folder / f"{kind}.csv") for name, folder in runs]
+        return together(kind, [(arm, numeric(tables.read(path), path, texts, numbers))
+                               for arm, path in files if path.exists()])
+    return read
 
 
-def ablation(runs: list[tuple[str, Path]]) -> Table:
-    """Accuracy with its Wilson interval, of every file of saved answers."""
-    table = []
-    for _, folder in runs:
-        for path in sorted(folder.glob("*.jsonl")):
-            if match := ANSWERS.fullmatch(path.name):
-                stage, arm, test, decoding = match.groups()
-                problems = rescore(str(path))
-                share = accuracy(problems)
-                low, high = wilson(share, len(problems))
-                table.append({"arm": arm, "stage": stage, "test": f"{test}, {decoding}", "problems": len(problems),
-                              "accuracy": share, "low": low, "high": high})
-    return table
+def by_arm(run: Folder, file: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> dict[str, Table]:
+    """A table that `reproduce` wrote, of all seeds, taken apart."""
+    parts, path = defaultdict(list), run[1] / file
+    for row in numeric(tables.read(path), path, ("arm", *texts), ("seed", *numbers)) if path.exists() else ():
+        parts[row["arm"] if run[0] is None else f"{run[0]}: {row['arm']}"].append(row)
+    return parts
+
+
+def training(runs: list[Folder]) -> Table:
+    """Steps of GRPO runs, means over seeds; an SFT run's lines have no accuracy."""
+    parts = []
+    for run in runs:
+        path = run[1] / "metrics.jsonl"
+        lines = [line for line in whole_lines(path) if "accuracy" in line] if path.exists() else []
+        if lines:
+            parts.append((run[0] or run[1].name, numeric(lines, path, (), ("step", *CURVES))))
+        for arm, rows in by_arm(run, "curves.csv", (), ("step", *CURVES)).items():
+            seeds = defaultdict(list)
+            for row in rows:
+                seeds[row["step"]].append(row)
+            parts.append((arm, [{"step": step} | {curve: mean(row[curve] for row in same) for curve in CURVES}
+                                for step, same in seeds.items()]))
+    return together("training", parts)
+
+
+def ablation(runs: list[Folder]) -> Table:
+    """Accuracy with its interval, over problems (Wilson) for one seed, over seeds for more."""
+    parts = []
+    for run in runs:
+        for arm, rows in by_arm(run, "results.csv", ("test", "decoding", "stage"), ("accuracy", "problems")).items():
+            same = defaultdict(list)
+            for row in rows:
+                same[f"{row['test']}, {row['decoding']}", row["stage"]].append(row)
+            parts.append((arm, [{"test": test, "stage": stage, **spread(seeds)} for (test, stage), seeds in same.items()]))
+    return together("ablation", parts)
+
+
+def spread(seeds: Table) -> dict[str, float]:
+    shares = [row["accuracy"] for row in seeds]
+    if len(seeds) == 1:
+        low, high = wilson(shares[0], int(seeds[0]["problems"]))
+        return {"accuracy": shares[0], "low": low, "high": high}
+    middle, reach = interval([[share] for share in shares])
+    return {"accuracy": middle, "low": max(0.0, middle - reach), "high": min(1.0, middle + reach)}
 
 
 # --- from tables to figures ----------------------------------------------------------------------------------
@@ -95,24 +146,32 @@ class Arm:
     number: int
 
     @property
+    def label(self) -> str:  # matplotlib reads "$" as mathematics and hides what begins with "_"
+        return f"{'' if not self.name.startswith('_') else ' '}{self.name}".replace("$", r"\$")
+
+    @property
+    def turn(self) -> int:  # colours begin anew after eight arms, with other hatchings and lines than before
+        return self.number + self.number // len(COLOURS)
+
+    @property
     def line(self) -> dict:
-        return {"color": COLOURS[self.number % len(COLOURS)], "linestyle": LINES[self.number % len(LINES)]}
+        return {"color": COLOURS[self.number % len(COLOURS)], "linestyle": LINES[self.turn % len(LINES)]}
 
     @property
     def point(self) -> dict:
-        return {**self.line, "marker": MARKERS[self.number % len(MARKERS)], "markersize": 4, "capsize": 2}
+        return {**self.line, "marker": MARKERS[self.turn % len(MARKERS)], "markersize": 4, "capsize": 2}
 
     @property
     def bar(self) -> dict:
-        return {"color": COLOURS[self.number % len(COLOURS)], "hatch": HATCHES[self.number % len(HATCHES)]}
+        return {"color": COLOURS[self.number % len(COLOURS)], "hatch": HATCHES[self.turn % len(HATCHES)]}
 
 
 def of(table: Table, **wanted: str) -> Table:
     return [row for row in table if all(row[name] == value for name, value in wanted.items())]
 
 
-def numbers(table: Table, column: str) -> list[float]:
-    return [float(row[column]) for row in table]
+def column(table: Table, name: str) -> list[float]:
+    return [row[name] for row in table]
 
 
 def names_in(table: Table, column: str) -> list[str]:
@@ -130,11 +189,13 @@ def bars(axes, place: int, count: int, ticks: list[float], heights: list[float],
 def draw_training(figure, table: Table, arms: list[Arm]):
     for axes, (curve, title) in zip(figure.subplots(2, 2, sharex=True).flat, CURVES.items()):
         for arm in arms:
-            steps, values = (numbers(of(table, arm=arm.name), column) for column in ("step", curve))
-            means = [sum(values[max(0, i - SMOOTHED + 1):i + 1]) / min(i + 1, SMOOTHED) for i in range(len(values))]
+            rows = of(table, arm=arm.name)
+            steps, values = column(rows, "step"), column(rows, curve)
+            means = [mean(values[max(0, i - SMOOTHED + 1):i + 1]) for i in range(len(values))]
             axes.plot(steps, values, color=arm.line["color"], alpha=0.25, linewidth=0.7)
-            axes.plot(steps, means, label=arm.name, **arm.line)
+            axes.plot(steps, means, label=arm.label, marker="o" if len(rows) == 1 else None, **arm.line)
         axes.set_title(title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in figure.axes[2:]:
         axes.set_xlabel(f"step (bold: mean of the last {SMOOTHED})")
 
@@ -144,8 +205,8 @@ def draw_rollout_accuracy(figure, table: Table, arms: list[Arm]):
     axes, ticks = figure.subplots(), list(range(len(tables.BINS)))
     for place, arm in enumerate(arms):
         rows = of(table, arm=arm.name)
-        shares = [sum(float(row["share"]) for row in rows if bin_of(float(row["alpha"])) == b) for b in ticks]
-        bars(axes, place, len(arms), ticks, shares, label=f"{arm.name}: {sum(shares[1:-1]):.0%} between 0 and 1", **arm.bar)
+        shares = [sum(row["share"] for row in rows if bin_of(row["alpha"]) == b) for b in ticks]
+        bars(axes, place, len(arms), ticks, shares, label=f"{arm.label}: {sum(shares[1:-1]):.0%} between 0 and 1", **arm.bar)
     axes.set_xticks(ticks, BIN_LABELS)
     axes.set_xlabel("share α of right answers to a prompt")
     axes.set_ylabel("share of prompts")
@@ -156,13 +217,16 @@ def bin_of(alpha: float) -> int:
 
 
 def draw_influence(figure, table: Table, arms: list[Arm]):
-    """Means over the prompts of each bin, with 95% intervals; a bin of one prompt has none, and is left out."""
+    """Means over the prompts of each bin, with 95% intervals where there are two; lines break where there are none."""
     columns = {"K+ - K-": "contrast of co-influence, K⁺ − K⁻", "influence": "influence of a step, I(q)"}
-    for axes, (column, title) in zip(figure.subplots(1, 2), columns.items()):
+    apart = min(0.12, 0.8 / len(arms))
+    for axes, (name, title) in zip(figure.subplots(1, 2), columns.items()):
         for arm in arms:
-            rows = [row for row in of(table, arm=arm.name) if row["alpha"] in tables.BINS and row[f"{column} +-"] != ""]
-            ticks = [tables.BINS.index(row["alpha"]) + 0.12 * (arm.number - (len(arms) - 1) / 2) for row in rows]
-            axes.errorbar(ticks, numbers(rows, column), numbers(rows, f"{column} +-"), label=arm.name, **arm.point)
+            rows = {row["alpha"]: row for row in of(table, arm=arm.name)}
+            bins = [rows.get(name, {}) for name in tables.BINS]
+            ticks = [tick + apart * (arms.index(arm) - (len(arms) - 1) / 2) for tick in range(len(bins))]
+            axes.errorbar(ticks, [row.get(name, nan) for row in bins], [row.get(f"{name} +-", nan) for row in bins],
+                          label=arm.label, **arm.point)
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(range(len(tables.BINS)), BIN_LABELS)
         axes.set_xlim(-0.5, len(tables.BINS) - 0.5)
@@ -172,7 +236,7 @@ def draw_influence(figure, table: Table, arms: list[Arm]):
 
 def draw_ablation(figure, table: Table, arms: list[Arm]):
     """Greys and not the arms' colours, because bars here differ by stage."""
-    tests, ticks = names_in(table, "test"), {arm.name: tick for tick, arm in enumerate(arms)}
+    tests, ticks = list(dict.fromkeys(row["test"] for row in table)), {arm.name: tick for tick, arm in enumerate(arms)}
     looks = {"sft": {"label": "after SFT", "color": "0.75"}, "rl": {"label": "after RL", "color": "0.4", "hatch": "///"}}
     columns = len(tests) if len(arms) < 4 else 2 if len(arms) < 9 else 1
     lines = -(-len(tests) // columns)
@@ -181,61 +245,69 @@ def draw_ablation(figure, table: Table, arms: list[Arm]):
         for place, (stage, look) in enumerate(looks.items()):
             rows = of(table, test=test, stage=stage)
             reach = [[abs(row[end] - row["accuracy"]) for row in rows] for end in ("low", "high")]
-            bars(axes, place, 2, [ticks[row["arm"]] for row in rows], numbers(rows, "accuracy"), yerr=reach, **look)
-        axes.set_xticks(range(len(arms)), list(ticks), rotation=0 if len(arms) < 4 else 30)
+            bars(axes, place, 2, [ticks[row["arm"]] for row in rows], column(rows, "accuracy"), yerr=reach, **look)
+        axes.set_xticks(range(len(arms)), [arm.label for arm in arms], rotation=0 if len(arms) < 4 else 30)
+        axes.set_xlim(-0.5, len(arms) - 0.5)
         axes.set_title(test)
     figure.supylabel("accuracy")
 
 
 def draw_fluency(figure, table: Table, arms: list[Arm]):
-    texts = names_in(table, "text")
+    texts = list(dict.fromkeys(row["text"] for row in table))
     labels = [text.removesuffix(" answers").replace(" ", "\n") for text in texts]
     titles = {"entropy": ("entropy (nats per token)", 0), "perplexity": ("perplexity", 1)}
-    for axes, (column, (title, least)) in zip(figure.subplots(1, 2), titles.items()):
+    for axes, (name, (title, least)) in zip(figure.subplots(1, 2), titles.items()):
         for place, arm in enumerate(arms):
             rows = of(table, arm=arm.name)
             ticks = [texts.index(row["text"]) for row in rows]
-            bars(axes, place, len(arms), ticks, numbers(rows, column), label=arm.name, **arm.bar)
+            bars(axes, place, len(arms), ticks, column(rows, name), label=arm.label, **arm.bar)
         axes.set_xticks(range(len(texts)), labels)
         axes.set_title(title)
         axes.set_ylim(bottom=least)
 
 
+INFLUENCE = ("K+ - K-", "K+ - K- +-", "influence", "influence +-")
 FIGURES = {  # name of the files: where the numbers come from, how they are drawn, inches
     "training": (training, draw_training, (6.5, 4.6)),
-    "rollout_accuracy": (collected("rollout_accuracy.csv"), draw_rollout_accuracy, (6.5, 2.8)),
-    "influence": (collected("influence.csv"), draw_influence, (6.5, 2.8)),
+    "rollout_accuracy": (collected("rollout_accuracy", (), ("alpha", "share")), draw_rollout_accuracy, (6.5, 2.8)),
+    "influence": (collected("influence", ("alpha",), INFLUENCE), draw_influence, (6.5, 2.8)),
     "ablation": (ablation, draw_ablation, (6.5, 2.8)),
-    "fluency": (collected("fluency.csv"), draw_fluency, (6.5, 2.6)),
+    "fluency": (collected("fluency", ("text",), ("entropy", "perplexity")), draw_fluency, (6.5, 2.6)),
 }
 
 
-def draw(runs: list[tuple[str, Path]], out: Path) -> list[str]:
+def draw(runs: list[Folder], out: Path) -> list[str]:
     """Every figure that the runs have numbers for; returns their names. InputError without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(MISSING)
-    import matplotlib
-    from matplotlib.figure import Figure
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(MISSING) from None
 
     found = {name: table for name, (read, _, _) in FIGURES.items() if (table := read(runs))}
-    arms = {row["arm"] for table in found.values() for row in table}
-    named = [name for name, _ in runs if name in arms]  # in the order given, then those of folders within
-    order = {name: number for number, name in enumerate(dict.fromkeys([*named, *sorted(arms)]))}
-    out.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys(row["arm"] for table in found.values() for row in table)
+    order = {name: place for place, name in enumerate(names)}
     for name, table in found.items():
         _, draw_one, size = FIGURES[name]
-        tables.write(out / f"{name}.csv", table)
+        tables.write(out / f"{name}.csv", [{"arm": row["arm"]} | {key: "" if value != value else value  # NaN
+                                                                  for key, value in row.items()} for row in table])
         with matplotlib.rc_context(LOOK):
             figure = Figure(size, layout="constrained")
-            draw_one(figure, table, [Arm(arm, order[arm]) for arm in sorted(names_in(table, "arm"), key=order.get)])
-            handles = figure.axes[0].get_legend_handles_labels()
-            figure.legend(*handles, loc="outside upper center", ncols=4)
-            figure.savefig(out / f"{name}.png", dpi=200)
+            draw_one(figure, table, [Arm(arm, place) for arm, place in order.items() if of(table, arm=arm)])
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            columns = max(1, min(4, 90 // (6 + max(map(len, labels), default=1))))  # letters of a line
+            figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+            image = io.BytesIO()
+            figure.savefig(image, dpi=200)
+        write_whole(out / f"{name}.png", image.getvalue())
     return list(found)
 
 
 def main(config: Config):
-    drawn = draw(named_folders(config.runs), Path(config.out))
+    runs, out = named_folders(config.runs), Path(config.out)
+    if (out / "run.json").exists():
+        raise InputError(f"out: {out} is a run folder; its own tables would be replaced")
+    drawn = draw(runs, out)
     if not drawn:
         raise InputError(f"runs: no numbers for a figure in {config.runs}")
     print(f"{config.out}: {', '.join(f'{name}.png' for name in drawn)}, and each as .csv")

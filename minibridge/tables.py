@@ -4,13 +4,14 @@ All take tensors of one model's rollouts. Axes: N prompts, G answers to each, T 
 interval of the mean over prompts (Student's t); Q's own sampling error, common to all of them, is not in it.
 """
 import csv
+import io
 import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minibridge.config import InputError
+from minibridge.config import InputError, write_whole
 from minibridge.spans import KINDS
 
 Table = list[dict]
@@ -23,19 +24,36 @@ BINS = ("0", "0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1", "1")  # of alpha
 
 
 def write(path: Path, table: Table):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
-        writer.writeheader()
-        writer.writerows(table)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in table for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_whole(path, text.getvalue())
 
 
 def read(path: Path) -> Table:
     """Rows of texts. Raises InputError for a file that is no such table."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+            table = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: not a table ({error})") from None
+    for number, row in enumerate(table, start=1):
+        if None in row or None in row.values():  # how the reader says that a row is longer or shorter
+            raise InputError(f"{path}: row {number} has not as many cells as there are columns")
+    return table
+
+
+def number(row: dict, column: str, where: str) -> float:
+    """What a cell of a table that was read holds, NaN where it is empty. Raises InputError("where: field ...")."""
+    value = row.get(column, "missing")
+    try:
+        found = math.nan if value in ("", None) else float(value)
+    except (TypeError, ValueError):
+        found = math.inf
+    if math.isinf(found):
+        raise InputError(f"{where}: field {column!r} must be a number, not {value!r}")
+    return found
 
 
 def markdown(table: Table) -> str:

@@ -2,11 +2,12 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 
-from minibridge import checkpoint, influence, plots, tables
+from minibridge import checkpoint, influence, tables
 from minibridge.coinfluence import per_step
 from minibridge.config import read_jsonl, run_main, write_jsonl
 from minibridge.data import load_prompts, load_sft
@@ -62,7 +63,7 @@ def finished(toy, arguments, tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """As without matplotlib: drawing takes longer than all else here."""
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 def numbers(table, column) -> list[float]:
@@ -216,6 +217,18 @@ def test_without_matplotlib_only_the_figures_are_missing(arguments, tmp_path, ca
     assert (tmp_path / "prompts.csv").exists() and not (tmp_path / "figures").exists()
 
 
+def test_another_run_into_the_same_folder_is_refused(finished, arguments, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*.*")}
+    assert run(*arguments, "--out", finished, "--samples", 7) == 2
+    assert "samples was 24, is 7" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in finished.rglob("*.*")} == before
+
+
+def test_answers_of_q_are_kept_though_they_teach_nothing(toy, tmp_path):
+    assert run("--model", toy.model, "--data", toy.rl, "--prompts", 4, "--max-new-tokens", 8, "--out", tmp_path / "out") == 2
+    assert len(read_jsonl(tmp_path / "out" / "validation.jsonl")) == 4 * 16
+
+
 def test_an_unreliable_ranking_is_called_so(arguments, tmp_path, capsys, monkeypatch, no_figures):
     for limit, said in ((-1.0, False), (1.1, True)):
         monkeypatch.setattr(influence, "UNRELIABLE", limit)
@@ -227,10 +240,10 @@ def test_an_unreliable_ranking_is_called_so(arguments, tmp_path, capsys, monkeyp
     ("--model {model} --data {rl} --prompts 7", "val: Q needs 2 prompts, and there are 1 in {rl} after its first 7"),
     ("--model {model} --data {rl} --val {one}", "val: Q needs 2 prompts, and there are 1 in {one}"),
     ("--model {model} --data {rl} --val {rl}", "val: 8 of its prompts are also measured"),
-    ("--model {model} --data {rl} --prompts 4", "val: of 4 prompts 0 got both right and wrong answers"),
+    ("--model {model} --data {rl} --prompts 4", "needs two; 0% of the answers are right, 98% were cut off at --max-new"),
     ("--model {model} --data {rl} --prompts 4 --adam {model}", "{model}/training.json: No such file"),
     ("--model {model} --data {rl} --prompts 4 --reference {rl}", "{rl}:1: field 'messages'"),
-    ("--model {model} --data {rl} --prompts 4 --out {training}", "out: {training} holds a training run"),
+    ("--model {model} --data {rl} --prompts 4 --out {training}", "{training}/run.json: not the record of such a run"),
     ("--model {model} --data {rl} --samples 1", "samples: must be at least 2"),
     ("--model {model} --data {sft}", "{sft}:1: field 'prompt'"),
 ])
@@ -239,6 +252,7 @@ def test_wrong_input_is_one_line(toy, tmp_path, capsys, argv, message):
     names["training"] = tmp_path / "training"
     write_jsonl(names["one"], read_jsonl(toy.rl)[-1:])
     write_jsonl(names["training"] / "metrics.jsonl", [{"step": 1}])
+    (names["training"] / "run.json").write_text('{"config": {"steps": 1}}')
     words = argv.format(**names).split() + ["--max-new-tokens", "8"]
     words += [] if "--out" in words else ["--out", tmp_path / "out"]
     assert run(*words) == 2

@@ -1,9 +1,12 @@
 """Figures: the numbers they are drawn from, and that each is drawn; how they look is for the eye."""
 
+import sys
+
 import pytest
 
 from minibridge import plots, tables
 from minibridge.config import run_main, write_jsonl
+from minibridge.evaluate import wilson
 
 METRICS = [{"step": 0, "val_accuracy": 0.5},
            *({"step": step, "accuracy": step / 8, "dead_groups": 0.5, "entropy": 0.1 * step, "length": 20.0}
@@ -12,10 +15,6 @@ METRICS = [{"step": 0, "val_accuracy": 0.5},
 
 def run(*argv) -> int:
     return run_main(plots.main, plots.Config, [str(word) for word in argv])
-
-
-def answers(path, right: int, count: int = 4):
-    write_jsonl(path, [{"group": n, "answer": "6", "text": f"\\boxed{{{6 if n < right else 7}}}"} for n in range(count)])
 
 
 @pytest.fixture
@@ -32,20 +31,22 @@ def folders(tmp_path):
         tables.write(tmp_path / name / "fluency.csv", [
             {"text": text, "entropy": 0.1 * scale, "perplexity": 1.1} for text in ("own answers", "reference answers")])
     write_jsonl(tmp_path / "rl" / "metrics.jsonl", METRICS)
-    whole = tmp_path / "whole"
-    for arm in ("vanilla", "bridge"):
-        write_jsonl(whole / f"rl_{arm}" / "metrics.jsonl", METRICS[1:])
-        answers(whole / f"sft_{arm}_id_greedy.jsonl", 1)
-        answers(whole / f"rl_{arm}_id_greedy.jsonl", 3 if arm == "bridge" else 2)
-        write_jsonl(whole / f"sft_{arm}.jsonl", [{"messages": []}])  # data, no answers
-    write_jsonl(whole / "test_id.jsonl", [{"prompt": []}])
+    for name, seeds in (("whole", (0,)), ("seeds", (0, 1))):
+        (tmp_path / name).mkdir()
+        tables.write(tmp_path / name / "curves.csv", [
+            {"seed": seed, "arm": arm, **line, "accuracy": line["accuracy"] + seed / 4}
+            for seed in seeds for arm in ("vanilla", "bridge") for line in METRICS[1:]])
+        tables.write(tmp_path / name / "results.csv", [
+            {"seed": seed, "arm": arm, "test": "id", "decoding": "greedy", "stage": stage, "problems": 4, "accuracy": share}
+            for seed in seeds for arm, stage, share in (("vanilla", "sft", 0.25), ("vanilla", "rl", 0.5 + seed / 4),
+                                                        ("bridge", "sft", 0.25), ("bridge", "rl", 0.75))])
     return tmp_path
 
 
 def test_numbers_of_every_figure(folders, capsys):
     pytest.importorskip("matplotlib")
     runs = ",".join(f"{name}{folders / folder}" for name, folder in (
-        ("bridge=", "b"), ("vanilla=", "a"), ("", "rl"), ("", "whole")))
+        ("bridge=", "b"), ("vanilla=", "a"), ("", "rl"), ("", "whole"), ("more=", "seeds")))
     assert run("--runs", runs, "--out", folders / "out") == 0
     printed, names = capsys.readouterr().out, ["training", "rollout_accuracy", "influence", "ablation", "fluency"]
     assert all(f"{name}.png" in printed for name in names)
@@ -53,14 +54,19 @@ def test_numbers_of_every_figure(folders, capsys):
         f"{name}.{kind}" for name in names for kind in ("csv", "png"))
     found = {name: tables.read(folders / "out" / f"{name}.csv") for name in names}
     assert [(row["arm"], row["step"], row["accuracy"]) for row in found["training"]] == [
-        (arm, str(step), str(step / 8)) for arm in ("rl", "bridge", "vanilla") for step in (1, 2, 3)]
+        (arm, f"{step}.0", str(step / 8 + more)) for arm, more in (
+            ("rl", 0), ("vanilla", 0), ("bridge", 0), ("more: vanilla", 1 / 8), ("more: bridge", 1 / 8)) for step in (1, 2, 3)]
     assert [row["arm"] for row in found["influence"]] == ["bridge"] * 8 + ["vanilla"] * 8
     assert [row["influence"] for row in found["influence"]] == ["0.1"] * 8 + ["0.05"] * 8
-    assert {(row["arm"], row["stage"]): (row["accuracy"], row["problems"]) for row in found["ablation"]} == {
-        ("vanilla", "sft"): ("0.25", "4"), ("bridge", "sft"): ("0.25", "4"), ("vanilla", "rl"): ("0.5", "4"),
-        ("bridge", "rl"): ("0.75", "4")}
+    shares = {(row["arm"], row["stage"]): tuple(float(row[name]) for name in ("accuracy", "low", "high"))
+              for row in found["ablation"]}
+    assert {key: share[0] for key, share in shares.items()} == {
+        ("vanilla", "sft"): 0.25, ("bridge", "sft"): 0.25, ("vanilla", "rl"): 0.5, ("bridge", "rl"): 0.75,
+        ("more: vanilla", "sft"): 0.25, ("more: bridge", "sft"): 0.25, ("more: vanilla", "rl"): 0.625, ("more: bridge", "rl"): 0.75}
+    assert shares["vanilla", "rl"] == pytest.approx((0.5, *wilson(0.5, 4)))
+    assert shares["more: vanilla", "rl"] == (0.625, 0, 1) and shares["more: bridge", "rl"] == (0.75, 0.75, 0.75)
     for row in found["ablation"]:
-        assert row["test"] == "id, greedy" and float(row["low"]) < float(row["accuracy"]) < float(row["high"])
+        assert row["test"] == "id, greedy"
     for name in names:
         assert (folders / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -71,13 +77,16 @@ def test_an_arm_looks_the_same_in_every_figure_and_no_two_alike(folders, monkeyp
     for name, (read, _, size) in plots.FIGURES.items():
         monkeypatch.setitem(plots.FIGURES, name, (read, lambda figure, table, arms, name=name: (
             figure.subplots(), seen.update({(name, arm.name): arm.number for arm in arms})), size))
-    plots.draw([("vanilla", folders / "a"), ("bridge", folders / "b"), ("whole", folders / "whole")], folders / "out")
+    plots.draw([("vanilla", folders / "a"), ("bridge", folders / "b"), (None, folders / "whole")], folders / "out")
     assert {arm: {number for (_, name), number in seen.items() if name == arm} for arm in ("bridge", "vanilla")} == {
         "bridge": {1}, "vanilla": {0}}
     assert len(seen) == 10
     looks = [(arm.bar["color"], arm.bar["hatch"], arm.point["marker"]) for arm in map(plots.Arm, "abcdefgh", range(8))]
     for column in zip(*looks):
         assert len(set(column)) == 8
+    many = [plots.Arm("x", place) for place in range(24)]
+    assert len({(arm.bar["color"], arm.bar["hatch"]) for arm in many}) == 24
+    assert (plots.Arm("$x_", 0).label, plots.Arm("_x", 0).label) == (r"\$x_", " _x")
 
 
 def test_bins_of_alpha_are_those_of_the_tables():
@@ -87,21 +96,21 @@ def test_bins_of_alpha_are_those_of_the_tables():
 
 
 def test_what_is_drawn(folders, monkeypatch):
-    """A bin without interval is left out; shares of a bin add up; bars stand at their arm."""
+    """A bin of one prompt has no interval; shares of a bin add up; bars stand at their arm."""
     Figure = pytest.importorskip("matplotlib.figure").Figure
     arms = [plots.Arm("bridge", 0), plots.Arm("vanilla", 1)]
     runs = [("bridge", folders / "b"), ("vanilla", folders / "a")]
     figure = Figure()
-    plots.draw_influence(figure, plots.collected("influence.csv")(runs), arms)
+    plots.draw_influence(figure, plots.FIGURES["influence"][0](runs), arms)
     contrast, influence = ([container for container in axes.containers] for axes in figure.axes)
-    assert [len(container.lines[0].get_xdata()) for container in contrast] == [5, 5]
-    assert [len(container.lines[0].get_xdata()) for container in influence] == [6, 6]
+    assert [sum(y == y for y in container.lines[0].get_ydata()) for container in contrast] == [5, 5]  # NaN breaks the line
+    assert [sum(y == y for y in container.lines[0].get_ydata()) for container in influence] == [7, 7]
     figure = Figure()
-    plots.draw_rollout_accuracy(figure, plots.collected("rollout_accuracy.csv")(runs), arms)
+    plots.draw_rollout_accuracy(figure, plots.FIGURES["rollout_accuracy"][0](runs), arms)
     heights = [[patch.get_height() for patch in container] for container in figure.axes[0].containers]
     assert heights[0] == pytest.approx([0, 1 / 55, 5 / 55, 9 / 55, 13 / 55, 17 / 55, 10 / 55])
     figure = Figure()
-    plots.draw_ablation(figure, plots.ablation([("whole", folders / "whole")]), arms[::-1])
+    plots.draw_ablation(figure, plots.ablation([(None, folders / "whole")]), arms[::-1])
     stages = {container.get_label(): container for container in figure.axes[0].containers}
     before, after = (stages[name].patches for name in ("after SFT", "after RL"))
     assert [patch.get_height() for patch in before] == [0.25, 0.25]
@@ -112,16 +121,49 @@ def test_what_is_drawn(folders, monkeypatch):
 @pytest.mark.parametrize("argv, message", [
     ("--runs {folder}/no --out {folder}/out", "runs: {folder}/no: no such folder"),
     ("--runs x={folder}/no --out {folder}/out", "runs: {folder}/no: no such folder"),
+    ("--runs {folder}/a, --out {folder}/out", "runs: nothing: no such folder"),
     ("--runs {folder}/empty --out {folder}/out", "runs: no numbers for a figure in {folder}/empty"),
+    ("--runs {folder}/a --out {folder}/mine", "out: {folder}/mine is a run folder; its own tables would be replaced"),
+    ("--runs x={folder}/a,x={folder}/b --out {folder}/out",
+     "runs: two folders have a table 'rollout_accuracy' for 'x'; give NAME= before them"),
+    ("--runs {folder}/whole,{folder}/seeds --out {folder}/out",
+     "runs: two folders have a table 'training' for 'vanilla'; give NAME= before them"),
 ])
 def test_wrong_input_is_one_line(folders, capsys, argv, message):
     pytest.importorskip("matplotlib")
     (folders / "empty").mkdir()
+    (folders / "mine").mkdir()
+    (folders / "mine" / "run.json").write_text("{}")
     assert run(*argv.format(folder=folders).split()) == 2
     assert capsys.readouterr().err == f"error: {message.format(folder=folders)}\n"
 
 
+@pytest.mark.parametrize("file, text, message", [
+    ("a/influence.csv", "alpha,influence\n0,1\n", "row 1: field 'K+ - K-' must be a number, not 'missing'"),
+    ("a/influence.csv", "alpha,influence\n0,1,2\n", "row 1 has not as many cells as there are columns"),
+    ("a/fluency.csv", "text,entropy,perplexity\nown,1\n", "row 1 has not as many cells as there are columns"),
+    ("a/fluency.csv", "text,entropy,perplexity\n", "no rows"),
+    ("a/rollout_accuracy.csv", "alpha,share\n0,inf\n", "row 1: field 'share' must be a number, not 'inf'"),
+    ("a/rollout_accuracy.csv", "alpha,share\n0,1\n1,x\n", "row 2: field 'share' must be a number, not 'x'"),
+    ("rl/metrics.jsonl", '{"step": 1, "accuracy": 1}\n', "row 1: field 'dead_groups' must be a number, not 'missing'"),
+    ("whole/results.csv", "arm,seed\nx,1\n", "row 1: no field 'test'"),
+])
+def test_damaged_tables_are_named(folders, capsys, file, text, message):
+    pytest.importorskip("matplotlib")
+    (folders / file).write_text(text)
+    assert run("--runs", (folders / file).parent, "--out", folders / "out") == 2
+    assert capsys.readouterr().err.startswith(f"error: {folders / file}") and not (folders / "out").exists()
+
+
+def test_a_run_that_was_killed_or_lost_a_number_is_drawn(folders):
+    pytest.importorskip("matplotlib")
+    path = folders / "rl" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"entropy": 0.1,', '"entropy": null,') + '{"step": 4, "acc')
+    assert run("--runs", folders / "rl", "--out", folders / "out") == 0
+    assert [row["entropy"] for row in tables.read(folders / "out" / "training.csv")] == ["", "0.2", "0.30000000000000004"]
+
+
 def test_without_matplotlib_one_line_says_so(folders, capsys, monkeypatch):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run("--runs", folders / "a", "--out", folders / "out") == 2
     assert capsys.readouterr().err == f"error: {plots.MISSING}\n" and not (folders / "out").exists()
