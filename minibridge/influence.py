@@ -10,9 +10,9 @@ The equations are in `coinfluence`. Printed, and written to the folder --out as 
     fluency            entropy and perplexity on the model's own answers, and on --reference
     steps              with --check: I(q) against the growth seen when the step is really taken
 
-and not printed rollouts.jsonl, the answers with kappa of every token; validation.jsonl, those of Q; ranked.jsonl, the lines of --data from the most to the
-least influential, for train_rl.py; and, with matplotlib, the figures of `plots`. Influence is the growth of GRPO's objective
-over Q for each unit of step size. Derivatives are in fp32. "+-" is half of a 95% interval over the measured prompts.
+and not printed rollouts.jsonl, the answers with kappa of every token; validation.jsonl, those of Q; ranked.jsonl, the
+lines of --data from the most to the least influential, for train_rl.py; and, with matplotlib, the figures of `plots`.
+Influence is the growth of GRPO's objective over Q for each unit of step size. Derivatives are in fp32. "+-" is half of a 95% interval over the measured prompts.
 """
 import sys
 from dataclasses import dataclass

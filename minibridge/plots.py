@@ -8,9 +8,9 @@ A folder gives what it has:
     of train_rl.py             training (metrics.jsonl)
     of minibridge.reproduce    training and accuracy before and after RL, of all its arms, means over seeds
 
-Folders of the first two kinds are an arm each, named as given or as the folder; a name before one of the third goes before
-those of its arms. An arm has one colour in all figures. matplotlib draws them: pip install -e ".[plot]". Colours are those of
-Okabe and Ito, who chose them for colour-blind readers; line styles, markers and hatchings tell arms apart in print.
+Folders of the first two kinds are an arm each, named as given or as the folder; a name before one of the third goes
+before those of its arms. matplotlib draws them: pip install -e ".[plot]". An arm has one colour in all figures, of those
+that Okabe and Ito chose for colour-blind readers; line styles, markers and hatchings tell arms apart in print.
 """
 import io
 import sys

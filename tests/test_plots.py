@@ -55,14 +55,16 @@ def test_numbers_of_every_figure(folders, capsys):
     found = {name: tables.read(folders / "out" / f"{name}.csv") for name in names}
     assert [(row["arm"], row["step"], row["accuracy"]) for row in found["training"]] == [
         (arm, f"{step}.0", str(step / 8 + more)) for arm, more in (
-            ("rl", 0), ("vanilla", 0), ("bridge", 0), ("more: vanilla", 1 / 8), ("more: bridge", 1 / 8)) for step in (1, 2, 3)]
+            ("rl", 0), ("vanilla", 0), ("bridge", 0), ("more: vanilla", 1 / 8), ("more: bridge", 1 / 8))
+        for step in (1, 2, 3)]
     assert [row["arm"] for row in found["influence"]] == ["bridge"] * 8 + ["vanilla"] * 8
     assert [row["influence"] for row in found["influence"]] == ["0.1"] * 8 + ["0.05"] * 8
     shares = {(row["arm"], row["stage"]): tuple(float(row[name]) for name in ("accuracy", "low", "high"))
               for row in found["ablation"]}
     assert {key: share[0] for key, share in shares.items()} == {
         ("vanilla", "sft"): 0.25, ("bridge", "sft"): 0.25, ("vanilla", "rl"): 0.5, ("bridge", "rl"): 0.75,
-        ("more: vanilla", "sft"): 0.25, ("more: bridge", "sft"): 0.25, ("more: vanilla", "rl"): 0.625, ("more: bridge", "rl"): 0.75}
+        ("more: vanilla", "sft"): 0.25, ("more: bridge", "sft"): 0.25, ("more: vanilla", "rl"): 0.625,
+        ("more: bridge", "rl"): 0.75}
     assert shares["vanilla", "rl"] == pytest.approx((0.5, *wilson(0.5, 4)))
     assert shares["more: vanilla", "rl"] == (0.625, 0, 1) and shares["more: bridge", "rl"] == (0.75, 0.75, 0.75)
     for row in found["ablation"]:

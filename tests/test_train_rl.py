@@ -353,7 +353,9 @@ def test_influence_is_logged_and_changes_nothing(toy, guesser, tmp_path, capsys,
     assert all(torch.equal(a[name], b[name]) for name in a)
     capsys.readouterr()
     assert train(guesser, toy.rl, tmp_path / "c", "--influence-every 2") == 2
-    assert capsys.readouterr().err == "error: influence_every: needs two prompts of --val in a batch of --prompts, and one process\n"
+    assert "influence_every: needs two prompts of --val in a batch" in capsys.readouterr().err
+    assert train(guesser, toy.rl, tmp_path / "c", "--influence-every 2 --val", toy.rl) == 2
+    assert "are also in --data" in capsys.readouterr().err
 
 
 def test_validation_is_the_greedy_accuracy_and_leaves_sampling_alone(toy, guesser, tmp_path):
