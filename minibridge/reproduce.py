@@ -1,18 +1,15 @@
 """The paper's comparison from an empty folder to its table, at toy scale.
 
-    python -m minibridge.reproduce toy      problems -> SFT (vanilla, BRIDGE) -> GRPO -> accuracy before and after
-    python -m minibridge.reproduce base     makes the toy base model anew, into --out (an hour and a half of two cores); it
-                                            comes with the package, in minibridge/toy_base
+    python -m minibridge.reproduce toy            problems -> SFT (vanilla, BRIDGE) -> GRPO -> accuracy before and after
+    python -m minibridge.reproduce replication    more arms, seeds and steps: the table of docs/results.md
 
-What is shrunk: three and four operations in SFT and six in RL, where the paper has fifteen to twenty in both (but, in its
-arithmetic task, an SFT on easier problems than RL); no quantity that is not needed, four small categories of one-word
-names, which formulas use as they are (no letters), values below 50, no KL and no entropy term, a Qwen2-shaped model of a
-million parameters. The part of the pretrained model is played by one trained from scratch on other problems of three to six
-operations, solved in bare equations, half of the smallest ones in the words of vanilla answers: it has seen no injected
-behavior and no problem structure of the SFT, RL, validation or test splits. What is not shrunk: every stage.
+What is shrunk: four to six operations in SFT and six in RL, where the paper has fifteen to twenty in both; no quantity that
+is not needed, four small categories of one-word names, which formulas use as they are (no letters), values below 50, no KL
+and no entropy term, and a Qwen2-shaped model of a million parameters, whose pretraining is `pretrain`. What is not shrunk:
+every stage.
 
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
-interrupted run is continued by the same command.
+interrupted run is continued by the same command; it may then name more arms or seeds.
 """
 import itertools
 import signal
@@ -28,15 +25,13 @@ import torch
 
 import train_rl
 import train_sft
-from minibridge import arms, checkpoint, evaluate, igsm, results, splits, tables, traces
+from minibridge import arms, evaluate, results, splits, tables, traces
 from minibridge.config import InputError, Run, option, run_command, same_settings, write_jsonl
 from minibridge.dag import Problem
-from minibridge.model import Decoder, ModelConfig
 from minibridge.optim import open_model, prompt_limit
-from minibridge.tokenizer import Tokenizer, train_toy
+from minibridge.pretrain import SCALE
 
 TOY_BASE = Path(__file__).parent / "toy_base"
-SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems, those of the base too
 TESTS = {"id": "ops", "ood": "ood_ops"}  # the test sets, and the settings that hold their op ranges
 SFT_BATCH, MAX_PROMPT = 32, 400  # rows of an SFT step; tokens of a prompt
 
@@ -49,19 +44,19 @@ class Toy:
     arms: str = option("vanilla,bridge", "arms of gen_data.py; NAME@P is its strict form with probability P")
     seed: int = option(0, "seed of problems, training and sampling", least=0)
     seeds: int = option(1, "how often all is done, with the seeds from --seed on", least=1, most=1000)
-    workers: int = option(1, "processes, each for an arm of a seed at a time; they share the threads", least=1, most=256)
-    sft_ops: tuple[int, int] = option((3, 4), "operations of the SFT problems")
+    workers: int = option(2, "processes, each for an arm of a seed at a time; they share the threads", least=1, most=256)
+    sft_ops: tuple[int, int] = option((4, 6), "operations of the SFT problems")
     ops: tuple[int, int] = option((6, 6), "operations of the RL and in-distribution test problems")
     ood_ops: tuple[int, int] = option((7, 7), "operations of the out-of-distribution test problems")
-    sft_rows: int = option(800, "SFT examples of each arm", least=SFT_BATCH)
+    sft_rows: int = option(1600, "SFT examples of each arm", least=SFT_BATCH)
     sft_epochs: float = option(1.0, "passes over them", least=1, most=1e6)
-    sft_learning_rate: float = option(1e-3, "peak, then a cosine", least=0)
-    rl_steps: int = option(50, "rollout batches", least=1)
+    sft_learning_rate: float = option(5e-4, "peak, then a cosine", least=0)
+    rl_steps: int = option(40, "rollout batches", least=1)
     rl_prompts: int = option(16, "prompts of a rollout batch", least=1)
     rl_samples: int = option(8, "answers sampled for each prompt", least=2)
     rl_learning_rate: float = option(1.5e-4, "peak, after five steps of warm-up, then a cosine", least=0)
-    test_problems: int = option(600, "problems of each test set", least=2)
-    test_samples: int = option(2, "answers to each at temperature 1, beside the greedy one", least=1)
+    test_problems: int = option(400, "problems of each test set", least=2)
+    test_samples: int = option(1, "answers to each at temperature 1, beside the greedy one", least=1)
     max_new_tokens: int = option(320, "longest answer, in tokens", least=1)
 
     @property
@@ -79,7 +74,7 @@ class Toy:
 
 def main_toy(config: Toy):
     out = Path(config.out)
-    same_settings(out, config, but=("out", "workers"))
+    same_settings(out, config, but=("out", "workers", "arms", "seeds"))
     for arm in config.names:
         behaviors_of(arm)
     base, _ = open_model(config.base, torch.device("cpu"), "auto")  # what cannot work is an error now
@@ -214,62 +209,17 @@ def write_results(config: Toy) -> str:
     return text
 
 
-# --- base: the model the comparison starts from --------------------------------------------------------------
-
-BASE_ROWS = {3: 40_000, 4: 50_000, 5: 70_000, 6: 90_000}  # problems by op count
-WORDED = (3, 4)  # op counts of which every other answer is a vanilla one, the others bare equations
-BASE_MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6,
-              "max_position_embeddings": 1024, "tie_word_embeddings": True}
-
-
 @dataclass(frozen=True)
-class Base:
-    out: str = option("runs/base", "run folder; the model is in its folder toy_base")
-    epochs: float = option(1.0, "passes over the 249,600 examples")
+class Replication(Toy):
+    """The settings of the table in docs/results.md."""
+    out: str = option("runs/replication", "run folder")
+    arms: str = option("vanilla,bridge,pp-aug,rc-aug", "arms of gen_data.py; NAME@P is its strict form with probability P")
+    seeds: int = option(3, "how often all is done, with the seeds from --seed on", least=1, most=1000)
+    rl_steps: int = option(60, "rollout batches", least=1)
+    test_problems: int = option(600, "problems of each test set", least=2)
 
 
-def main_base(config: Base):
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "train.jsonl").exists():
-        parts = [base_rows(ops, rows) for ops, rows in BASE_ROWS.items()]
-        write_jsonl(out / "val.jsonl", [row for part in parts for row in part[-100:]])
-        write_jsonl(out / "train.jsonl", [row for part in parts for row in part[:-100]])
-    if not (out / "init").exists():
-        tokenizer = base_tokenizer()
-        rows = -(-tokenizer.vocab_size // 64) * 64
-        model = Decoder(ModelConfig.from_hf({**BASE_MODEL, "vocab_size": rows}))
-        # 0.02 is for wide models: at 128 it leaves attention nearly flat, and copying is learned late (docs/log.md).
-        model.init_weights(torch.Generator().manual_seed(0), std=0.08)
-        checkpoint.save(model, out / "init", tokenizer)
-    train_sft.main(train_sft.Config(
-        model=str(out / "init"), data=str(out / "train.jsonl"), val=str(out / "val.jsonl"), out=str(out / "sft"),
-        epochs=config.epochs, batch_size=16, micro_tokens=8192, learning_rate=1.5e-3, schedule="cosine", warmup=100,
-        max_length=1024, eval_every=500, save_every=500, log_every=50, resume=True))
-    trained = out / "sft" / "model"
-    checkpoint.save(checkpoint.load(trained), out / "toy_base", Tokenizer.load(trained), dtype=torch.float16)
-
-
-def base_rows(ops: int, rows: int) -> list[dict]:
-    lines = []
-    for number, problem in enumerate(splits.problems("base", rows, (ops, ops), SCALE, seed=0, balance=0.1, workers=2)):
-        line = arms.record(problem, 0, traces.VANILLA, SCALE.letters)
-        if ops not in WORDED or number % 2:
-            line["messages"][-1]["content"] = traces.equations(problem)
-        lines.append(line)
-    return lines
-
-
-def base_tokenizer():
-    """Trained on every wording of the answers to come: a tokenizer is no knowledge of them, and without it their
-    sentences would fall into letters."""
-    rows = [arms.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), igsm.TOY.letters)
-            for problem in splits.problems("base", 2000, (4, 5), SCALE, seed=0, balance=0.1)]
-    return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], vocab_size=1024)
-
-
-COMMANDS = {"toy": (main_toy, Toy), "base": (main_base, Base)}
+COMMANDS = {"toy": (main_toy, Toy), "replication": (main_toy, Replication)}
 
 if __name__ == "__main__":
     sys.exit(run_command(COMMANDS))

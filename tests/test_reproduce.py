@@ -18,7 +18,8 @@ ARMS = ("vanilla", "bridge", "pp-aug", "subgoal+reflection@0.3")
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("reproduce") / "run"
-    config = reproduce.Toy(out=str(out), base=toy.model, arms=",".join(ARMS), sft_ops=(2, 3), ops=(2, 3), sft_rows=33,
+    config = reproduce.Toy(out=str(out), base=toy.model, workers=1, arms=",".join(ARMS),
+                           sft_ops=(2, 3), ops=(2, 3), sft_rows=33,
                            sft_epochs=1.0, rl_steps=2, rl_prompts=2, rl_samples=2, test_problems=24, test_samples=3,
                            max_new_tokens=24)
     reproduce.main_toy(config)

@@ -1,0 +1,114 @@
+"""The base model of the toy comparison, from random weights: the part that a pretrained model plays in the paper.
+
+    python -m minibridge.pretrain --out runs/base     some hours on two cores; its result comes with the package, as toy_base
+
+Three stages of supervised training on worked answers to problems of three to six operations, none of which has a problem
+structure of the SFT, RL, validation or test splits:
+
+    equations   bare equations; half of the smallest problems in the words of vanilla answers
+    words       both at every size
+    styles      a fifth bare equations, the others in any mix of the three behaviors, equally often
+
+So the base has seen restatements, subgoals and failed attempts, as a model pretrained on much text has, and SFT on any arm
+chooses among styles that it knows.
+"""
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import train_sft
+from minibridge import arms, checkpoint, igsm, splits, traces
+from minibridge.config import option, run_main, write_jsonl
+from minibridge.model import Decoder, ModelConfig
+from minibridge.tokenizer import Tokenizer, train_toy
+
+SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems
+MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6,
+         "max_position_embeddings": 1024, "tie_word_embeddings": True}
+MIXES = [traces.Behaviors(*mix) for mix in itertools.product((False, True), (0, 2), (0.0, 0.1))]
+
+Style = Callable[[int, int], traces.Behaviors | None]  # of operations and number of a problem; None: bare equations
+
+
+def mostly_equations(ops: int, number: int) -> traces.Behaviors | None:
+    return traces.VANILLA if ops in (3, 4) and number % 2 == 0 else None
+
+
+def half_words(ops: int, number: int) -> traces.Behaviors | None:
+    return traces.VANILLA if number % 2 == 0 else None
+
+
+def all_styles(ops: int, number: int) -> traces.Behaviors | None:
+    five, place = divmod(number, 5)
+    return None if place == 4 else MIXES[five % 2 * 4 + place]
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    rows: dict[int, int]  # problems by op count; the last 100 of each are held out
+    style: Style
+    learning_rate: float
+    warmup: int
+
+
+FEW = {3: 4_000, 4: 8_000, 5: 20_000, 6: 26_000}
+STAGES = (Stage("equations", {3: 40_000, 4: 50_000, 5: 70_000, 6: 90_000}, mostly_equations, 1.5e-3, 100),
+          Stage("words", FEW, half_words, 1e-3, 50), Stage("styles", FEW, all_styles, 1e-3, 50))
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = option("runs/base", "run folder; the model is in its folder toy_base")
+    epochs: float = option(1.0, "passes over the examples of each stage")
+
+
+def main(config: Config):
+    out, start = Path(config.out), Path(config.out) / "init"
+    if not start.exists():
+        tokenizer = shared_tokenizer()
+        model = Decoder(ModelConfig.from_hf({**MODEL, "vocab_size": -(-tokenizer.vocab_size // 64) * 64}))
+        # 0.02 is for wide models: at 128 it leaves attention nearly flat, and copying is learned late (docs/log.md).
+        model.init_weights(torch.Generator().manual_seed(0), std=0.08)
+        checkpoint.save(model, start, tokenizer)
+    for seed, stage in enumerate(STAGES):
+        folder = out / stage.name
+        if not (folder / "train.jsonl").exists():
+            parts = [examples(stage, ops, count, seed) for ops, count in stage.rows.items()]
+            write_jsonl(folder / "val.jsonl", [row for part in parts for row in part[-100:]])
+            write_jsonl(folder / "train.jsonl", [row for part in parts for row in part[:-100]])
+        print(f"\n=== {stage.name}", flush=True)
+        train_sft.main(train_sft.Config(
+            model=str(start), data=str(folder / "train.jsonl"), val=str(folder / "val.jsonl"), out=str(folder / "sft"),
+            epochs=config.epochs, batch_size=16, micro_tokens=8192, learning_rate=stage.learning_rate, schedule="cosine",
+            warmup=stage.warmup, max_length=1024, eval_every=500, save_every=500, log_every=50, resume=True))
+        start = folder / "sft" / "model"
+    checkpoint.save(checkpoint.load(start), out / "toy_base", Tokenizer.load(start), dtype=torch.float16)
+
+
+def examples(stage: Stage, ops: int, count: int, seed: int) -> list[dict]:
+    lines = []
+    for number, problem in enumerate(splits.problems("base", count, (ops, ops), SCALE, seed, balance=0.1, workers=2)):
+        style = stage.style(ops, number)
+        line = arms.record(problem, 0, style or traces.VANILLA, SCALE.letters)
+        if style is None:
+            line["messages"][-1]["content"] = traces.equations(problem)
+        lines.append(line)
+    return lines
+
+
+def shared_tokenizer() -> Tokenizer:
+    """Trained on every wording of the answers to come: a tokenizer is no knowledge of them, and without it their
+    sentences would fall into letters."""
+    rows = [arms.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), igsm.TOY.letters)
+            for problem in splits.problems("base", 2000, (4, 5), SCALE, seed=0, balance=0.1)]
+    return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], vocab_size=1024)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, Config))
