@@ -1,35 +1,35 @@
-"""The base model of the toy comparison, from random weights: the part that a pretrained model plays in the paper.
+"""The base model of the comparison, from random weights: the part that a pretrained model plays in the paper.
 
     python -m minibridge.pretrain --out runs/base     some hours on two cores; its result comes with the package, as toy_base
+    python -m minibridge.pretrain --size small --out runs/small_base --device cuda
 
-Three stages of supervised training on worked answers to problems of three to six operations, none of which has a problem
-structure of the SFT, RL, validation or test splits:
+`toy`, a million parameters, is trained in three stages on worked answers to problems of three to six operations:
 
     equations   bare equations; half of the smallest problems in the words of vanilla answers
     words       both at every size
     styles      a fifth bare equations, the others in any mix of the three behaviors, equally often
 
 So the base has seen restatements, subgoals and failed attempts, as a model pretrained on much text has, and SFT on any arm
-chooses among styles that it knows.
+chooses among styles that it knows. `small`, 15 million, has the last stage alone, on problems of the paper with three to
+fourteen operations. No problem has a structure of the SFT, RL, validation or test splits.
 """
 import itertools
+import string
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import train_sft
 from minibridge import arms, checkpoint, igsm, splits, traces
-from minibridge.config import option, run_main, write_jsonl
+from minibridge.config import Run, option, run_main, same_settings, write_jsonl
 from minibridge.model import Decoder, ModelConfig
 from minibridge.tokenizer import Tokenizer, train_toy
 
 SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems
-MODEL = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6,
-         "max_position_embeddings": 1024, "tie_word_embeddings": True}
 MIXES = [traces.Behaviors(*mix) for mix in itertools.product((False, True), (0, 2), (0.0, 0.1))]
 
 Style = Callable[[int, int], traces.Behaviors | None]  # of operations and number of a problem; None: bare equations
@@ -57,57 +57,91 @@ class Stage:
     warmup: int
 
 
+@dataclass(frozen=True)
+class Size:
+    model: dict  # of config.json
+    vocabulary: int
+    std: float  # of the first weights
+    scale: igsm.Scale
+    letters: str
+    balance: float
+    stages: tuple[Stage, ...]
+    batch: int
+    micro_tokens: int
+
+
 FEW = {3: 4_000, 4: 8_000, 5: 20_000, 6: 26_000}
-STAGES = (Stage("equations", {3: 40_000, 4: 50_000, 5: 70_000, 6: 90_000}, mostly_equations, 1.5e-3, 100),
-          Stage("words", FEW, half_words, 1e-3, 50), Stage("styles", FEW, all_styles, 1e-3, 50))
+SHARED = {"model_type": "qwen2", "rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+SIZES = {
+    "toy": Size(
+        SHARED | {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 4,
+                  "num_key_value_heads": 2, "max_position_embeddings": 1024},
+        # 0.02 is for wide models: at 128 it leaves attention nearly flat, and copying is learned late (docs/log.md).
+        1024, 0.08, SCALE, SCALE.letters, 0.1,
+        (Stage("equations", {3: 40_000, 4: 50_000, 5: 70_000, 6: 90_000}, mostly_equations, 1.5e-3, 100),
+         Stage("words", FEW, half_words, 1e-3, 50), Stage("styles", FEW, all_styles, 1e-3, 50)), 16, 8192),
+    "small": Size(
+        SHARED | {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 6,
+                  "num_key_value_heads": 2, "max_position_embeddings": 4096},
+        4096, 0.04, igsm.PAPER, string.ascii_letters, 1.0,
+        (Stage("styles", {ops: 20_000 for ops in range(3, 15)}, all_styles, 1e-3, 200),), 64, 65_536)}
 
 
 @dataclass(frozen=True)
 class Config:
-    out: str = option("runs/base", "run folder; the model is in its folder toy_base")
+    out: str = option("runs/base", "run folder; the model is in its folder toy_base or small_base")
+    size: Literal["toy", "small"] = option("toy", "which model")
     epochs: float = option(1.0, "passes over the examples of each stage")
+    share: float = option(1.0, "share of the examples that is drawn", least=1e-6, most=1)
+    workers: int = option(2, "processes that draw problems", least=1, most=256)
+    device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
 
 def main(config: Config):
-    out, start = Path(config.out), Path(config.out) / "init"
+    size, out = SIZES[config.size], Path(config.out)
+    same_settings(out, config, but=("out", "workers", "device"))
+    run, start = Run(out, config), out / "init"
     if not start.exists():
-        tokenizer = shared_tokenizer()
-        model = Decoder(ModelConfig.from_hf({**MODEL, "vocab_size": -(-tokenizer.vocab_size // 64) * 64}))
-        # 0.02 is for wide models: at 128 it leaves attention nearly flat, and copying is learned late (docs/log.md).
-        model.init_weights(torch.Generator().manual_seed(0), std=0.08)
+        tokenizer = shared_tokenizer(size)
+        model = Decoder(ModelConfig.from_hf({**size.model, "vocab_size": -(-tokenizer.vocab_size // 64) * 64}))
+        model.init_weights(torch.Generator().manual_seed(0), size.std)
         checkpoint.save(model, start, tokenizer)
-    for seed, stage in enumerate(STAGES):
+    for seed, stage in enumerate(size.stages):
         folder = out / stage.name
         if not (folder / "train.jsonl").exists():
-            parts = [examples(stage, ops, count, seed) for ops, count in stage.rows.items()]
+            rows = {ops: max(101, round(config.share * count)) for ops, count in stage.rows.items()}
+            parts = [examples(size, stage, ops, count, seed, config.workers) for ops, count in rows.items()]
             write_jsonl(folder / "val.jsonl", [row for part in parts for row in part[-100:]])
             write_jsonl(folder / "train.jsonl", [row for part in parts for row in part[:-100]])
         print(f"\n=== {stage.name}", flush=True)
         train_sft.main(train_sft.Config(
             model=str(start), data=str(folder / "train.jsonl"), val=str(folder / "val.jsonl"), out=str(folder / "sft"),
-            epochs=config.epochs, batch_size=16, micro_tokens=8192, learning_rate=stage.learning_rate, schedule="cosine",
-            warmup=stage.warmup, max_length=1024, eval_every=500, save_every=500, log_every=50, resume=True))
+            epochs=config.epochs, batch_size=size.batch, micro_tokens=size.micro_tokens, learning_rate=stage.learning_rate,
+            schedule="cosine", warmup=stage.warmup, max_length=size.model["max_position_embeddings"], eval_every=500,
+            save_every=500, log_every=50, resume=True, device=config.device))
         start = folder / "sft" / "model"
-    checkpoint.save(checkpoint.load(start), out / "toy_base", Tokenizer.load(start), dtype=torch.float16)
+    checkpoint.save(checkpoint.load(start), out / f"{config.size}_base", Tokenizer.load(start), dtype=torch.float16)
+    run.finish()
 
 
-def examples(stage: Stage, ops: int, count: int, seed: int) -> list[dict]:
+def examples(size: Size, stage: Stage, ops: int, count: int, seed: int, workers: int = 1) -> list[dict]:
     lines = []
-    for number, problem in enumerate(splits.problems("base", count, (ops, ops), SCALE, seed, balance=0.1, workers=2)):
+    for number, problem in enumerate(splits.problems("base", count, (ops, ops), size.scale, seed, size.balance, workers)):
         style = stage.style(ops, number)
-        line = arms.record(problem, 0, style or traces.VANILLA, SCALE.letters)
+        line = arms.record(problem, 0, style or traces.VANILLA, size.letters)
         if style is None:
             line["messages"][-1]["content"] = traces.equations(problem)
         lines.append(line)
     return lines
 
 
-def shared_tokenizer() -> Tokenizer:
+def shared_tokenizer(size: Size) -> Tokenizer:
     """Trained on every wording of the answers to come: a tokenizer is no knowledge of them, and without it their
     sentences would fall into letters."""
-    rows = [arms.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), igsm.TOY.letters)
-            for problem in splits.problems("base", 2000, (4, 5), SCALE, seed=0, balance=0.1)]
-    return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], vocab_size=1024)
+    letters = size.letters or igsm.TOY.letters
+    rows = [arms.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), letters)
+            for problem in splits.problems("base", 2000, (4, 5), size.scale, seed=0, balance=size.balance)]
+    return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], size.vocabulary)
 
 
 if __name__ == "__main__":

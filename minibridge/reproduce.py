@@ -1,18 +1,22 @@
-"""The paper's comparison from an empty folder to its table, at toy scale.
+"""The paper's comparison from an empty folder to its table: problems -> SFT of each arm -> GRPO -> accuracy.
 
-    python -m minibridge.reproduce toy            problems -> SFT (vanilla, BRIDGE) -> GRPO -> accuracy before and after
-    python -m minibridge.reproduce replication    more arms, seeds and steps: the table of docs/results.md
+    python -m minibridge.reproduce toy                             vanilla and BRIDGE, on the toy base model
+    python -m minibridge.reproduce replication                     more arms, seeds and steps: the table of docs/results.md
+    python -m minibridge.reproduce small --base runs/base/toy_base problems of the paper, a small model of `pretrain`
+    python -m minibridge.reproduce qwen2.5-1.5b --base FOLDER      as in the paper; also qwen2.5-3b and llama-3.2-1b
 
-What is shrunk: four to six operations in SFT and six in RL, where the paper has fifteen to twenty in both; no quantity that
-is not needed, four small categories of one-word names, which formulas use as they are (no letters), values below 50, no KL
-and no entropy term, and a Qwen2-shaped model of a million parameters, whose pretraining is `pretrain`. What is not shrunk:
-every stage.
+`--plan` prints what the latter would take, and stops. What is shrunk in `toy` and `replication`: four to six operations in
+SFT and six in RL, where the paper has fifteen to twenty in both; no quantity that is not needed, four small categories of
+one-word names, which formulas use as they are (no letters), values below 50, no KL and no entropy term, and a Qwen2-shaped
+model of a million parameters, whose pretraining is `pretrain`. What is not shrunk: every stage.
 
 A stage whose result lies in the run folder is not run again, and training goes on from its newest checkpoint, so an
 interrupted run is continued by the same command; it may then name more arms or seeds.
 """
+import dataclasses
 import itertools
 import signal
+import string
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
@@ -20,12 +24,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import train_rl
 import train_sft
-from minibridge import arms, evaluate, results, splits, tables, traces
+from minibridge import arms, evaluate, igsm, plan, results, splits, tables, traces
 from minibridge.config import InputError, Run, option, run_command, same_settings, write_jsonl
 from minibridge.dag import Problem
 from minibridge.optim import open_model, prompt_limit
@@ -33,52 +38,104 @@ from minibridge.pretrain import SCALE
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 TESTS = {"id": "ops", "ood": "ood_ops"}  # the test sets, and the settings that hold their op ranges
-SFT_BATCH, MAX_PROMPT = 32, 400  # rows of an SFT step; tokens of a prompt
+MAY_CHANGE = ("out", "workers", "arms", "seeds", "rows", "micro_tokens", "checkpointing", "plan")
 
 
 @dataclass(frozen=True)
-class Toy:
-    """One line a stage; see train_sft.py and train_rl.py for what the numbers mean."""
+class Experiment:
+    """The defaults are those of `toy`; see train_sft.py and train_rl.py for what the numbers mean."""
     out: str = option("runs/toy", "run folder")
     base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
     arms: str = option("vanilla,bridge", "arms of gen_data.py; NAME@P is its strict form with probability P")
     seed: int = option(0, "seed of problems, training and sampling", least=0)
     seeds: int = option(1, "how often all is done, with the seeds from --seed on", least=1, most=1000)
     workers: int = option(2, "processes, each for an arm of a seed at a time; they share the threads", least=1, most=256)
+    problems: Literal["toy", "paper"] = option("toy", "iGSM of small worlds, nothing redundant; or as in the paper")
     sft_ops: tuple[int, int] = option((4, 6), "operations of the SFT problems")
-    ops: tuple[int, int] = option((6, 6), "operations of the RL and in-distribution test problems")
+    ops: tuple[int, int] = option((6, 6), "operations of the in-distribution test problems")
+    rl_ops: tuple[int, int] = option((6, 6), "operations of the RL problems")
     ood_ops: tuple[int, int] = option((7, 7), "operations of the out-of-distribution test problems")
-    sft_rows: int = option(1600, "SFT examples of each arm", least=SFT_BATCH)
-    sft_epochs: float = option(1.0, "passes over them", least=1, most=1e6)
-    sft_learning_rate: float = option(5e-4, "peak, then a cosine", least=0)
+    sft_rows: int = option(1600, "SFT examples of each arm", least=1)
+    sft_epochs: float = option(1.0, "passes over them", most=1e6)
+    sft_batch: int = option(32, "examples of an SFT step", least=1)
+    sft_learning_rate: float = option(5e-4, "peak", least=0)
     rl_steps: int = option(40, "rollout batches", least=1)
     rl_prompts: int = option(16, "prompts of a rollout batch", least=1)
     rl_samples: int = option(8, "answers sampled for each prompt", least=2)
-    rl_learning_rate: float = option(1.5e-4, "peak, after five steps of warm-up, then a cosine", least=0)
+    rl_learning_rate: float = option(1.5e-4, "peak", least=0)
+    schedule: Literal["cosine", "constant"] = option("cosine", "cosine: after 10 steps of warm-up in SFT, 5 in RL")
+    kl_coef: float = option(0.0, "weight of the KL term", least=0)
+    kl_threshold: float | None = option(None, "drop rollouts whose mean k3 reaches this", least=0)
+    entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    clip: float = option(1.0, "largest gradient norm in RL", least=1e-6)
+    format_scale: float = option(0.0, "extra reward of a well-formed answer", least=0)
+    as_authors: bool = option(False, "SFT on the whole chat; RL's gradient clipped at 8 times --clip, as in effect")
+    val_problems: int = option(0, "problems of 21 to 25 operations for RL's validation every 5 steps", least=0)
     test_problems: int = option(400, "problems of each test set", least=2)
     test_samples: int = option(1, "answers to each at temperature 1, beside the greedy one", least=1)
+    max_prompt: int = option(400, "longest prompt, in tokens", least=1)
     max_new_tokens: int = option(320, "longest answer, in tokens", least=1)
+    max_length: int = option(1024, "longest SFT example, in tokens", least=1)
+    rows: int = option(128, "answers decoded at the same time", least=1)
+    micro_tokens: int = option(8192, "padded tokens in memory at once in training", least=1)
+    checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...")
+    plan: bool = option(False, "print the memory and time that SFT and RL would take, and stop")
 
     @property
     def names(self) -> list[str]:
         return self.arms.split(",")
 
     @property
-    def one_seed_each(self) -> list["Toy"]:
+    def one_seed_each(self) -> list["Experiment"]:
         return [replace(self, out=str(Path(self.out) / f"seed_{seed}"), seed=seed, seeds=1)
                 for seed in range(self.seed, self.seed + self.seeds)]
 
+    @property
+    def letters(self) -> str:
+        return string.ascii_letters if self.problems == "paper" else SCALE.letters
 
-# --- toy: the comparison -------------------------------------------------------------------------------------
+
+def setting(**defaults) -> type[Experiment]:
+    """Experiment with other defaults."""
+    known = {field.name: field for field in dataclasses.fields(Experiment)}
+    changed = [(name, known[name].type, dataclasses.field(default=value, metadata=known[name].metadata))
+               for name, value in defaults.items()]
+    return dataclasses.make_dataclass("Setting", changed, bases=(Experiment,), frozen=True)
 
 
-def main_toy(config: Toy):
+PAPER = dict(base="", problems="paper", sft_ops=(15, 20), ops=(20, 20), rl_ops=(15, 20), ood_ops=(25, 25), sft_rows=2000,
+             sft_epochs=5.0, sft_batch=128, sft_learning_rate=5e-6, rl_steps=200, rl_prompts=32, rl_samples=32,
+             rl_learning_rate=1e-6, schedule="constant", kl_coef=0.001, entropy_coef=0.001, val_problems=500,
+             test_problems=500, max_prompt=1024, max_new_tokens=2560, max_length=2048, rows=256, device="auto", workers=1)
+SETTINGS = {
+    "toy": Experiment,
+    "replication": setting(out="runs/replication", arms="vanilla,bridge,pp-aug,rc-aug", seeds=3, rl_steps=60,
+                           test_problems=600),
+    "small": setting(**PAPER | dict(
+        out="runs/small", sft_learning_rate=3e-4, rl_steps=100, rl_learning_rate=5e-5, schedule="cosine", kl_coef=0.0,
+        entropy_coef=0.0, val_problems=0, max_new_tokens=1200)),
+    "qwen2.5-1.5b": setting(**PAPER | dict(out="runs/qwen2.5-1.5b")),
+    "qwen2.5-3b": setting(**PAPER | dict(out="runs/qwen2.5-3b", rl_steps=100)),
+    "llama-3.2-1b": setting(**PAPER | dict(out="runs/llama-3.2-1b", kl_coef=0.01, kl_threshold=0.15, entropy_coef=0.0,
+                                           clip=0.2, format_scale=0.05))}
+
+
+# --- the whole -----------------------------------------------------------------------------------------------
+
+
+def main(config: Experiment):
     out = Path(config.out)
-    same_settings(out, config, but=("out", "workers", "arms", "seeds"))
+    if not config.base:
+        raise InputError("base: give the folder of a base model")
+    same_settings(out, config, but=MAY_CHANGE)
     for arm in config.names:
         behaviors_of(arm)
+    if config.plan:
+        return print_plans(config)
     base, _ = open_model(config.base, torch.device("cpu"), "auto")  # what cannot work is an error now
-    prompt_limit(base, MAX_PROMPT, config.max_new_tokens)
+    prompt_limit(base, config.max_prompt, config.max_new_tokens)
+    del base
     run = Run(out, config)  # before any file of these seeds, so that others' cannot join them
     for one in config.one_seed_each:
         make_data(one)
@@ -93,6 +150,13 @@ def main_toy(config: Toy):
     print(f"\n{text}\n\nwritten: table.md, results.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
 
 
+def print_plans(config: Experiment):
+    """Of one arm; before there are problems, of the longest that are allowed."""
+    where = Path(config.out), config.names[0]
+    print(f"=== SFT\n{plan.sft(sft_config(config, *where))}\n")
+    print(f"=== RL\n{plan.rl(replace(rl_config(config, *where), model=config.base))}")
+
+
 def behaviors_of(arm: str) -> traces.Behaviors | None:
     name, at, probability = arm.partition("@")
     if not at:
@@ -103,7 +167,7 @@ def behaviors_of(arm: str) -> traces.Behaviors | None:
         raise InputError(f"arms: {arm!r}: {probability!r} is not a probability") from None
 
 
-def side_by_side(jobs: list[tuple[Toy, str]], workers: int):
+def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
     """What a job prints goes to a file of its own."""
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (threads,)) as pool:
@@ -122,12 +186,12 @@ def begin_worker(threads: int):
     torch.set_num_threads(threads)
 
 
-def run_logged(config: Toy, arm: str):
+def run_logged(config: Experiment, arm: str):
     with open(Path(config.out) / f"{arm}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
         run_arm(config, arm)
 
 
-def run_arm(config: Toy, arm: str):
+def run_arm(config: Experiment, arm: str):
     out = Path(config.out)
     if announce_if_missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
         train_sft.main(sft_config(config, out, arm))
@@ -143,50 +207,57 @@ def announce_if_missing(path: Path, title: str) -> bool:
     return not path.exists()
 
 
-def make_data(config: Toy):
+def make_data(config: Experiment):
     """All arms get as many SFT rows, of the same problems; those that write a problem four times get the first quarter of
-    them. No answer is more frequent than 5%, so that none is a shortcut."""
-    out, rows = Path(config.out), {arm: partial(sft_rows, config, arm) for arm in config.names}
-    sets = [("sft", config.sft_ops, config.sft_rows, {f"sft_{arm}": make for arm, make in rows.items()}),
-            ("rl", config.ops, config.rl_steps * config.rl_prompts, {"rl": partial(prompt_rows, config)})]
+    them. No answer of the toy's is more frequent than 5%, so that none is a shortcut."""
+    out = Path(config.out)
+    sets = [("sft", config.sft_ops, config.sft_rows, {f"sft_{arm}": partial(sft_rows, config, arm) for arm in config.names}),
+            ("rl", config.rl_ops, config.rl_steps * config.rl_prompts, {"rl": partial(prompt_rows, config)})]
+    sets += [("val", (21, 25), config.val_problems, {"val": partial(prompt_rows, config)})] * bool(config.val_problems)
     sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": partial(prompt_rows, config)})
              for name, ops in TESTS.items()]
+    scale, balance = (igsm.PAPER, 1.0) if config.problems == "paper" else (SCALE, 0.05)
     for split, ops, count, files in sets:
         if missing := [name for name in files if not (out / f"{name}.jsonl").exists()]:
-            drawn = splits.problems(split, count, ops, SCALE, config.seed, balance=0.05)
+            drawn = splits.problems(split, count, ops, scale, config.seed, balance)
             for name in missing:
                 write_jsonl(out / f"{name}.jsonl", files[name](drawn))
 
 
-def sft_rows(config: Toy, arm: str, problems: list[Problem]) -> list[dict]:
+def sft_rows(config: Experiment, arm: str, problems: list[Problem]) -> list[dict]:
     if arm in arms.AUGMENTED:
         first = problems[:-(-len(problems) // arms.FORMS)]
-        rows = [row for problem in first for row in arms.augmented(arm, problem, config.seed, SCALE.letters)]
+        rows = [row for problem in first for row in arms.augmented(arm, problem, config.seed, config.letters)]
         return rows[:len(problems)]
-    return [arms.record(problem, config.seed, behaviors_of(arm), SCALE.letters) for problem in problems]
+    return [arms.record(problem, config.seed, behaviors_of(arm), config.letters) for problem in problems]
 
 
-def prompt_rows(config: Toy, problems: list[Problem]) -> list[dict]:
-    return [arms.record(problem, config.seed, None, SCALE.letters) for problem in problems]
+def prompt_rows(config: Experiment, problems: list[Problem]) -> list[dict]:
+    return [arms.record(problem, config.seed, None, config.letters) for problem in problems]
 
 
-def sft_config(config: Toy, out: Path, arm: str) -> train_sft.Config:
+def sft_config(config: Experiment, out: Path, arm: str) -> train_sft.Config:
     return train_sft.Config(
         model=config.base, data=str(out / f"sft_{arm}.jsonl"), out=str(out / f"sft_{arm}"), epochs=config.sft_epochs,
-        batch_size=SFT_BATCH, micro_tokens=8192, learning_rate=config.sft_learning_rate, schedule="cosine", warmup=10,
-        max_length=1024, save_every=25, log_every=25, resume=True, seed=config.seed, device="cpu")
+        batch_size=config.sft_batch, learning_rate=config.sft_learning_rate, schedule=config.schedule,
+        warmup=10 * (config.schedule == "cosine"), max_length=config.max_length, truncate=config.as_authors,
+        whole_chat=config.as_authors, save_every=25, log_every=25, resume=True, seed=config.seed,
+        micro_tokens=config.micro_tokens, checkpointing=config.checkpointing, device=config.device)
 
 
-def rl_config(config: Toy, out: Path, arm: str) -> train_rl.Config:
+def rl_config(config: Experiment, out: Path, arm: str) -> train_rl.Config:
     return train_rl.Config(
         model=str(out / f"sft_{arm}" / "model"), data=str(out / "rl.jsonl"), out=str(out / f"rl_{arm}"),
-        steps=config.rl_steps, prompts=config.rl_prompts, samples=config.rl_samples, warmup=5, schedule="cosine",
-        learning_rate=config.rl_learning_rate, kl_coef=0.0, entropy_coef=0.0, max_prompt=MAX_PROMPT,
-        max_new_tokens=config.max_new_tokens, rows=128, micro_tokens=8192, save_every=10, resume=True,
-        seed=config.seed, device="cpu")
+        val=str(out / "val.jsonl") if config.val_problems else None, steps=config.rl_steps, prompts=config.rl_prompts,
+        samples=config.rl_samples, learning_rate=config.rl_learning_rate, schedule=config.schedule,
+        warmup=5 * (config.schedule == "cosine"), kl_coef=config.kl_coef, kl_threshold=config.kl_threshold,
+        entropy_coef=config.entropy_coef, clip=config.clip * (8 if config.as_authors else 1),
+        format_scale=config.format_scale, max_prompt=config.max_prompt, max_new_tokens=config.max_new_tokens,
+        rows=config.rows, save_every=10, resume=True, seed=config.seed, micro_tokens=config.micro_tokens,
+        checkpointing=config.checkpointing, device=config.device)
 
 
-def answer_tests(config: Toy, out: Path, name: str):
+def answer_tests(config: Experiment, out: Path, name: str):
     """Answers of one model to both test sets: the greedy ones, and those it gives at the temperature RL trains it at."""
     settings = {"greedy": {}, "sampled": {"samples": config.test_samples, "temperature": 1.0, "seed": config.seed}}
     for which, decoding in itertools.product(TESTS, results.DECODINGS):
@@ -194,10 +265,10 @@ def answer_tests(config: Toy, out: Path, name: str):
         if announce_if_missing(answers, f"test of {name}, {which}, {decoding}"):
             write_jsonl(answers, evaluate.sample(evaluate.Config(
                 model=str(out / name / "model"), data=str(out / f"test_{which}.jsonl"), max_new_tokens=config.max_new_tokens,
-                rows=400, device="cpu", **settings[decoding])))
+                max_prompt=config.max_prompt, rows=config.rows, device=config.device, **settings[decoding])))
 
 
-def write_results(config: Toy) -> str:
+def write_results(config: Experiment) -> str:
     """results.csv, curves.csv and table.md; returns the latter."""
     runs = [(one.seed, Path(one.out)) for one in config.one_seed_each]
     found = [outcome for seed, folder in runs for outcome in results.outcomes(seed, folder, config.names, list(TESTS))]
@@ -209,17 +280,7 @@ def write_results(config: Toy) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Replication(Toy):
-    """The settings of the table in docs/results.md."""
-    out: str = option("runs/replication", "run folder")
-    arms: str = option("vanilla,bridge,pp-aug,rc-aug", "arms of gen_data.py; NAME@P is its strict form with probability P")
-    seeds: int = option(3, "how often all is done, with the seeds from --seed on", least=1, most=1000)
-    rl_steps: int = option(60, "rollout batches", least=1)
-    test_problems: int = option(600, "problems of each test set", least=2)
-
-
-COMMANDS = {"toy": (main_toy, Toy), "replication": (main_toy, Replication)}
+COMMANDS = {name: (main, chosen) for name, chosen in SETTINGS.items()}
 
 if __name__ == "__main__":
     sys.exit(run_command(COMMANDS))

@@ -117,4 +117,5 @@ def averages(outcomes: list[Outcome], stage: str) -> dict[str, float]:
 def curves(runs: Sequence[tuple[int, Path]], arms: Sequence[str]) -> Table:
     """The training curves, one row a step."""
     return [{"seed": seed, "arm": arm, "step": line["step"], **{name: line[name] for name in CURVES}}
-            for seed, folder in runs for arm in arms for line in read_jsonl(folder / f"rl_{arm}" / "metrics.jsonl")]
+            for seed, folder in runs for arm in arms for line in read_jsonl(folder / f"rl_{arm}" / "metrics.jsonl")
+            if "accuracy" in line]  # not what the validation before the first step found

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from minibridge import reproduce, results, tables
-from minibridge.checkpoint import load
+from minibridge.checkpoint import load, save
 from minibridge.config import InputError, read_jsonl
 from minibridge.dag import Problem
 from minibridge.evaluate import Scored
+from minibridge.model import Decoder, ModelConfig
 
 
 ARMS = ("vanilla", "bridge", "pp-aug", "subgoal+reflection@0.3")
@@ -18,11 +21,11 @@ ARMS = ("vanilla", "bridge", "pp-aug", "subgoal+reflection@0.3")
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("reproduce") / "run"
-    config = reproduce.Toy(out=str(out), base=toy.model, workers=1, arms=",".join(ARMS),
-                           sft_ops=(2, 3), ops=(2, 3), sft_rows=33,
+    config = reproduce.Experiment(out=str(out), base=toy.model, workers=1, arms=",".join(ARMS),
+                           sft_ops=(2, 3), ops=(2, 3), rl_ops=(2, 3), sft_rows=33, sft_batch=32,
                            sft_epochs=1.0, rl_steps=2, rl_prompts=2, rl_samples=2, test_problems=24, test_samples=3,
                            max_new_tokens=24)
-    reproduce.main_toy(config)
+    reproduce.main(config)
     return config, out
 
 
@@ -58,7 +61,7 @@ def test_several_seeds_side_by_side(finished, tmp_path, capsys):
     """Another seed has other problems; processes of their own change nothing."""
     config = dataclasses.replace(finished[0], out=str(tmp_path / "run"), arms="bridge", seeds=2, workers=2,
                                  rl_steps=1, test_problems=2, test_samples=1)
-    reproduce.main_toy(config)
+    reproduce.main(config)
     a, b = (tmp_path / "run" / f"seed_{seed}" for seed in (0, 1))
     assert not {row["id"] for row in read_jsonl(a / "rl.jsonl")} & {row["id"] for row in read_jsonl(b / "rl.jsonl")}
     assert (a / "sft_bridge.jsonl").read_bytes() == (finished[1] / "seed_0" / "sft_bridge.jsonl").read_bytes()
@@ -76,14 +79,14 @@ def test_a_second_run_repeats_no_stage(finished, monkeypatch):
         monkeypatch.setattr(script, "main", repeated)
     monkeypatch.setattr(reproduce.evaluate, "sample", repeated)
     before = (out / "table.md").read_text()
-    reproduce.main_toy(config)
+    reproduce.main(config)
     assert (out / "table.md").read_text() == before
 
 
 def test_other_settings_are_refused_by_name(finished):
     config, out = finished
     with pytest.raises(InputError, match="seed"):
-        reproduce.main_toy(dataclasses.replace(config, seed=1))
+        reproduce.main(dataclasses.replace(config, seed=1))
     assert json.loads((out / "run.json").read_text())["config"]["seed"] == 0
 
 
@@ -92,7 +95,65 @@ def test_other_settings_are_refused_by_name(finished):
     ({"max_new_tokens": 1024}, "max_new_tokens: 1024 leave no room"), ({"base": "no/such"}, "no/such: no such folder")])
 def test_what_cannot_work_is_refused_before_any_file(finished, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
-        reproduce.main_toy(dataclasses.replace(finished[0], out=str(tmp_path / "run"), **change))
+        reproduce.main(dataclasses.replace(finished[0], out=str(tmp_path / "run"), **change))
+    assert not (tmp_path / "run").exists()
+
+
+PAPER = {"qwen2.5-1.5b": dict(kl_coef=0.001, kl_threshold=None, entropy_coef=0.001, clip=1.0, format_scale=0.0),
+         "qwen2.5-3b": dict(kl_coef=0.001, kl_threshold=None, entropy_coef=0.001, clip=1.0, format_scale=0.0),
+         "llama-3.2-1b": dict(kl_coef=0.01, kl_threshold=0.15, entropy_coef=0.0, clip=0.2, format_scale=0.05),
+         "small": dict(kl_coef=0.0, kl_threshold=None, entropy_coef=0.0, clip=1.0, format_scale=0.0)}
+
+
+@pytest.fixture(scope="module")
+def random_bases(toy, tmp_path_factory) -> dict[str, str]:
+    """Untrained models that can read the paper's problems, in the letters of the toy tokenizer."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("qwen2", "llama"):
+        model = Decoder(ModelConfig(kind, toy.tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+                                    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=2**14))
+        model.init_weights(torch.Generator().manual_seed(0))
+        save(model, folder / kind, toy.tokenizer)
+    return {name: str(folder / ("llama" if "llama" in name else "qwen2")) for name in PAPER}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_each_setting_of_the_paper_runs_on_random_weights(name, random_bases, tmp_path, capsys):
+    """Every stage with the setting's own loss and problems; fewer of everything."""
+    few = dict(sft_rows=4, sft_batch=4, sft_epochs=1.0, rl_steps=1, rl_prompts=2, rl_samples=2, val_problems=2,
+               test_problems=2, max_prompt=8192, max_length=16384, max_new_tokens=6, micro_tokens=20_000, rows=8)
+    setting = reproduce.SETTINGS[name]
+    defaults = setting()
+    with pytest.raises(InputError, match="base: give"):
+        reproduce.main(defaults)
+    reproduce.main(dataclasses.replace(defaults, base=random_bases[name], out=str(tmp_path / "run"), arms="bridge", **few))
+    folder = tmp_path / "run" / "seed_0"
+    config = json.loads((folder / "rl_bridge" / "run.json").read_text())["config"]
+    assert {key: config[key] for key in PAPER[name]} == PAPER[name]
+    assert {row["num_ops"] for row in read_jsonl(folder / "test_id.jsonl")} == {20}
+    assert {row["num_ops"] for row in read_jsonl(folder / "test_ood.jsonl")} == {25}
+    assert all(15 <= row["num_ops"] <= 20 for name in ("rl", "sft_bridge") for row in read_jsonl(folder / f"{name}.jsonl"))
+    assert (tmp_path / "run" / "table.md").exists()
+    assert (defaults.sft_rows, defaults.rl_prompts * defaults.rl_samples) == (2000, 1024)
+
+
+def test_what_is_the_authors_own_stays_behind_a_flag():
+    plain = reproduce.SETTINGS["llama-3.2-1b"](base="x")
+    authors, out = dataclasses.replace(plain, as_authors=True), Path("x")
+    (a, b), (c, d) = ((reproduce.sft_config(one, out, "bridge"), reproduce.rl_config(one, out, "bridge"))
+                      for one in (plain, authors))
+    assert dataclasses.replace(a, whole_chat=True, truncate=True) == c != a
+    assert dataclasses.replace(b, clip=1.6) == d != b
+    assert (a.learning_rate, a.batch_size, a.epochs, a.schedule, a.warmup) == (5e-6, 128, 5.0, "constant", 0)
+    assert (b.learning_rate, b.schedule, b.warmup, b.steps) == (1e-6, "constant", 0, 200)
+    assert (b.prompts, b.samples, b.updates, b.clip_low, b.clip_high, b.temperature) == (32, 32, 1, 0.2, 0.2, 1.0)
+
+
+def test_the_plan_of_a_setting(random_bases, tmp_path, capsys):
+    config = reproduce.SETTINGS["qwen2.5-1.5b"](base=random_bases["qwen2.5-1.5b"], out=str(tmp_path / "run"), plan=True)
+    reproduce.main(config)
+    printed = capsys.readouterr().out
+    assert printed.startswith("=== SFT\n") and "\n=== RL\n" in printed and printed.count("\ntotal ") == 2
     assert not (tmp_path / "run").exists()
 
 
@@ -126,4 +187,4 @@ def test_the_shipped_base_is_small_and_opens():
     files = [path for path in reproduce.TOY_BASE.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     model = load(reproduce.TOY_BASE)
-    assert model.config.max_position_embeddings >= reproduce.MAX_PROMPT + reproduce.Toy().max_new_tokens
+    assert model.config.max_position_embeddings >= reproduce.Experiment().max_prompt + reproduce.Experiment().max_new_tokens
