@@ -136,7 +136,7 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
 
 
 def describe(groups: list[list[Episode]]) -> dict[str, float]:
-    """What the rollouts look like, before any training on them; every figure is explained in the README."""
+    """What the rollouts look like, before any training on them; every figure is explained in docs/manual.md."""
     episodes = [episode for group in groups for episode in group]
 
     def mean(values) -> float:

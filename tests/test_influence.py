@@ -100,6 +100,7 @@ def test_the_ranked_file_is_the_data_in_another_order_and_trains(toy, finished, 
     assert len(load_prompts(finished / "ranked.jsonl", toy.tokenizer, 1000)) == 5
 
 
+@pytest.mark.plot
 def test_figures_of_the_run(finished):
     pytest.importorskip("matplotlib")
     names = {f"{name}.{kind}" for name in ("rollout_accuracy", "influence", "fluency") for kind in ("png", "csv")}

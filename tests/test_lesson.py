@@ -18,6 +18,7 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.split("```")[0].splitlines()]
 
 
+@pytest.mark.plot
 @pytest.mark.skipif(not LESSON.exists(), reason="the documents are not installed with the package")
 def test_the_lesson(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")

@@ -8,6 +8,7 @@ from minibridge import plots, tables
 from minibridge.config import run_main, write_jsonl
 from minibridge.evaluate import wilson
 
+pytestmark = pytest.mark.plot
 METRICS = [{"step": 0, "val_accuracy": 0.5},
            *({"step": step, "accuracy": step / 8, "dead_groups": 0.5, "entropy": 0.1 * step, "length": 20.0}
              for step in (1, 2, 3))]
