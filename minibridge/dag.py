@@ -33,6 +33,10 @@ PLACES = Decimal("0.0001")
 LARGEST = 10**100  # no value gets there
 
 
+class Undefined(InputError):
+    """A node whose value is no number, or one that is too large."""
+
+
 def rounded(number: Number) -> Number:
     """To four decimals, halves away from zero; an int where nothing is left behind the point."""
     if type(number) is int:
@@ -174,7 +178,7 @@ class Problem:
             try:
                 values[key] = evaluate(self.nodes[key].expr, values, finish)
             except ArithmeticError:
-                raise InputError(f"node {key!r}: division by zero, root of a negative number, or too large") from None
+                raise Undefined(f"node {key!r}: division by zero, root of a negative number, or too large") from None
         return values
 
     @property

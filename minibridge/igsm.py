@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from minibridge.config import InputError
-from minibridge.dag import Expr, Node, Problem, pick
+from minibridge.dag import Expr, Node, Problem, Undefined, pick
 from minibridge.worlds import TOY_WORLDS, WORLDS
 
 CONSTANT = "constant"  # stands among a node's parents for "a constant of its own", drawn from 0..9
@@ -87,7 +87,10 @@ def attempt(rng: random.Random, ops: tuple[int, int], scale: Scale = PAPER) -> P
         return None
     redundant = _redundant(rng, structure, order, parents)
     nodes = {key: _node(rng, structure, key, parents[key]) for key in (*order, *redundant)}
-    return Problem("igsm", nodes, tuple(order), tuple(redundant), n)
+    try:
+        return Problem("igsm", nodes, tuple(order), tuple(redundant), n)
+    except Undefined:  # once in thousands of the longest problems, a chain of products has more than a hundred digits
+        return None
 
 
 # --- hyper-parameters, names and the layered structure -------------------------------------------------------

@@ -19,8 +19,8 @@ from minibridge.sharding import whole
 from minibridge.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Settings that a resumed run may change: they touch no number, or (micro_tokens, shard) only its last digits.
-MAY_CHANGE = ("out", "resume", "plan", "micro_tokens", "shard", "checkpointing", "compile", "eval_every",
+# Settings that a resumed run may change: they touch no number, or (rows, micro_tokens, shard) only its last digits.
+MAY_CHANGE = ("out", "resume", "plan", "rows", "micro_tokens", "shard", "checkpointing", "compile", "eval_every",
               "influence_every", "save_every", "keep", "log_every", "show_every")
 
 

@@ -10,7 +10,7 @@
     styles      a fifth bare equations, the others in any mix of the three behaviors, equally often
 
 So the base has seen restatements, subgoals and failed attempts, as a model pretrained on much text has, and SFT on any arm
-chooses among styles that it knows. `small`, 15 million, has the last stage alone, on problems of the paper with three to
+chooses among styles that it knows. `small`, 14 million, has the last stage alone, on problems of the paper with three to
 fourteen operations. No problem has a structure of the SFT, RL, validation or test splits.
 """
 import itertools
@@ -83,7 +83,7 @@ SIZES = {
     "small": Size(
         SHARED | {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 6,
                   "num_key_value_heads": 2, "max_position_embeddings": 4096},
-        4096, 0.04, igsm.PAPER, string.ascii_letters, 1.0,
+        1024, 0.04, igsm.PAPER, string.ascii_letters, 1.0,
         (Stage("styles", {ops: 20_000 for ops in range(3, 15)}, all_styles, 1e-3, 200),), 64, 65_536)}
 
 
@@ -99,7 +99,7 @@ class Config:
 
 def main(config: Config):
     size, out = SIZES[config.size], Path(config.out)
-    same_settings(out, config, but=("out", "workers", "device"))
+    same_settings(out, config, but=("out", "workers"))
     run, start = Run(out, config), out / "init"
     if not start.exists():
         tokenizer = shared_tokenizer(size)

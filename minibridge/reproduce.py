@@ -2,10 +2,10 @@
 
     python -m minibridge.reproduce toy                             vanilla and BRIDGE, on the toy base model
     python -m minibridge.reproduce replication                     more arms, seeds and steps: the table of docs/results.md
-    python -m minibridge.reproduce small --base runs/base/toy_base problems of the paper, a small model of `pretrain`
+    python -m minibridge.reproduce small --base FOLDER             problems of the paper, the small model of `pretrain`
     python -m minibridge.reproduce qwen2.5-1.5b --base FOLDER      as in the paper; also qwen2.5-3b and llama-3.2-1b
 
-`--plan` prints what the latter would take, and stops. What is shrunk in `toy` and `replication`: four to six operations in
+`--plan` prints what SFT and RL would take, and stops. What is shrunk in `toy` and `replication`: four to six operations in
 SFT and six in RL, where the paper has fifteen to twenty in both; no quantity that is not needed, four small categories of
 one-word names, which formulas use as they are (no letters), values below 50, no KL and no entropy term, and a Qwen2-shaped
 model of a million parameters, whose pretraining is `pretrain`. What is not shrunk: every stage.
@@ -14,15 +14,15 @@ A stage whose result lies in the run folder is not run again, and training goes 
 interrupted run is continued by the same command; it may then name more arms or seeds.
 """
 import dataclasses
+import hashlib
 import itertools
 import signal
 import string
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Literal
 
@@ -30,22 +30,23 @@ import torch
 
 import train_rl
 import train_sft
-from minibridge import arms, evaluate, igsm, plan, results, splits, tables, traces
-from minibridge.config import InputError, Run, option, run_command, same_settings, write_jsonl
+from minibridge import arms, checkpoint, evaluate, igsm, plan, results, splits, tables, traces
+from minibridge.config import InputError, Run, option, read_json, run_command, same_settings, write_jsonl
 from minibridge.dag import Problem
-from minibridge.optim import open_model, prompt_limit
+from minibridge.optim import pick_device
 from minibridge.pretrain import SCALE
+from minibridge.tokenizer import Tokenizer
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 TESTS = {"id": "ops", "ood": "ood_ops"}  # the test sets, and the settings that hold their op ranges
-MAY_CHANGE = ("out", "workers", "arms", "seeds", "rows", "micro_tokens", "checkpointing", "plan")
+MAY_CHANGE = ("out", "base", "workers", "arms", "seeds", "rows", "micro_tokens", "checkpointing", "plan")
 
 
 @dataclass(frozen=True)
 class Experiment:
     """The defaults are those of `toy`; see train_sft.py and train_rl.py for what the numbers mean."""
     out: str = option("runs/toy", "run folder")
-    base: str = option(str(TOY_BASE), "Hugging Face folder of the base model")
+    base: str | None = option(str(TOY_BASE), "Hugging Face folder of the base model")
     arms: str = option("vanilla,bridge", "arms of gen_data.py; NAME@P is its strict form with probability P")
     seed: int = option(0, "seed of problems, training and sampling", least=0)
     seeds: int = option(1, "how often all is done, with the seeds from --seed on", least=1, most=1000)
@@ -101,10 +102,11 @@ def setting(**defaults) -> type[Experiment]:
     known = {field.name: field for field in dataclasses.fields(Experiment)}
     changed = [(name, known[name].type, dataclasses.field(default=value, metadata=known[name].metadata))
                for name, value in defaults.items()]
-    return dataclasses.make_dataclass("Setting", changed, bases=(Experiment,), frozen=True)
+    namespace = {"__module__": __name__}  # whose first lines --help shows
+    return dataclasses.make_dataclass("Setting", changed, bases=(Experiment,), frozen=True, namespace=namespace)
 
 
-PAPER = dict(base="", problems="paper", sft_ops=(15, 20), ops=(20, 20), rl_ops=(15, 20), ood_ops=(25, 25), sft_rows=2000,
+PAPER = dict(base=None, problems="paper", sft_ops=(15, 20), ops=(20, 20), rl_ops=(15, 20), ood_ops=(25, 25), sft_rows=2000,
              sft_epochs=5.0, sft_batch=128, sft_learning_rate=5e-6, rl_steps=200, rl_prompts=32, rl_samples=32,
              rl_learning_rate=1e-6, schedule="constant", kl_coef=0.001, entropy_coef=0.001, val_problems=500,
              test_problems=500, max_prompt=1024, max_new_tokens=2560, max_length=2048, rows=256, device="auto", workers=1)
@@ -125,18 +127,12 @@ SETTINGS = {
 
 
 def main(config: Experiment):
-    out = Path(config.out)
-    if not config.base:
-        raise InputError("base: give the folder of a base model")
-    same_settings(out, config, but=MAY_CHANGE)
-    for arm in config.names:
-        behaviors_of(arm)
+    config, out = Experiment(**dataclasses.asdict(config)), Path(config.out)
+    check(config)
     if config.plan:
         return print_plans(config)
-    base, _ = open_model(config.base, torch.device("cpu"), "auto")  # what cannot work is an error now
-    prompt_limit(base, config.max_prompt, config.max_new_tokens)
-    del base
-    run = Run(out, config)  # before any file of these seeds, so that others' cannot join them
+    mark = base_mark(config, out)
+    run = Run(out, config, base=mark)  # before any file of these seeds, so that others' cannot join them
     for one in config.one_seed_each:
         make_data(one)
     jobs = [(one, arm) for one in config.one_seed_each for arm in config.names]
@@ -150,45 +146,90 @@ def main(config: Experiment):
     print(f"\n{text}\n\nwritten: table.md, results.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
 
 
+def check(config: Experiment):
+    """InputError for what would fail only after hours."""
+    same_settings(Path(config.out), config, but=MAY_CHANGE)
+    pick_device(config.device)
+    if config.base is None:
+        raise InputError("base: give the folder of a base model")
+    for arm in config.names:
+        behaviors_of(arm)
+    if len(set(config.names)) < len(config.names):
+        raise InputError(f"arms: {config.arms} names one twice")
+    if config.sft_batch > config.sft_rows:
+        raise InputError(f"sft_batch: {config.sft_batch} examples of a step, but sft_rows is {config.sft_rows}")
+    base = checkpoint.outline(config.base)
+    Tokenizer.load(config.base)
+    for name, needed in (("max_prompt", config.max_prompt + config.max_new_tokens), ("max_length", config.max_length)):
+        if needed > base.config.max_position_embeddings:
+            raise InputError(f"{name}: {needed} tokens in all, but the base has positions for "
+                             f"{base.config.max_position_embeddings}")
+
+
+def base_mark(config: Experiment, out: Path) -> str:
+    """SHA-256 of the base's weights. InputError if the run folder began with others."""
+    digest = hashlib.sha256()
+    for path in checkpoint.weight_files(Path(config.base)):
+        digest.update(path.read_bytes())
+    if (out / "run.json").exists() and read_json(out / "run.json").get("base") != digest.hexdigest():
+        raise InputError(f"{out}: began with other weights than those in {config.base}; choose another --out")
+    return digest.hexdigest()
+
+
 def print_plans(config: Experiment):
-    """Of one arm; before there are problems, of the longest that are allowed."""
+    """As if every prompt and example were as long as is allowed."""
     where = Path(config.out), config.names[0]
-    print(f"=== SFT\n{plan.sft(sft_config(config, *where))}\n")
-    print(f"=== RL\n{plan.rl(replace(rl_config(config, *where), model=config.base))}")
+    print(f"=== SFT\n{plan.sft(sft_config(config, *where), [config.max_length] * config.sft_rows)}\n")
+    print(f"=== RL\n{plan.rl(replace(rl_config(config, *where), model=config.base))}\n")
+    print(f"Of one arm and seed, without the tests; there are {len(config.names)} arms and {config.seeds} seeds.")
 
 
-def behaviors_of(arm: str) -> traces.Behaviors | None:
+def behaviors_of(arm: str) -> traces.Behaviors:
     name, at, probability = arm.partition("@")
-    if not at:
-        return arms.behaviors_of(name)
     try:
-        return arms.behaviors_of(name, reflection=float(probability), strict=True)
+        found = arms.behaviors_of(name, reflection=float(probability), strict=True) if at else arms.behaviors_of(name)
     except ValueError:
         raise InputError(f"arms: {arm!r}: {probability!r} is not a probability") from None
+    if found is None:
+        raise InputError(f"arms: {arm!r} has no answers to train on")
+    return found
 
 
 def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
-    """What a job prints goes to a file of its own."""
-    threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (threads,)) as pool:
-        running = {pool.submit(run_logged, *job): job for job in jobs}
-        try:
-            for future in as_completed(running):
-                future.result()
-                print(f"done: seed {running[future][0].seed}, {running[future][1]}", flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    """What a job prints goes to a file of its own. The first that fails ends the others, which have their checkpoints."""
+    waiting, running, threads = list(jobs), {}, max(1, torch.get_num_threads() // workers)
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                process = get_context("spawn").Process(target=run_logged, args=(*job, threads))
+                process.start()
+                running[process.sentinel] = process, job
+            for sentinel in connection.wait(running):
+                process, (one, arm) = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    said = log_of(one, arm).read_text(encoding="utf-8").splitlines() if process.exitcode > 0 else ["killed"]
+                    raise InputError(f"seed {one.seed}, {arm}: {said[-1]}")
+                print(f"done: seed {one.seed}, {arm}", flush=True)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
 
 
-def begin_worker(threads: int):
+def log_of(config: Experiment, arm: str) -> Path:
+    return Path(config.out) / f"{arm}.log"
+
+
+def run_logged(config: Experiment, arm: str, threads: int):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(threads)
-
-
-def run_logged(config: Experiment, arm: str):
-    with open(Path(config.out) / f"{arm}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
-        run_arm(config, arm)
+    with open(log_of(config, arm), "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            run_arm(config, arm)
+        except (InputError, OSError) as error:
+            print(error)
+            sys.exit(2)
 
 
 def run_arm(config: Experiment, arm: str):

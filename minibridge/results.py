@@ -40,7 +40,7 @@ class Outcome:
         """For a CSV file, a row a stage."""
         where = {"seed": self.seed, "arm": self.arm, "test": self.test, "decoding": self.decoding}
         return [{**where, "stage": stage, "problems": len(scored), "accuracy": share, "tokens": tokens,
-                 "accuracy, answer not 0": evaluate.accuracy([problem for problem in scored if problem.answer != "0"]),
+                 "accuracy, answer not 0": accuracy_of([problem for problem in scored if problem.answer != "0"]),
                  **behaviors(scored)}
                 for stage, scored, share, tokens in zip(STAGES, (self.before, self.after), self.accuracy, self.tokens)]
 
@@ -54,6 +54,10 @@ def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: Sequence[str])
                 tokens = tuple(mean(len(line["ids"]) for line in read_jsonl(path)) for path in paths)
                 found.append(Outcome(seed, arm, test, decoding, *(evaluate.rescore(str(path)) for path in paths), tokens))
     return found
+
+
+def accuracy_of(scored: list[evaluate.Scored]) -> float | None:
+    return evaluate.accuracy(scored) if scored else None
 
 
 def behaviors(scored: list[evaluate.Scored]) -> dict[str, float]:

@@ -385,3 +385,9 @@ def test_impossible_ranges(monkeypatch, ops):
     monkeypatch.setattr(igsm, "MAX_DRAWS", 100)
     with pytest.raises(InputError, match=f"ops: .*{ops[0]}-{ops[1]}[^\n]*$"):
         igsm.draw(random.Random(0), ops, igsm.TOY)
+
+
+def test_a_value_of_more_than_a_hundred_digits_is_drawn_again():
+    """The first attempt of this stream has one."""
+    rng = random.Random("0/test/25-25/562")
+    assert igsm.draw(rng, (25, 25), igsm.PAPER).num_ops == 25

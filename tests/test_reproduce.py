@@ -9,7 +9,7 @@ import torch
 
 from minibridge import reproduce, results, tables
 from minibridge.checkpoint import load, save
-from minibridge.config import InputError, read_jsonl
+from minibridge.config import InputError, read_jsonl, run_main
 from minibridge.dag import Problem
 from minibridge.evaluate import Scored
 from minibridge.model import Decoder, ModelConfig
@@ -25,8 +25,23 @@ def finished(toy, tmp_path_factory):
                            sft_ops=(2, 3), ops=(2, 3), rl_ops=(2, 3), sft_rows=33, sft_batch=32,
                            sft_epochs=1.0, rl_steps=2, rl_prompts=2, rl_samples=2, test_problems=24, test_samples=3,
                            max_new_tokens=24)
-    reproduce.main(config)
+    with pytest.MonkeyPatch.context() as patch:
+        tested, sample = [], reproduce.evaluate.sample
+        patch.setattr(reproduce.evaluate, "sample", lambda asked: tested.append(asked) or sample(asked))
+        reproduce.main(config)
+    (out / "tested.json").write_text(json.dumps([[asked.model, asked.data, asked.temperature] for asked in tested]))
     return config, out
+
+
+def test_every_stage_starts_from_the_one_before(finished, toy):
+    folder = finished[1] / "seed_0"
+    for arm in ARMS:
+        sft, rl = (json.loads((folder / f"{stage}_{arm}" / "run.json").read_text())["config"] for stage in results.STAGES)
+        assert (sft["model"], sft["data"]) == (toy.model, str(folder / f"sft_{arm}.jsonl"))
+        assert (rl["model"], rl["data"]) == (str(folder / f"sft_{arm}" / "model"), str(folder / "rl.jsonl"))
+    tested = json.loads((finished[1] / "tested.json").read_text())
+    assert tested == [[str(folder / f"{stage}_{arm}" / "model"), str(folder / f"test_{test}.jsonl"), temperature]
+                      for arm in ARMS for stage in results.STAGES for test in ("id", "ood") for temperature in (0.0, 1.0)]
 
 
 def test_every_stage_leaves_its_result(finished):
@@ -67,6 +82,23 @@ def test_several_seeds_side_by_side(finished, tmp_path, capsys):
     assert (a / "sft_bridge.jsonl").read_bytes() == (finished[1] / "seed_0" / "sft_bridge.jsonl").read_bytes()
     assert {row["seed"] for row in tables.read(tmp_path / "run" / "results.csv")} == {"0", "1"}
     assert "=== GRPO, bridge" in (b / "bridge.log").read_text() and "===" not in capsys.readouterr().out
+    for folder, seed in ((a, 0), (b, 1)):
+        for stage in results.STAGES:
+            assert json.loads((folder / f"{stage}_bridge" / "run.json").read_text())["config"]["seed"] == seed
+
+
+def test_a_process_that_fails_ends_the_whole_in_a_line(finished, tmp_path):
+    config = dataclasses.replace(finished[0], out=str(tmp_path / "run"), arms="bridge", workers=2)
+    broken = tmp_path / "run" / "seed_0" / "sft_bridge" / "run.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    with pytest.raises(InputError, match=f"^seed 0, bridge: {broken}"):
+        reproduce.main(config)
+
+
+def test_other_weights_under_the_same_run_are_refused(finished, guesser):
+    with pytest.raises(InputError, match="began with other weights"):
+        reproduce.main(dataclasses.replace(finished[0], base=guesser))
 
 
 def test_a_second_run_repeats_no_stage(finished, monkeypatch):
@@ -92,7 +124,10 @@ def test_other_settings_are_refused_by_name(finished):
 
 @pytest.mark.parametrize("change, message", [
     ({"arms": "vanilla,bird"}, "arm: 'bird' is none of"), ({"arms": "bridge@x"}, "'x' is not a probability"),
-    ({"max_new_tokens": 1024}, "max_new_tokens: 1024 leave no room"), ({"base": "no/such"}, "no/such: no such folder")])
+    ({"arms": "vanilla,prompts"}, "'prompts' has no answers"), ({"arms": "bridge,bridge"}, "names one twice"),
+    ({"sft_batch": 34}, "sft_batch: 34 examples"), ({"device": "cuda:99"}, "device"),
+    ({"max_length": 2000}, "max_length: 2000 tokens"),
+    ({"max_new_tokens": 1024}, "max_prompt: 1424 tokens in all"), ({"base": "no/such"}, "no/such: no such folder")])
 def test_what_cannot_work_is_refused_before_any_file(finished, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         reproduce.main(dataclasses.replace(finished[0], out=str(tmp_path / "run"), **change))
@@ -124,8 +159,8 @@ def test_each_setting_of_the_paper_runs_on_random_weights(name, random_bases, tm
                test_problems=2, max_prompt=8192, max_length=16384, max_new_tokens=6, micro_tokens=20_000, rows=8)
     setting = reproduce.SETTINGS[name]
     defaults = setting()
-    with pytest.raises(InputError, match="base: give"):
-        reproduce.main(defaults)
+    assert run_main(*reproduce.COMMANDS[name], []) == 2
+    assert capsys.readouterr().err == "error: base: give the folder of a base model\n"
     reproduce.main(dataclasses.replace(defaults, base=random_bases[name], out=str(tmp_path / "run"), arms="bridge", **few))
     folder = tmp_path / "run" / "seed_0"
     config = json.loads((folder / "rl_bridge" / "run.json").read_text())["config"]
@@ -147,6 +182,10 @@ def test_what_is_the_authors_own_stays_behind_a_flag():
     assert (a.learning_rate, a.batch_size, a.epochs, a.schedule, a.warmup) == (5e-6, 128, 5.0, "constant", 0)
     assert (b.learning_rate, b.schedule, b.warmup, b.steps) == (1e-6, "constant", 0, 200)
     assert (b.prompts, b.samples, b.updates, b.clip_low, b.clip_high, b.temperature) == (32, 32, 1, 0.2, 0.2, 1.0)
+    assert (b.weight_decay, b.max_new_tokens, b.eval_every, b.val, a.max_length) == (0.01, 2560, 5, "x/val.jsonl", 2048)
+    assert (plain.val_problems, plain.test_problems, plain.ops, plain.ood_ops) == (500, 500, (20, 20), (25, 25))
+    assert {name: reproduce.SETTINGS[name]().rl_steps for name in PAPER} == {
+        "qwen2.5-1.5b": 200, "qwen2.5-3b": 100, "llama-3.2-1b": 200, "small": 100}
 
 
 def test_the_plan_of_a_setting(random_bases, tmp_path, capsys):
@@ -154,6 +193,7 @@ def test_the_plan_of_a_setting(random_bases, tmp_path, capsys):
     reproduce.main(config)
     printed = capsys.readouterr().out
     assert printed.startswith("=== SFT\n") and "\n=== RL\n" in printed and printed.count("\ntotal ") == 2
+    assert "75 steps" in printed and "200 steps" in printed and "2 arms and 1 seeds" in printed
     assert not (tmp_path / "run").exists()
 
 
