@@ -146,7 +146,8 @@ def random_bases(toy, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bases")
     for kind in ("qwen2", "llama"):
         model = Decoder(ModelConfig(kind, toy.tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
-                                    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=2**14))
+                                    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                                    max_position_embeddings=2**14))
         model.init_weights(torch.Generator().manual_seed(0))
         save(model, folder / kind, toy.tokenizer)
     return {name: str(folder / ("llama" if "llama" in name else "qwen2")) for name in PAPER}
