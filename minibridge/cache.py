@@ -37,12 +37,12 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> 
     """Attention (B, T, H, D) of q (B, T, H, D) over keys and values (B, K, S, D), without copies of them.
 
     The G query heads of a key head are laid along the query-time axis: the same numbers as repeating keys and
-    values G times. bias (B, T, S) is 0 where a query sees a slot and -inf elsewhere.
+    values G times. bias (B, 1, G*T, S) is 0 where a query sees a slot and -inf elsewhere.
     """
     B, T, H, D = q.shape
     K = keys.shape[1]
     q = q.view(B, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.repeat(1, H // K, 1)[:, None])
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
     return out.view(B, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -207,9 +207,11 @@ class PromptCache:
         slots = torch.arange(self.layers[0][0].shape[2], device=positions.device)
         behind = (slots >= self.lengths[:, None])[:, None].expand(-1, positions.shape[1], -1)  # (B, T, P): padding
         later = positions[:, None] > positions[:, :, None]  # (B, T, T)
-        return partial(self._read, _bias(~torch.cat((behind, later), 2), self.layers[0][0].dtype))  # (B, T, P + T)
+        bias = _bias(~torch.cat((behind, later), 2), self.layers[0][0].dtype)  # (B, T, P + T)
+        return partial(self._read, bias.repeat(1, self.group, 1)[:, None])  # once, for all layers
 
     def _fill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.group = q.shape[2] // k.shape[2]
         if layer == len(self.layers):  # and not when activation checkpointing runs the layer again
             self.layers.append((k.transpose(1, 2), v.transpose(1, 2)))
         return causal_attention(layer, q, k, v)

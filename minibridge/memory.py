@@ -77,12 +77,17 @@ def layer(s: Sizes, rows: int, tokens: int, prompt: int | None) -> Counter:
     slots, masks = n, 0                                   # keys and values
     if prompt is not None:                                # cache.PromptCache._read: each answer has its prompt's again,
         slots = rows * (prompt + tokens)
-        masks = s.size * group * tokens * slots           # a bias for each query of a group,
         each += s.size * width * (group > 1)              # and the output in the order of the heads
     elif s.cuda and s.size == 4 and group > 1:            # no fused kernel takes these: all weights, keys for every head
         masks = 4 * c.num_attention_heads * n * tokens
         each += 2 * s.size * (width - s.key_width)
     return Counter({"activations": n * each + 2 * s.size * s.key_width * slots, "attention masks": masks})
+
+
+def bias(s: Sizes, rows: int, tokens: int, prompt: int | None) -> int:
+    """Bytes of cache.PromptCache's bias of answers, one for each query of a group, which all layers share."""
+    group = s.config.num_attention_heads // s.config.num_key_value_heads
+    return 0 if prompt is None else s.size * group * rows * tokens * (prompt + tokens)
 
 
 def kept(s: Sizes, passes: list[Pass]) -> Counter:
@@ -91,12 +96,11 @@ def kept(s: Sizes, passes: list[Pass]) -> Counter:
     for rows, tokens, prompt in passes:
         n = rows * tokens
         total["activations"] += n * (s.normed * s.config.hidden_size + 8 * s.config.head_dim)  # last norm, cos and sin
-        if s.checkpointing:  # the input of each layer; keys and values of prompts; the bias before it is repeated
+        total["attention masks"] += bias(s, rows, tokens, prompt)
+        if s.checkpointing:  # the input of each layer; keys and values of prompts
             total["activations"] += n * layers * s.size * s.config.hidden_size
             if prompt is None and len(passes) > 1:
                 total["activations"] += n * s.slot
-            elif prompt is not None:
-                total["attention masks"] += s.size * n * (prompt + tokens)
         else:
             for name, bytes_ in layer(s, rows, tokens, prompt).items():
                 total[name] += layers * bytes_
@@ -126,7 +130,8 @@ def training(s: Sizes, passes: list[Pass], first: bool, entropy: bool) -> Counte
         # the backward pass of the last layer, of the first, and of the embedding
         whole + Counter({"gradients": gradients, "logits and loss": head,
                          "work space": grown[-1] + again[-1] * s.checkpointing}),
-        before + Counter({"gradients": gradients + waiting + head * (tied or first), "work space": grown[-1] + again[-1]}),
+        before + Counter({"gradients": gradients + waiting + head * (tied or first), "work space": grown[-1] + again[-1],
+                          "attention masks": bias(s, *passes[-1])}),
         before + Counter({"gradients": gradients + waiting + head * (2 if tied else 1 + first)}),
         # the same of the prompts: the last layer, whose norm is done with, and the embedding
         *(before + Counter({"gradients": gradients + waiting + head * (1 if tied else 1 + first), "work space": (

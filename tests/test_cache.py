@@ -140,7 +140,7 @@ def test_grouped_attention_equals_repeated_keys_and_values():
     hidden = torch.rand(B, T, S, generator=generator) < 0.4
     hidden[..., 0] = False
     bias = torch.zeros(B, T, S).masked_fill(hidden, -torch.inf)
-    out = grouped_attention(q, keys, values, bias)
+    out = grouped_attention(q, keys, values, bias.repeat(1, H // K, 1)[:, None])
     k, v = keys.repeat_interleave(H // K, 1), values.repeat_interleave(H // K, 1)  # (B, H, S, D)
     scores = q.transpose(1, 2) @ k.transpose(2, 3) / D**0.5 + bias[:, None]  # (B, H, T, S)
     torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2), atol=1e-5, rtol=1e-5)
