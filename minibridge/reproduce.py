@@ -204,6 +204,7 @@ def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
                 job = waiting.pop(0)
                 process = get_context("spawn").Process(target=run_logged, args=(*job, threads))
                 process.start()
+                print(f"begun: seed {job[0].seed}, {job[1]}; what it says: {log_of(*job)}", flush=True)
                 running[process.sentinel] = process, job
             for sentinel in connection.wait(running):
                 process, (one, arm) = running.pop(sentinel)
