@@ -114,8 +114,8 @@ def row(outcomes: list[Outcome], first: list[Outcome]) -> dict[str, str]:
 
 def averages(outcomes: list[Outcome], stage: str) -> dict[str, float]:
     """Behaviors per answer, over all seeds."""
-    rows = [outcome.rows()[STAGES.index(stage)] for outcome in outcomes]
-    return {name: mean(row[name] for row in rows) for name in BEHAVIORS}
+    shown = [behaviors(outcome.before if stage == STAGES[0] else outcome.after) for outcome in outcomes]
+    return {name: mean(each[name] for each in shown) for name in BEHAVIORS}
 
 
 def curves(runs: Sequence[tuple[int, Path]], arms: Sequence[str]) -> Table:
