@@ -19,7 +19,7 @@ import torch
 
 from minibridge import checkpoint, parallel, plan
 from minibridge.config import REQUIRED, InputError, option, read_jsonl, write_jsonl
-from minibridge.data import Example, batches, index_stream, load_sft, micro_batches, pad_batch
+from minibridge.data import Example, batches, index_stream, load_sft, micro_batches
 from minibridge.logprob import fused_loss
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
@@ -28,6 +28,7 @@ from minibridge.optim import (
     training_flops, update
 )
 from minibridge.parallel import ALONE, Ranks
+from minibridge.policy import example_hidden
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,12 @@ class Config:
     plan: bool = option(False, "load nothing: print the memory and time that these settings would take, and stop")
 
 
-def answer_loss(model: Decoder, batch: list[Example], device: torch.device, pad_id: int) -> tuple[torch.Tensor, int]:
+def answer_loss(model: Decoder, batch: list[Example]) -> tuple[torch.Tensor, int]:
     """Summed negative log-likelihood of the trained tokens of one micro-batch, in nats, and their number."""
-    ids, mask = (tensor.to(device) for tensor in pad_batch(batch, pad_id))  # (B, T), (B, T)
-    trained = mask[:, 1:].bool()  # (B, T-1): hidden state t predicts token t + 1
-    hidden = model(ids[:, :-1])[trained]  # (N, C)
-    loss, _ = fused_loss(hidden, model.lm_head_weight, ids[:, 1:][trained], lambda logprobs, *_: (-logprobs.sum(), {}),
+    hidden, targets = example_hidden(model, batch)
+    loss, _ = fused_loss(hidden, model.lm_head_weight, targets, lambda logprobs, *_: (-logprobs.sum(), {}),
                          with_entropy=False)
-    return loss, len(hidden)
+    return loss, len(targets)
 
 
 def shared_out(examples: list[Example], config: Config, ranks: Ranks) -> list[tuple[list[Example], float]]:
@@ -77,13 +76,12 @@ def shared_out(examples: list[Example], config: Config, ranks: Ranks) -> list[tu
     return ranks.even([[share[row] for row in rows] for rows in micro_batches(share, config.micro_tokens)])
 
 
-def accumulate(model: Decoder, batch: list[Example], config: Config, device: torch.device, pad_id: int,
-               ranks: Ranks = ALONE) -> float:
+def accumulate(model: Decoder, batch: list[Example], config: Config, ranks: Ranks = ALONE) -> float:
     """Leaves in .grad the gradient of the mean loss over the batch's trained tokens; returns that loss."""
     normalizer = sum(sum(example.mask[1:]) for example in batch)  # of the whole step, before any micro-batch
     total = 0.0
     for rows, counted in shared_out(batch, config, ranks):
-        loss = counted * answer_loss(model, rows, device, pad_id)[0] / normalizer
+        loss = counted * answer_loss(model, rows)[0] / normalizer
         loss.backward()
         total += loss.item()
     ranks.sum_gradients(model)
@@ -94,12 +92,11 @@ def accumulate(model: Decoder, batch: list[Example], config: Config, device: tor
 
 
 @torch.no_grad()
-def validation_loss(model: Decoder, examples: list[Example], config: Config, device: torch.device, pad_id: int,
-                    ranks: Ranks = ALONE) -> float:
+def validation_loss(model: Decoder, examples: list[Example], config: Config, ranks: Ranks = ALONE) -> float:
     """Mean negative log-likelihood of the trained tokens, in nats."""
     total = tokens = 0.0
     for rows, counted in shared_out(examples, config, ranks):
-        loss, number = answer_loss(model, rows, device, pad_id)
+        loss, number = answer_loss(model, rows)
         total, tokens = total + counted * loss.item(), tokens + counted * number
     return ranks.total(total) / ranks.total(tokens)
 
@@ -146,7 +143,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         batch = [examples[index] for index in indices]
         rate = learning_rate(step - 1, steps, config.learning_rate, config.warmup, config.schedule)
         try:
-            loss = accumulate(model, batch, config, device, tokenizer.pad_id, ranks)
+            loss = accumulate(model, batch, config, ranks)
             norm = update(model, optimizer, rate, config.clip)
         except NonFinite as error:
             path = run.path / f"failed_step_{step:04d}.jsonl"
@@ -163,7 +160,7 @@ def main(config: Config, ranks: Ranks = ALONE):
                    "tokens_per_second": sum(lengths) / seconds, "memory_gib": highest_memory(device) / 2**30,
                    "utilisation": flops / seconds / planned.rates[0] / ranks.size}
         if held_out and (step == steps or config.eval_every and step % config.eval_every == 0):
-            numbers["val_loss"] = validation_loss(model, held_out, config, device, tokenizer.pad_id, ranks)
+            numbers["val_loss"] = validation_loss(model, held_out, config, ranks)
         shown = step == steps or config.log_every and step % config.log_every == 0 or "val_loss" in numbers
         run.log(step, console=None if shown else (), **numbers)
         if config.save_every and step % config.save_every == 0 and step < steps:

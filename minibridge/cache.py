@@ -1,25 +1,27 @@
-"""Keys and values that outlive a forward pass: those of a prompt are kept once, whatever the number of its answers.
+"""What attention attends to, and what is kept of it: a prompt is run once, whatever the number of its answers.
 
 `Decoder.forward` asks a cache for `attention(positions)`, the function that every layer then calls with its q, k and v:
 
-    PromptCache   training and prefill: the first forward leaves the prompts' keys and values, the second reads them
+    Packed        training: rows without padding, of which several may begin with the same tokens
+    PromptCache   prefill: the prompts' keys and values are kept
     KVCache       sampling: a fixed place for prompts and one for answers, written as the answers grow
 
-With G answers to each prompt, the keys of a prompt are read once a step instead of G times: the queries of its answers
-are laid side by side and meet them in one product (the idea of Hydragen, arXiv 2402.05099).
+In sampling, with G answers to each prompt, the keys of a prompt are read once a step instead of G times: the queries of
+its answers are laid side by side and meet them in one product (the idea of Hydragen, arXiv 2402.05099).
 
 Axes: N prompts of P slots, J answers to a prompt at most, B answers of S slots, L layers, H query and K key heads,
 G = H / K, D head size.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PLACES = 2  # of `Packed` rows to a token of a micro-batch: copies of a long prompt of short answers would take much memory
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)
 
 
@@ -31,19 +33,6 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention among the tokens given: an `Attend` without a cache."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Attention (B, T, H, D) of q (B, T, H, D) over keys and values (B, K, S, D), without copies of them.
-
-    The G query heads of a key head are laid along the query-time axis: the same numbers as repeating keys and
-    values G times. bias (B, 1, G*T, S) is 0 where a query sees a slot and -inf elsewhere.
-    """
-    B, T, H, D = q.shape
-    K = keys.shape[1]
-    q = q.view(B, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-    return out.view(B, K, -1, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: Tensor, grid: Tensor, place: Tensor,
@@ -180,43 +169,42 @@ class KVCache:
         return hidden[: len(ids)]
 
 
-def _bias(seen: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def _bias(seen: Tensor) -> Tensor:
     """0 where there is something to see, -inf elsewhere."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 class PromptCache:
-    """Keys and values of N prompts, filled by one forward; in a second one B answers attend to them, and gradients flow
-    back through them.
-
-    The first forward (prompts (N, P), padded on the right) fills it; after `share`, the second (answers (B, T) at
-    their positions) reads the prompt of each row, and its own tokens after it. Nothing is written in place.
-    """
+    """Keys and values of prompts (N, P), padded on the right, as one forward pass leaves them for a `KVCache`."""
 
     def __init__(self):
         self.layers: list[tuple[Tensor, Tensor]] = []  # (N, K, P, D) each
-        self.owner: Tensor | None = None
-
-    def share(self, owner: Tensor, lengths: Tensor):
-        """Row b goes on from prompt owner[b] (B,), of lengths[owner[b]] tokens; lengths (N,)."""
-        self.owner, self.lengths = owner, lengths[owner]
 
     def attention(self, positions: Tensor) -> Attend:
-        if self.owner is None:
-            return self._fill
-        slots = torch.arange(self.layers[0][0].shape[2], device=positions.device)
-        behind = (slots >= self.lengths[:, None])[:, None].expand(-1, positions.shape[1], -1)  # (B, T, P): padding
-        later = positions[:, None] > positions[:, :, None]  # (B, T, T)
-        bias = _bias(~torch.cat((behind, later), 2), self.layers[0][0].dtype)  # (B, T, P + T)
-        return partial(self._read, bias.repeat(1, self.group, 1)[:, None])  # once, for all layers
+        return self._attend
 
-    def _fill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.group = q.shape[2] // k.shape[2]
-        if layer == len(self.layers):  # and not when activation checkpointing runs the layer again
-            self.layers.append((k.transpose(1, 2), v.transpose(1, 2)))
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.layers.append((k.transpose(1, 2), v.transpose(1, 2)))
         return causal_attention(layer, q, k, v)
 
-    def _read(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = (torch.cat((prompt.index_select(0, self.owner), own.transpose(1, 2)), 2)
-                        for prompt, own in zip(self.layers[layer], (k, v)))  # (B, K, P + T, D)
-        return grouped_attention(q, keys, values, bias)
+
+class Packed:
+    """Attention in rows whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding. What
+    several rows begin with, as answers do with their prompt, stands in the line once.
+
+    rows (B, L) says where in the line the tokens of each row stand; `real` (B, L) is false behind a row's end. In each layer
+    q, k and v are copied from the line to the rows, and what attention finds is read back, of shared tokens from the first
+    row that has them.
+    """
+
+    def __init__(self, rows: Tensor, real: Tensor, tokens: int):
+        self.rows = rows.masked_fill(~real, 0)
+        places = torch.arange(rows.numel(), device=rows.device).view_as(rows)
+        self.first = places.new_full((tokens,), rows.numel()).scatter_reduce(0, rows[real], places[real], "amin")  # (S,)
+
+    def attention(self, positions: Tensor) -> Attend:
+        return self._attend
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[0].index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape) for x in (q, k, v))
+        return causal_attention(layer, q, k, v).flatten(0, 1).index_select(0, self.first)[None]

@@ -4,7 +4,6 @@
     load_prompts   {"prompt": [system, user], "answer": "24", ...}  ->  Prompt(ids, answer, record)
     index_stream   which examples make up optimizer step k, by (seed, k) alone: resuming is exact
     micro_batches  how a step's examples are split to fit the memory; the loss must not depend on it
-    pad_batch      examples -> right-padded arrays
 
 The mask goes with the ids, not with the predictions: hidden state t predicts token t + 1, so the targets are
 `ids[:, 1:]` and their weights `mask[:, 1:]`.
@@ -15,9 +14,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from minibridge.answer import check_scoring
 from minibridge.config import InputError, read_jsonl
@@ -111,17 +107,6 @@ def _messages(record: dict, field: str, roles: tuple[str, ...], where: str) -> l
     if not all(isinstance(message.get("content"), str) for message in messages):
         raise InputError(f"{where}: every message of {field!r} needs a text in 'content'")
     return messages
-
-
-def pad_batch(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids (B, T) int64 and mask (B, T) float32. T is the longest row; padding has mask 0."""
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), longest), pad_id)  # (B, T)
-    mask = torch.zeros(len(examples), longest)  # (B, T)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        mask[row, : len(example.ids)] = torch.tensor(example.mask, dtype=torch.float32)
-    return ids, mask
 
 
 def batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

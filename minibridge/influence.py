@@ -29,12 +29,13 @@ from minibridge.coinfluence import (
 )
 from minibridge.config import REQUIRED, InputError, Run, option, run_main, same_settings, write_jsonl
 from minibridge.dag import Problem
-from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches, pad_batch
+from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches
 from minibridge.grpo import group_advantages
 from minibridge.jvp import Direction
 from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
 from minibridge.optim import open_model, pick_device, prompt_limit
+from minibridge.policy import example_hidden
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.spans import problem_of, token_kinds
 from minibridge.tokenizer import Tokenizer
@@ -86,11 +87,9 @@ def reference_row(model: Decoder, examples: list[Example], temperature: float, m
     """`tables.fluency` of given answers; the prompts of SFT lines are not among the tokens."""
     found = []
     for piece in micro_batches(examples, max_tokens):
-        ids, mask = (x.to(model.device) for x in pad_batch([examples[index] for index in piece], pad_id=0))
-        learned = mask[:, 1:] > 0
         with torch.no_grad():
-            hidden = model(ids[:, :-1])[learned]  # (tokens, C)
-            found.append(torch.stack(token_logprobs(hidden, model.lm_head_weight, ids[:, 1:][learned], temperature)))
+            hidden, targets = example_hidden(model, [examples[index] for index in piece])
+            found.append(torch.stack(token_logprobs(hidden, model.lm_head_weight, targets, temperature)))
     return tables.fluency("reference answers", *torch.cat(found, 1).cpu(), len(examples))
 
 

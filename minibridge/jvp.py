@@ -38,8 +38,7 @@ def gradient(model: Decoder, batches: list[MicroBatch], temperature: float) -> D
     for batch in batches:
         weights = (token_weights(batch.trained.to(batch.advantages.dtype), "sequence", 1.0)
                    * batch.advantages[:, None])[batch.trained]  # (tokens,)
-        hidden = answer_hidden(model, batch)[batch.trained]  # (tokens, C)
-        loss, _ = fused_loss(hidden, model.lm_head_weight, batch.answers[batch.trained],
+        loss, _ = fused_loss(answer_hidden(model, batch), model.lm_head_weight, batch.answers[batch.trained],
                              lambda logps, _, rows: ((weights[rows] * logps).sum(), {}), temperature, with_entropy=False)
         loss.backward()
     found = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -114,7 +113,7 @@ class _Call(nn.Module):
 
 def _derivatives(model: Decoder, batch: MicroBatch, temperature: float) -> Tensor:
     """(3, tokens), within `at` with dual numbers: see `directional`."""
-    hidden = answer_hidden(model, batch)[batch.trained]  # (tokens, C)
+    hidden = answer_hidden(model, batch)  # (tokens, C)
     (hidden, hidden_change), (weight, weight_change) = (forward_ad.unpack_dual(x) for x in (hidden, model.lm_head_weight))
     size = max(1, LOGIT_ELEMENTS // len(weight))
     parts = [_softmax_derivatives(*rows, weight, weight_change, temperature)

@@ -13,14 +13,23 @@ Axes: N prompts of P tokens, B answers of T tokens, C hidden, V vocabulary, L la
 """
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from minibridge.cache import PLACES
 from minibridge.generate import prefill_batch
 from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
 from minibridge.model import Decoder, ModelConfig
 
 ITEMS = ("this process", "parameters", "Adam's moments", "reference", "gradients", "keys and values", "activations",
          "attention masks", "casts of weights", "logits and loss", "work space")
-Pass = tuple[int, int, int | None]  # rows, tokens of each, tokens of the prompt that each goes on from (None: no prompt)
+
+
+class Line(NamedTuple):
+    """A micro-batch as the model sees it: tokens end to end, and rows of them for attention (`cache.Packed`)."""
+    tokens: int
+    rows: int
+    slots: int   # tokens of the longest row
+    scored: int  # tokens whose log-probabilities are asked for
 
 
 @dataclass(frozen=True)
@@ -65,94 +74,74 @@ def sizes(model: Decoder, size: int, cuda: bool, checkpointing: bool) -> Sizes:
     return Sizes(model.config, body - head * (1 if model.config.tie_word_embeddings else 2), head, size, cuda, checkpointing)
 
 
-def layer(s: Sizes, rows: int, tokens: int, prompt: int | None) -> Counter:
+def layer(s: Sizes, line: Line) -> Counter:
     """What autograd keeps of one layer for the backward pass."""
-    c, n, width = s.config, rows * tokens, s.config.num_attention_heads * s.config.head_dim
-    group = c.num_attention_heads // c.num_key_value_heads
+    c, width, places = s.config, s.config.num_attention_heads * s.config.head_dim, line.rows * line.slots
     each = 2 * (s.normed + s.size) * c.hidden_size        # of both norms what they keep, and their output
     each += 4 * s.size * c.intermediate_size              # gate, silu(gate), up, and their product
-    each += 2 * s.size * width + 4 * c.num_attention_heads  # queries, attention's output and its fp32 logsumexp
+    each += s.size * width                                # attention's output
     if c.model_type == "qwen3":
         each += s.normed * (width + s.key_width)          # the norms of queries and keys
-    slots, masks = n, 0                                   # keys and values
-    if prompt is not None:                                # cache.PromptCache._read: each answer has its prompt's again,
-        slots = rows * (prompt + tokens)
-        each += s.size * width * (group > 1)              # and the output in the order of the heads
-    elif s.cuda and s.size == 4 and group > 1:            # no fused kernel takes these: all weights, keys for every head
-        masks = 4 * c.num_attention_heads * n * tokens
-        each += 2 * s.size * (width - s.key_width)
-    return Counter({"activations": n * each + 2 * s.size * s.key_width * slots, "attention masks": masks})
+    each_place = 2 * s.size * (width + s.key_width) + 4 * c.num_attention_heads  # q, k, v, output and its fp32 logsumexp
+    masks = 0
+    if s.cuda and s.size == 4 and width > s.key_width:    # no fused kernel takes these: all weights, keys for every head
+        masks = 4 * c.num_attention_heads * places * line.slots
+        each_place += 2 * s.size * (width - s.key_width)
+    return Counter({"activations": line.tokens * each + places * each_place, "attention masks": masks})
 
 
-def bias(s: Sizes, rows: int, tokens: int, prompt: int | None) -> int:
-    """Bytes of cache.PromptCache's bias of answers, one for each query of a group, which all layers share."""
-    group = s.config.num_attention_heads // s.config.num_key_value_heads
-    return 0 if prompt is None else s.size * group * rows * tokens * (prompt + tokens)
+def kept(s: Sizes, line: Line) -> Counter:
+    """What autograd keeps of a whole forward pass."""
+    layers = s.config.num_hidden_layers
+    total = Counter({"activations": line.tokens * (s.normed * s.config.hidden_size + 8 * s.config.head_dim)})  # cos and sin
+    if s.checkpointing:  # the input of each layer
+        return total + Counter({"activations": line.tokens * layers * s.size * s.config.hidden_size})
+    for name, bytes_ in layer(s, line).items():
+        total[name] += layers * bytes_
+    return total + Counter({"casts of weights": s.cast * s.body})
 
 
-def kept(s: Sizes, passes: list[Pass]) -> Counter:
-    """What autograd keeps of whole forward passes."""
-    total, layers = Counter(), s.config.num_hidden_layers
-    for rows, tokens, prompt in passes:
-        n = rows * tokens
-        total["activations"] += n * (s.normed * s.config.hidden_size + 8 * s.config.head_dim)  # last norm, cos and sin
-        total["attention masks"] += bias(s, rows, tokens, prompt)
-        if s.checkpointing:  # the input of each layer; keys and values of prompts
-            total["activations"] += n * layers * s.size * s.config.hidden_size
-            if prompt is None and len(passes) > 1:
-                total["activations"] += n * s.slot
-        else:
-            for name, bytes_ in layer(s, rows, tokens, prompt).items():
-                total[name] += layers * bytes_
-            total["casts of weights"] += s.cast * s.body
-    return total
-
-
-def training(s: Sizes, passes: list[Pass], first: bool, entropy: bool) -> Counter:
+def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
     """The highest moment of one micro-batch, without what `held` counts; `first`: there are no gradients before it."""
-    c, layers, (rows, tokens, _), shared = s.config, s.config.num_hidden_layers, passes[-1], passes[:-1]
-    n, whole, head = rows * tokens, kept(s, passes), 4 * s.head
-    before, gradients = whole - kept(s, passes[-1:]), 0 if first else 4 * s.weights
-    # What two passes use waits for the second's share: keys and values of the prompts, and each weight for its gradient.
-    before["activations"] += sum(s.slot * rows * tokens for rows, tokens, _ in shared)
-    waiting = 4 * s.body if first or shared else 0
-    chunk = chunk_tokens(n, c.vocab_size) * c.vocab_size
+    c, whole, head = s.config, kept(s, line), 4 * s.head
+    gradients, waiting = (0, 4 * s.body) if first else (4 * s.weights, 0)
+    chunk = chunk_tokens(line.scored, c.vocab_size) * c.vocab_size
     logit = 4 + s.cast if chunk >= COMPILE_ELEMENTS else 16 if entropy else 8  # eager: logps, exp and their product too
     # A layer's backward pass: the gradient that comes in, and the MLP's two before it has freed as much; what checkpointing
     # left out is there again.
-    grown = [s.size * rows * tokens * (c.hidden_size + 2 * c.intermediate_size) for rows, tokens, _ in passes]
-    again = [layer(s, *shape).total() + s.cast * s.body // layers for shape in passes]
+    grown = s.size * line.tokens * (c.hidden_size + 2 * c.intermediate_size)
+    shared = s.size * line.tokens * c.hidden_size if s.checkpointing and (s.cuda or not s.cast) else 0  # the layer's input
+    again = layer(s, line).total() - shared + s.cast * s.body // c.num_hidden_layers
     tied = c.tie_word_embeddings
     moments = [
         # the loss: hidden states and the head, with their gradients
         whole + Counter({"gradients": gradients, "logits and loss": (
-            2 * s.size * n * c.hidden_size + s.cast * s.head + head + logit * chunk)}),
+            2 * s.size * line.scored * c.hidden_size + s.cast * s.head + head + logit * chunk)}),
         # the backward pass of the last layer, of the first, and of the embedding
         whole + Counter({"gradients": gradients, "logits and loss": head,
-                         "work space": grown[-1] + again[-1] * s.checkpointing}),
-        before + Counter({"gradients": gradients + waiting + head * (tied or first), "work space": grown[-1] + again[-1],
-                          "attention masks": bias(s, *passes[-1])}),
-        before + Counter({"gradients": gradients + waiting + head * (2 if tied else 1 + first)}),
-        # the same of the prompts: the last layer, whose norm is done with, and the embedding
-        *(before + Counter({"gradients": gradients + waiting + head * (1 if tied else 1 + first), "work space": (
-            grown[0] + again[0] * s.checkpointing - rows * tokens * s.normed * c.hidden_size)})
-          for rows, tokens, _ in shared),
-        Counter({"gradients": gradients + 4 * s.body * first + head * (2 if tied else len(passes) + first)}),
+                         "work space": grown + again * s.checkpointing}),
+        Counter({"gradients": gradients + waiting + head * (tied or first), "work space": grown + again}),
+        Counter({"gradients": gradients + waiting + head * (2 if tied else 1 + first)}),
     ]
     return max(moments, key=Counter.total)
 
 
 def highest(s: Sizes, answers: int, group: int, prompt: int, longest: int, limit: int, entropy: bool) -> Counter:
     """Of all ways to pack `answers` of at most `longest` tokens, `group` of them to a prompt, into micro-batches of
-    `limit` padded tokens, prompts included, the one that takes most. prompt 0: the rows are examples without a prompt."""
+    `limit` tokens as `policy.pack` does, the one that takes most. prompt 0: the rows are examples without a prompt."""
+    def most(rows: int) -> int:  # prompts, if the first and the last group of the rows are cut
+        return min(-(-answers // group), 1 - (1 - rows) // group)
+
     found, count = Counter(), 0
     while count < answers:
         count = min(answers, max(count + 1, count * 11 // 10))
-        tokens = min(longest, (limit - -(-count // group) * prompt) // count)
-        for rows, first in ((count, True), (min(count, answers - count), False)):
-            if tokens > 0 and rows > 0:
-                passes = [(-(-rows // group), prompt, None), (rows, tokens, prompt)] if prompt else [(rows, tokens, None)]
-                found = max(found, training(s, passes, first, entropy), key=Counter.total)
+        left = min(count, answers - count)
+        for asked in {-(-count // group), most(count)}:
+            tokens = min(longest, (limit - asked * prompt) // count, PLACES * limit // count - prompt)
+            for rows, prompts, first in ((count, asked, True), (left, most(left), False)):
+                if tokens > 0 and rows > 0:
+                    line = Line(min(limit, prompts * prompt + rows * tokens), rows, prompt + tokens, rows * tokens)
+                    found = max(found, training(s, line, first, entropy), key=Counter.total)
     return found
 
 

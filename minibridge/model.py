@@ -257,8 +257,8 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of ids (B, T) at positions (B, T), by default 0 .. T - 1.
 
-        Attention is causal among the tokens given, unless a cache says otherwise (`cache.KVCache` in sampling,
-        `cache.PromptCache` in prefill and training).
+        Attention is causal among the tokens given, unless a cache says otherwise (`cache.Packed` in training,
+        `cache.KVCache` in sampling).
         """
         x = F.embedding(ids, self.model.embed_tokens.weight).to(self.activation_dtype)  # (B, T, C)
         if positions is None:

@@ -1,4 +1,4 @@
-"""Log-probabilities of rollouts under a model, each prompt run once for all its answers; and their loss.
+"""Log-probabilities of rollouts under a model, each prompt run once for all its answers; and their loss. SFT examples too.
 
     batches = pack(groups, advantages, max_tokens, device)
     for batch in batches:
@@ -9,10 +9,10 @@
         loss, metrics = share_of_loss(model, batch, step)                         # shares, which add up to the step's
 
 With G answers to a prompt of P tokens, running prompt and answer together would run the same P tokens G times, which is
-half of the work when answers are as long as prompts. Here the answers attend to the keys and values of a `PromptCache`,
-and what they owe to the prompt flows back through it: same values, same gradients.
+half of the work when answers are as long as prompts. Here all prompts and answers lie end to end, each prompt once and no
+padding (`cache.Packed`), and what answers owe to their prompt flows back to it: same values, same gradients.
 
-Axes: N prompts and B answers of a micro-batch, P and T tokens of the longest of them, C hidden.
+Axes: N prompts and B answers of a micro-batch, P and T tokens of the longest of them, S tokens in all, C hidden.
 """
 from dataclasses import dataclass
 
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minibridge.cache import PromptCache
+from minibridge.cache import PLACES, Packed
+from minibridge.data import Example
 from minibridge.grpo import Recipe, grpo_loss, importance_weights, step_normalizer, token_loss, token_weights
 from minibridge.logprob import fused_loss, token_logprobs
 from minibridge.model import Decoder
 from minibridge.parallel import ALONE, Ranks
 from minibridge.rollout import Episode
-
 
 @dataclass
 class MicroBatch:
@@ -46,7 +46,7 @@ class MicroBatch:
 def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, device: torch.device,
          ranks: Ranks = ALONE) -> list[MicroBatch]:
     """All episodes of this rank's share of the groups, advantages (N, G), in micro-batches of at most max_tokens padded
-    tokens, prompts included.
+    tokens, each prompt once, and of at most PLACES * max_tokens in the rows of attention, where each answer has its prompt.
 
     Answers of a group stay together, so that they share; longest first, so that little is padding and lack of memory
     shows at once. A micro-batch always takes one answer, however long.
@@ -56,7 +56,7 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
              for column in sorted(range(len(groups[number])), key=lambda g: -_length(groups[number][g]))]
     packed: list[list[tuple[int, int]]] = []
     for place in order:
-        if packed and _padded_tokens(groups, [*packed[-1], place]) <= max_tokens:
+        if packed and _fit(groups, [*packed[-1], place], max_tokens):
             packed[-1].append(place)
         else:
             packed.append([place])
@@ -64,19 +64,21 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
 
 
 def padding(batches: list[MicroBatch], ranks: Ranks = ALONE) -> float:
-    """Share of the positions of all ranks' micro-batches that hold padding."""
-    real = ranks.total(sum(int(batch.prompt_lengths.sum() + batch.trained.sum()) for batch in batches))
-    return 1 - real / ranks.total(sum(batch.prompts.numel() + batch.answers.numel() for batch in batches))
+    """Share of padding in the rows, prompt and answer, that attention has on all ranks; products have none."""
+    lengths = [batch.prompt_lengths[batch.owner] + batch.trained.sum(1) - 1 for batch in batches]  # (B,) each
+    real = ranks.total(sum(row.sum().item() for row in lengths))
+    return 1 - real / ranks.total(sum(row.max().item() * len(row) for row in lengths))
 
 
 def _length(episode: Episode) -> int:
     return len(episode.completion.ids)
 
 
-def _padded_tokens(groups, places: list[tuple[int, int]]) -> int:
+def _fit(groups, places: list[tuple[int, int]], max_tokens: int) -> bool:
     prompts = {number: len(groups[number][0].prompt.ids) for number, _ in places}
-    return (len(prompts) * max(prompts.values())
-            + len(places) * max(_length(groups[number][column]) for number, column in places))
+    prompt, answer = max(prompts.values()), max(_length(groups[number][column]) for number, column in places)
+    return (len(prompts) * prompt + len(places) * answer <= max_tokens
+            and len(places) * (prompt + answer) <= PLACES * max_tokens)
 
 
 def _micro_batch(groups, advantages: Tensor, places: list[tuple[int, int]], device: torch.device) -> MicroBatch:
@@ -97,24 +99,45 @@ def _micro_batch(groups, advantages: Tensor, places: list[tuple[int, int]], devi
 
 def score(model: Decoder, batch: MicroBatch, temperature: float, with_entropy: bool = False) -> list[Tensor]:
     """Log-probabilities of the sampled tokens, and entropies if asked for: (B, T) each, 0 where nothing was sampled."""
-    hidden = answer_hidden(model, batch)[batch.trained]  # (tokens, C)
-    values = token_logprobs(hidden, model.lm_head_weight, batch.answers[batch.trained], temperature,
+    values = token_logprobs(answer_hidden(model, batch), model.lm_head_weight, batch.answers[batch.trained], temperature,
                             with_entropy=with_entropy)
     return [torch.zeros_like(batch.trained, dtype=value.dtype).masked_scatter(batch.trained, value)
             for value in values if value is not None]
 
 
 def answer_hidden(model: Decoder, batch: MicroBatch) -> Tensor:
-    """(B, T, C): the hidden state that predicts each answer token, the first from the last token of the prompt."""
-    cache = PromptCache()
-    hidden = model(batch.prompts, cache=cache)  # (N, P, C)
-    last = hidden[torch.arange(len(hidden), device=hidden.device), batch.prompt_lengths - 1]  # (N, C)
-    first = last.index_select(0, batch.owner)[:, None]  # (B, 1, C)
-    T = batch.answers.shape[1]
-    given = batch.answers[:, : max(1, T - 1)]  # (B, T-1): nothing is predicted from the last token, unless it is the only
-    cache.share(batch.owner, batch.prompt_lengths)
-    positions = batch.prompt_lengths[batch.owner][:, None] + torch.arange(given.shape[1], device=given.device)
-    return torch.cat((first, model(given, positions, cache)), 1)[:, :T]
+    """(tokens, C): the hidden states that predict answers[trained], an answer's first token from the last of its prompt.
+
+    What goes through the model is one line of S tokens: all prompts, then all answers but for their last tokens, from which
+    nothing is predicted.
+    """
+    asked, said = batch.prompt_lengths, batch.trained.sum(1) - 1  # (N,), (B,) tokens
+    (N, P), (_, T) = batch.prompts.shape, batch.trained.shape
+    columns = torch.arange(P + T, device=asked.device)
+    lengths = torch.cat((asked, said))
+    starts = lengths.cumsum(0) - lengths  # (N + B,) of prompts and answers in the line
+    prompt, in_prompt, in_answer = asked[batch.owner, None], columns[:P] < asked[:, None], columns[:T] < said[:, None]
+    ids = torch.cat((batch.prompts[in_prompt], batch.answers[in_answer]))  # (S,)
+    positions = torch.cat((columns[:P].expand(N, P)[in_prompt], (prompt + columns[:T])[in_answer]))  # (S,)
+
+    row = torch.arange((prompt[:, 0] + said).max(), device=asked.device)  # (L,)
+    rows = row + torch.where(row < prompt, starts[batch.owner, None], starts[N:, None] - prompt)  # (B, L)
+    packed = Packed(rows, row < prompt + said[:, None], len(ids))
+    hidden = model(ids[None], positions[None], packed)[0]  # (S, C)
+    before = (prompt - 1 + columns[:T]).clamp(max=len(row) - 1)  # (B, T) in the rows
+    return hidden.index_select(0, rows.gather(1, before)[batch.trained])
+
+
+def example_hidden(model: Decoder, examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """Of SFT examples, end to end: the hidden states (tokens, C) that predict the trained tokens, and these (tokens,)."""
+    given = torch.tensor([id_ for example in examples for id_ in example.ids[:-1]], device=model.device)  # (S,)
+    targets = torch.tensor([id_ for example in examples for id_ in example.ids[1:]], device=model.device)
+    trained = torch.tensor([bool(weight) for example in examples for weight in example.mask[1:]], device=model.device)
+    lengths = torch.tensor([len(example.ids) - 1 for example in examples], device=model.device)[:, None]  # (B, 1)
+    row = torch.arange(lengths.max(), device=model.device)  # (L,)
+    real, rows = row < lengths, lengths.cumsum(0) - lengths + row  # (B, L) each
+    hidden = model(given[None], row.expand_as(real)[real][None], Packed(rows, real, len(given)))[0]  # (S, C)
+    return hidden[trained], targets[trained]
 
 
 @dataclass(frozen=True)
@@ -181,7 +204,7 @@ def chunked_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor,
         largest.append(gaps.max())
         return loss, {**metrics, "mismatch_mean": gaps.sum() / step.tokens}
 
-    hidden = answer_hidden(model, batch)[trained]  # (tokens, C)
+    hidden = answer_hidden(model, batch)  # (tokens, C)
     loss, metrics = fused_loss(hidden, model.lm_head_weight, batch.answers[trained], loss_of, step.temperature)
     return loss, {**metrics, "mismatch": torch.stack(largest).max()}
 

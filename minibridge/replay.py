@@ -111,10 +111,11 @@ def _watching(model: Decoder) -> Iterator[list[str]]:
 
 
 def rows(batch: MicroBatch) -> Iterator[MicroBatch]:
-    """Each answer alone."""
-    for row in range(len(batch.answers)):
-        yield MicroBatch(**{name: value if value is None or name in OF_THE_PROMPTS else value[row : row + 1]
-                            for name, value in vars(batch).items()})
+    """Each answer alone, with its prompt."""
+    for row, prompt in enumerate(batch.owner.tolist()):
+        parts = {name: value if value is None else value[prompt, None] if name in OF_THE_PROMPTS else value[row, None]
+                 for name, value in vars(batch).items()}
+        yield MicroBatch(**parts | {"owner": torch.zeros_like(parts["owner"])})
 
 
 def main(config: Config):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minibridge.cache import KVCache, PromptCache, grouped_attention, shared_attention
+from minibridge.cache import KVCache, Packed, PromptCache, shared_attention
 from minibridge.model import ModelConfig
 from test_model import FAMILIES, SHAPE, config_of_each_family, random_decoder, random_ids  # noqa: F401 (a fixture)
 
@@ -132,15 +132,21 @@ def test_a_step_writes_one_slot_of_each_row():
     assert cache.prompts.count_nonzero() == 0
 
 
-def test_grouped_attention_equals_repeated_keys_and_values():
-    generator = torch.Generator().manual_seed(0)
-    B, T, S, H, K, D = 3, 4, 10, 6, 2, 8
-    q = torch.randn(B, T, H, D, generator=generator)
-    keys, values = torch.randn(2, B, K, S, D, generator=generator)
-    hidden = torch.rand(B, T, S, generator=generator) < 0.4
-    hidden[..., 0] = False
-    bias = torch.zeros(B, T, S).masked_fill(hidden, -torch.inf)
-    out = grouped_attention(q, keys, values, bias.repeat(1, H // K, 1)[:, None])
-    k, v = keys.repeat_interleave(H // K, 1), values.repeat_interleave(H // K, 1)  # (B, H, S, D)
-    scores = q.transpose(1, 2) @ k.transpose(2, 3) / D**0.5 + bias[:, None]  # (B, H, T, S)
-    torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2), atol=1e-5, rtol=1e-5)
+def test_packed_rows_equal_rows_run_alone(config):
+    """Rows of 5, 2 and 4 tokens, of which the first and the last begin with the same three, in value and in gradient."""
+    model, ids = random_decoder(config), random_ids(1, 8)
+    rows = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 0, 0, 0], [0, 1, 2, 7, 0]])
+    lengths, positions = (5, 2, 4), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 3]])
+    real = torch.arange(5) < torch.tensor(lengths)[:, None]
+    weights = torch.randn(3, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    found = model(ids, positions, Packed(rows, real, 8))[0]  # (8, C)
+    expected = [model(ids[:, row[:length]])[0] for row, length in zip(rows, lengths)]
+    gradients = []
+    for hidden in ([found[row[:length]] for row, length in zip(rows, lengths)], expected):
+        model.zero_grad(set_to_none=True)
+        sum((one * weight[:len(one)]).sum() for one, weight in zip(hidden, weights)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})  # not of the head
+    for row, one in zip(rows, expected):
+        torch.testing.assert_close(found[row[:len(one)]], one, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, atol=2e-5, rtol=1e-4)

@@ -6,10 +6,9 @@ import json
 import random
 
 import pytest
-import torch
 
 from minibridge.config import InputError
-from minibridge.data import Example, batches, index_stream, load_prompts, load_sft, micro_batches, pad_batch, prompt_stream
+from minibridge.data import Example, batches, index_stream, load_prompts, load_sft, micro_batches, prompt_stream
 from minibridge.tokenizer import train_toy
 
 SYSTEM = {"role": "system", "content": "Think."}
@@ -142,17 +141,6 @@ def test_prompts(tokenizer, write):
     length = len(prompt.ids)
     with pytest.raises(InputError, match=f"rows.jsonl:1: .*{length} tokens.* {length - 1} "):
         load_prompts(write(RL), tokenizer, length - 1)
-
-
-def test_pad_batch_masks_by_length_and_leaves_its_input_alone():
-    examples = [Example([5, 0, 7], [0, 1, 1]), Example([8], [1]), Example([0, 9], [1, 0])]  # 0 pads too
-    before = copy.deepcopy(examples)
-    ids, mask = pad_batch(examples, pad_id=0)
-    assert ids.dtype == torch.int64 and mask.dtype == torch.float32
-    assert ids.tolist() == [[5, 0, 7], [8, 0, 0], [0, 9, 0]]
-    assert mask.tolist() == [[0, 1, 1], [1, 0, 0], [1, 0, 0]]
-    ids.fill_(-1), mask.fill_(-1)
-    assert examples == before
 
 
 def test_an_epoch_uses_each_example_at_most_once():

@@ -97,7 +97,8 @@ def test_an_rl_step(toy, groups, monkeypatch, recipe, dtype):
     assert results[0]["importance"] != pytest.approx(1, abs=1e-3) if "tis" in recipe else "importance" not in results[0]
     for found, one in zip(results[1:], caught[1:]):
         assert found.pop("mismatch") == pytest.approx(results[0]["mismatch"], abs=2e-6)  # one log-prob's last bits
-        assert found == pytest.approx({name: results[0][name] for name in found}, rel=1e-6)
+        rounding = 3e-6 if dtype == torch.float32 else 1e-6  # some weights of metrics are fp32 in both
+        assert found == pytest.approx({name: results[0][name] for name in found}, rel=rounding)
         assert distance(one, caught[0]) < TOLERANCE[dtype] and (one - caught[0]).abs().max() < 1e-6
 
 
@@ -130,7 +131,7 @@ def test_an_sft_step(toy, whole_chat, dtype):
         for seed in (None, 0):
             batch = examples if seed is None else random.Random(seed).sample(examples, len(examples))
             config = parse(train_sft.Config, f"--model x --data x --out x --micro-tokens {micro_tokens}".split())
-            loss = train_sft.accumulate(model, batch, config, CPU, pad_id=17)
+            loss = train_sft.accumulate(model, batch, config)
             results.append((loss, gradient(model)))
     for loss, one in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6 if dtype == torch.float32 else 1e-12)

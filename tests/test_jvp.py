@@ -132,7 +132,9 @@ def test_each_prompt_is_run_once_for_all_its_answers(model, groups, monkeypatch)
     run, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda ids, *rest, **named: run.append(ids.shape) or forward(ids, *rest, **named))
     directional(model, groups, direction_for(model), 1.0, 10**6)
-    assert run == [(4, 11), (12, 11)]
+    prompts = sum(len(group[0].prompt.ids) for group in groups)
+    answers = [len(episode.completion.ids) for group in groups for episode in group]
+    assert run == [(1, prompts + sum(answers) - len(answers))]
 
 
 def test_numbers_name_the_answers(groups):

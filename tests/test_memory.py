@@ -1,6 +1,7 @@
 """Counted bytes against what the allocator hands out, in real steps of small models."""
 
 import gc
+import itertools
 import random
 from collections import Counter
 
@@ -11,10 +12,10 @@ import train_rl
 import train_sft
 from minibridge.data import Example, Prompt
 from minibridge.generate import Completion, generate
-from minibridge.memory import decoding, held, highest, sizes, training
+from minibridge.memory import Line, decoding, held, highest, sizes, training
 from minibridge.model import Decoder, ModelConfig
 from minibridge.optim import adamw, update
-from minibridge.policy import pack
+from minibridge.policy import MicroBatch, pack
 from minibridge.rollout import Episode
 
 CPU = torch.device("cpu")
@@ -59,6 +60,12 @@ def outline(config: ModelConfig, dtype, checkpointing=False, cuda=False):
 
 def answered(answers: list[list[Completion]], prompt: list[int]) -> list[list[Episode]]:
     return [[Episode(Prompt(prompt, "", {}), answer, "", False, False, 0.0) for answer in group] for group in answers]
+
+
+def line_of(batch: MicroBatch) -> Line:
+    asked, said = batch.prompt_lengths, batch.trained.sum(1)
+    slots = (asked[batch.owner] + said).max()
+    return Line(*map(int, (asked.sum() + said.sum(), len(said), slots, said.sum())))
 
 
 def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
@@ -109,8 +116,7 @@ def test_a_grpo_step(flags, prompts, samples, prompt, answer, micro, rows):
     assert found == pytest.approx(decoded, rel=0.05)
     parts = []
     for number, batch in enumerate(pack(answered(full, ids), torch.ones(prompts, samples), micro, CPU)):
-        passes = [(*batch.prompts.shape, None), (*batch.answers.shape, prompt)]
-        parts.append(training(s, passes, number == 0, entropy=True))
+        parts.append(training(s, line_of(batch), number == 0, entropy=True))
     assert (always + max(parts, key=Counter.total)).total() == pytest.approx(trained, rel=0.05)
     assert (always + highest(s, prompts * samples, samples, prompt, answer, micro, True)).total() > 0.97 * trained
 
@@ -129,7 +135,7 @@ def test_an_sft_step(flags, micro):
         train()
 
     def train():
-        train_sft.accumulate(made[0], examples, settings, CPU, 0)
+        train_sft.accumulate(made[0], examples, settings)
         update(*made, 0.0, 1.0)
 
     _, trained = live_bytes([begin, train])
@@ -140,7 +146,7 @@ def test_an_sft_step(flags, micro):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_lengths_take_more_than_the_highest(seed):
-    """Answers of any lengths, as `pack` packs them; but the prompts of groups that a micro-batch cuts count once more."""
+    """Answers of any lengths, as `pack` packs them."""
     rng, s = random.Random(seed), outline(shape(), torch.float32)
     for _ in range(20):
         samples, prompt, longest = rng.randint(2, 8), rng.randint(1, 80), rng.randint(1, 150)
@@ -150,30 +156,35 @@ def test_no_lengths_take_more_than_the_highest(seed):
         bound = highest(s, 4 * samples, samples, prompt, longest, micro, True).total()
         for number, batch in enumerate(pack(answered(random_answers(lengths), [1] * prompt), torch.ones(4, samples), micro,
                                             CPU)):
-            passes = [(*batch.prompts.shape, None), (*batch.answers.shape, prompt)]
-            assert training(s, passes, number == 0, entropy=True).total() <= 1.03 * bound
+            assert training(s, line_of(batch), number == 0, entropy=True).total() <= 1.01 * bound
 
 
 @pytest.mark.parametrize("answers, group, prompt, limit", [(6, 3, 20, 90), (8, 2, 30, 10**6), (5, 1, 0, 70)])
 def test_highest_is_that_of_all_packings(answers, group, prompt, limit):
     """Tried one by one: full micro-batches, the first of which finds no gradients, and what is left for the last."""
     s, found, longest = outline(shape(), torch.float32), [], 40
-    for count in range(1, answers + 1):
-        for tokens in range(1, longest + 1):
-            if -(-count // group) * prompt + count * tokens <= limit:
-                for rows, first in ((count, True), (min(count, answers - count), False)):
-                    shared = [(-(-rows // group), prompt, None)] if prompt else []
-                    passes = [*shared, (rows, tokens, prompt or None)]
-                    found += [training(s, passes, first, True).total()] if rows else []
-    assert highest(s, answers, group, prompt, longest, limit, True).total() == max(found)
+
+    def prompts(rows: int) -> set[int]:
+        """Distinct prompts of so many neighbours among all answers."""
+        return {len({row // group for row in range(start, start + rows)}) for start in range(answers - rows + 1)}
+
+    for count, tokens in itertools.product(range(1, answers + 1), range(1, longest + 1)):
+        fitting = [asked for asked in prompts(count)
+                   if asked * prompt + count * tokens <= limit and count * (prompt + tokens) <= 2 * limit]
+        left = min(count, answers - count)
+        lines = [(count, asked, True) for asked in fitting]
+        lines += [(left, asked, False) for asked in prompts(left) if fitting and asked * prompt + left * tokens <= limit]
+        for rows, asked, first in lines:
+            line = Line(asked * prompt + rows * tokens, rows, prompt + tokens, rows * tokens)
+            found += [training(s, line, first, True).total()] if rows else []
+    bound = highest(s, answers, group, prompt, longest, limit, True).total()
+    assert max(found) <= bound <= 1.01 * max(found)  # above where the limit cuts into a last prompt
 
 
 def test_a_gpu_keeps_less():
     """Its norm is one kernel, which keeps its input alone; in fp32, groups of queries have no fused attention there."""
-    shapes = [(2, 30, None), (6, 60, 30)]
-    on_cpu, on_gpu = (training(outline(shape(), torch.bfloat16, cuda=cuda), shapes, True, True) for cuda in (False, True))
-    norms = (2 * 4 + 1) * 128 * (2 * 30 + 6 * 60)
-    assert on_cpu["activations"] - on_gpu["activations"] == norms * (8 - 2)
-    fused, plain = (training(outline(shape(keys=keys), torch.float32, cuda=True), [(6, 90, None)], True, False)
-                    for keys in (4, 2))
+    line = Line(2 * 30 + 6 * 60, 6, 90, 6 * 60)
+    on_cpu, on_gpu = (training(outline(shape(), torch.bfloat16, cuda=cuda), line, True, True) for cuda in (False, True))
+    assert on_cpu["activations"] - on_gpu["activations"] == (2 * 4 + 1) * 128 * line.tokens * (8 - 2)
+    fused, plain = (training(outline(shape(keys=keys), torch.float32, cuda=True), line, True, False) for keys in (4, 2))
     assert "attention masks" not in fused and plain["attention masks"] == 4 * (4 * 4 * 6 * 90 * 90)

@@ -86,7 +86,7 @@ def said(out: Path) -> str:
 SFT = ("--model {model} --data {sft} --val {sft} --batch-size 5 --epochs 2 --learning-rate .003 --save-every 2"
        " --eval-every 1 --micro-tokens 400 --device cpu")
 RL = ("--model {guesser} --data {rl} --val {rl} --prompts 3 --samples 4 --max-new-tokens 8 --steps 4 --learning-rate .01"
-      " --kl-coef .1 --updates 2 --refill 2 --checkpointing --save-every 2 --eval-every 2 --micro-tokens 200 --device cpu")
+      " --kl-coef .1 --updates 2 --refill 2 --checkpointing --save-every 2 --eval-every 2 --micro-tokens 400 --device cpu")
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from conftest import make_model
-from minibridge.cache import PromptCache
-from minibridge.data import Prompt
+from minibridge.data import Example, Prompt
 from minibridge.generate import Completion
-from minibridge.policy import answer_hidden, pack, score
+from minibridge.policy import answer_hidden, example_hidden, pack, score
 from minibridge.rollout import Episode
 
 CPU = torch.device("cpu")
@@ -84,7 +83,7 @@ def test_each_prompt_is_run_once_for_all_its_answers(model, groups, monkeypatch)
     monkeypatch.setattr(model, "forward", lambda ids, *rest, **named: run.append(ids.shape) or forward(ids, *rest, **named))
     (batch,) = pack(groups, ADVANTAGES, 10**6, CPU)
     answer_hidden(model, batch)
-    assert run == [(4, 11), (12, 11)]  # the longest prompt 11, the longest answer 12, its last token not needed
+    assert run == [(1, sum(PROMPTS) + sum(map(sum, ANSWERS)) - 12)]  # no padding, and no answer's last token
 
 
 def test_pack_keeps_every_token_with_its_note_and_its_prompt(groups):
@@ -148,15 +147,22 @@ def test_checkpointing_changes_no_gradient(model, groups):
 
 
 def test_checkpointing_runs_layers_again(model, groups, monkeypatch):
-    """But keeps no second copy of the prompts' keys and values."""
-    runs, caches = [], []
-    new = PromptCache.__init__
-    monkeypatch.setattr(PromptCache, "__init__", lambda cache: caches.append(cache) or new(cache))
+    runs = []
     block = model.model.layers[0]
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda *args: runs.append(1) or forward(*args))
     (batch,) = pack(groups, ADVANTAGES, 10**6, CPU)
-    for model.checkpointing, expected in ((False, 2), (True, 4)):
+    for model.checkpointing, expected in ((False, 1), (True, 2)):
         runs.clear()
         score(model, batch, 1.0)[0].sum().backward()
-        assert len(runs) == expected and len(caches[-1].layers) == len(model.model.layers)
+        assert len(runs) == expected
+
+
+def test_examples_end_to_end_equal_rows_run_alone(model):
+    """Trained in the midst, at the end, from the first token on, and not at all; ids of 0 among them."""
+    examples = [Example([3, 0, 7, 7, 9], [0, 1, 0, 1, 1]), Example([5, 6], [1, 1]), Example([8, 0, 0], [1, 0, 0]),
+                Example([1, 2, 3, 4, 5, 6, 7, 8], [0] * 7 + [1])]
+    hidden, targets = example_hidden(model, examples)
+    assert targets.tolist() == [0, 7, 9, 6, 8]
+    alone = [model(torch.tensor([example.ids[:-1]]))[0][torch.tensor(example.mask[1:]).bool()] for example in examples]
+    torch.testing.assert_close(hidden, torch.cat(alone), atol=1e-12, rtol=1e-12)

@@ -259,7 +259,7 @@ def test_padding_and_flops_are_those_counted_by_hand(toy):
     prompt = [Episode(Prompt([5] * 4, "6", {}), Completion([1] * n, [-1.0] * n, "stop"), "", False, False, 0.0)
               for n in (3, 1)]
     batches = pack([prompt], torch.zeros(1, 2), 16384, CPU)
-    assert padding(batches) == pytest.approx(1 - (4 + 3 + 1) / (4 + 3 + 3))
+    assert padding(batches) == pytest.approx(1 - (6 + 4) / (6 + 6))  # rows of a prompt and all but the last token
     model = toy.load()
     c, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
     pairs = 4**2 / 2 + 3 * 4 + 3**2 / 2 + 1 * 4 + 1 / 2

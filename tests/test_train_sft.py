@@ -93,20 +93,9 @@ def test_accumulated_gradient_is_the_naive_one(toy):
     for micro_tokens in (longest, 2 * longest, 16384):
         for batch in (examples, examples[::-1], examples[3:] + examples[:3]):
             config = parse(Config, f"--model x --data x --out x --micro-tokens {micro_tokens}".split())
-            found = accumulate(model, batch, config, CPU, toy.tokenizer.pad_id)
+            found = accumulate(model, batch, config)
             assert found == pytest.approx(loss.item(), rel=1e-6)
             assert largest_difference(gradients(model), naive) < 1e-6
-
-
-def test_padding_is_not_trained_even_where_it_equals_the_stop_token(toy):
-    example = load_sft(toy.sft, toy.tokenizer, 800)[0]
-    config = parse(Config, "--model x --data x --out x".split())
-    model, batch = toy.load(), [Example(example.ids[:40], [0] * 20 + [1] * 20), example]
-    losses, grads = [], []
-    for pad_id in (toy.tokenizer.pad_id, toy.tokenizer.end_of_turn_id, 17):
-        losses.append(accumulate(model, batch, config, CPU, pad_id))
-        grads.append(gradients(model))
-    assert losses == losses[:1] * 3 and all(largest_difference(grads[0], other) == 0 for other in grads[1:])
 
 
 def test_stopping_is_learned(toy, tmp_path):
@@ -349,8 +338,8 @@ def test_resume_with_other_settings_is_refused_by_name(toy, whole, tmp_path, cap
 
 
 def test_gradient_that_is_not_finite_stops_the_run(toy, whole, tmp_path, monkeypatch, capsys):
-    def broken(model, batch, device, pad_id):
-        loss, count = answer_loss(model, batch, device, pad_id)
+    def broken(model, batch):
+        loss, count = answer_loss(model, batch)
         return loss * (math.nan if len(metrics(tmp_path)) == 2 else 1), count
 
     answer_loss = train_sft.answer_loss
