@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -230,31 +231,55 @@ def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks
     return prompts, held_out
 
 
+def open_models(config: Config, device: torch.device, ranks: Ranks) -> tuple[Decoder, Decoder | None, Tokenizer]:
+    """The policy, its frozen reference if the loss needs one, and their tokenizer."""
+    model, tokenizer = open_model(config.model, device, config.dtype)
+    model.checkpointing, reference = config.checkpointing, None
+    if config.kl_coef or config.kl_threshold is not None:
+        reference, _ = open_model(config.model, device, config.dtype)
+        reference.to(reference.activation_dtype)  # frozen: it needs no wider copy of its weights
+    for sharded in (model, reference) if config.shard else ():
+        if sharded is not None:
+            ranks.shard(sharded)
+    return model, reference, tokenizer
+
+
+def load_state(saved, model: Decoder, optimizer: torch.optim.Optimizer, config: Config) -> dict[str, int]:
+    """The last step that is done, and how many prompts were drawn till then; fills model and optimizer from a checkpoint."""
+    if not saved:
+        return {"step": 0, "drawn": 0}
+    state = checkpoint.load_training(saved, model, optimizer, config.updates)
+    least = state["step"] * config.prompts
+    if type(state.get("drawn")) is not int or not least <= state["drawn"] <= least * (1 + config.refill):
+        raise InputError(f"{saved}: not a checkpoint of train_rl.py")
+    return state
+
+
+def keep_failed(path: Path, model: Decoder, batches: list[MicroBatch], config: Config, ranks: Ranks) -> str:
+    """Writes what `replay` reads; what to say of it."""
+    whole = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
+    said = f"for a second look: python train_rl.py --replay {path}"
+    try:
+        replay.save_failure(path, model, batches, whole, ranks)
+    except (InputError, OSError) as trouble:  # a full disk is no reason to hide what failed
+        said = f"and {trouble}"
+    ranks.barrier()  # the first process to end would end the one that writes
+    return said
+
+
 def main(config: Config, ranks: Ranks = ALONE):
     recipe = recipe_of(config)
     if config.plan:
         return print(plan.rl(config))
     device = pick_device(config.device)
-    model, tokenizer = open_model(config.model, device, config.dtype)
+    model, reference, tokenizer = open_models(config, device, ranks)
     mark = fingerprint(config)
     saved = resume_point(config, mark)
     if finished(config):
         return print(f"{config.out}: this run is finished")
-    with_reference = config.kl_coef or config.kl_threshold is not None
-    reference = open_model(config.model, device, config.dtype)[0] if with_reference else None
-    if reference is not None:
-        reference.to(reference.activation_dtype)  # frozen: it needs no wider copy of its weights
-    model.checkpointing = config.checkpointing
-    for sharded in (model, reference) if config.shard else ():
-        if sharded is not None:
-            ranks.shard(sharded)
-    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     prompts, held_out = open_data(config, model, tokenizer, ranks)
-    state = checkpoint.load_training(saved, model, optimizer, config.updates) if saved else {"step": 0, "drawn": 0}
-    least = state["step"] * config.prompts
-    if type(state.get("drawn")) is not int or not least <= state["drawn"] <= least * (1 + config.refill):
-        raise InputError(f"{saved}: not a checkpoint of train_rl.py")
+    state = load_state(saved, model, optimizer, config)
     planned = plan.rl(config, [len(prompt.ids) for prompt in prompts], len(held_out))
     run = ranks.open_run(config.out, config, device=str(device), steps=config.steps,
                          resume_step=state["step"] + 1 if saved else None, plan=planned.record())
@@ -264,6 +289,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         run.log(0, val_accuracy=validate(model, tokenizer, held_out, config, ranks))
 
     drawn, stream = state["drawn"], prompt_stream(len(prompts), config.prompts, config.seed, state["drawn"])
+    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
 
     def sample(count: int) -> list[list[Episode]]:
         indices, seeds = zip(*itertools.islice(stream, count))
@@ -285,30 +311,23 @@ def main(config: Config, ranks: Ranks = ALONE):
         sampled, groups = sum(len(episode.completion.ids) for group in groups for episode in group), groups[: config.prompts]
         rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
         advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
-        rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
         batches = pack(groups, advantages, config.micro_tokens, device, ranks)
         if config.influence_every and step % config.influence_every == 0:
             numbers |= influence(model, tokenizer, held_out, groups, step, config)
+        rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
         ready = time.monotonic()
         try:
             numbers |= improve(model, reference, optimizer, batches, rate, config, ranks)
         except NonFinite as error:
-            path = run.path / f"failed_step_{step:04d}.safetensors"
-            whole = whole_step(batches, recipe, config.temperature, config.max_new_tokens, ranks)
-            hint = f"for a second look: python train_rl.py --replay {path}"
-            try:
-                replay.save_failure(path, model, batches, whole, ranks)
-            except (InputError, OSError) as trouble:  # a full disk is no reason to hide the other one
-                hint = f"and {trouble}"
-            ranks.barrier()  # the first process to end would end the one that writes
-            raise InputError(f"step {step}: {error}; {hint}") from None
+            said = keep_failed(run.path / f"failed_step_{step:04d}.safetensors", model, batches, config, ranks)
+            raise InputError(f"step {step}: {error}; {said}") from None
         trained = time.monotonic()
 
+        flops = step_flops(model, groups, reference is not None, config)
         numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
-                    "tokens_per_second": sampled / (decoded - began),
-                    "padding": padding(batches, ranks), "memory_gib": highest_memory(device) / 2**30,
-                    "utilisation": step_flops(model, groups, reference is not None, config) / (trained - ready)
-                    / planned.rates[0] / ranks.size}
+                    "tokens_per_second": sampled / (decoded - began), "padding": padding(batches, ranks),
+                    "memory_gib": highest_memory(device) / 2**30,
+                    "utilisation": flops / (trained - ready) / planned.rates[0] / ranks.size}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
             numbers["val_accuracy"] = validate(model, tokenizer, held_out, config, ranks)
         run.log(step, console=CONSOLE, **numbers)
