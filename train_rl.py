@@ -73,7 +73,7 @@ class Config:
     max_prompt: int = option(1024, "longest prompt, in tokens; a longer one is an error", least=1)
     max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
     rows: int = option(256, "answers decoded at the same time", least=1)
-    micro_tokens: int = option(8192, "padded tokens in memory at once in training; changes speed, never results", least=1)
+    micro_tokens: int = option(8192, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
     influence_every: int = option(
         0, "steps between measuring what a plain GRPO step would do for --val; it samples as many of its prompts", least=0)
     eval_every: int = option(5, "steps between validations; also before the first step and after the last", least=0)

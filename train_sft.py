@@ -39,7 +39,7 @@ class Config:
     val: str | None = option(None, "JSONL file of SFT examples held out for the validation loss")
     epochs: float = option(5.0, "passes over the data", most=1e6)
     batch_size: int = option(128, "examples of one optimizer step", least=1)
-    micro_tokens: int = option(16384, "padded tokens in memory at once; changes speed, never results", least=1)
+    micro_tokens: int = option(16384, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
     learning_rate: float = option(5e-6, "peak learning rate", least=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
     warmup: int = option(0, "steps of linear warm-up", least=0)

@@ -1,4 +1,4 @@
-"""What attention attends to, and what is kept of it: a prompt is run once, whatever the number of its answers.
+"""What attention attends to, and what is kept of it: a prompt goes through the products once for all its answers.
 
 `Decoder.forward` asks a cache for `attention(positions)`, the function that every layer then calls with its q, k and v:
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLACES = 2  # of `Packed` rows to a token of a micro-batch: copies of a long prompt of short answers would take much memory
+PLACES = 2  # of `Packed` rows to a token of a micro-batch: or copies of a prompt, one for each answer, could be too many
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)
 
 
@@ -32,7 +32,9 @@ class Cache(Protocol):
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention among the tokens given: an `Attend` without a cache."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    if q.is_cuda and q.dtype == torch.float32:  # the one fused kernel that takes fp32 there wants as many keys as queries
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1]).transpose(1, 2)
 
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: Tensor, grid: Tensor, place: Tensor,
@@ -192,13 +194,13 @@ class Packed:
     """Attention in rows whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding. What
     several rows begin with, as answers do with their prompt, stands in the line once.
 
-    rows (B, L) says where in the line the tokens of each row stand; `real` (B, L) is false behind a row's end. In each layer
-    q, k and v are copied from the line to the rows, and what attention finds is read back, of shared tokens from the first
-    row that has them.
+    rows (B, L) says where in the line the tokens of each row stand; `real` (B, L) is false behind a row's end, where rows
+    may say anything, and best not the same for all. In each layer q, k and v are copied from the line to the rows, and what
+    attention finds is read back, of shared tokens from the first row that has them.
     """
 
     def __init__(self, rows: Tensor, real: Tensor, tokens: int):
-        self.rows = rows.masked_fill(~real, 0)
+        self.rows = rows.clamp(0, tokens - 1)
         places = torch.arange(rows.numel(), device=rows.device).view_as(rows)
         self.first = places.new_full((tokens,), rows.numel()).scatter_reduce(0, rows[real], places[real], "amin")  # (S,)
 

@@ -94,7 +94,7 @@ def measure(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]
     """The influence on Q, of which `val` are rollouts, of a step on each prompt of `groups`.
 
     One backward pass over val and one forward pass with dual numbers over groups, and one more over those with right and
-    wrong answers for `halves` and for `contrast` each; at most max_tokens padded tokens in memory. `scale`: as `adam_scale`.
+    wrong answers for `halves` and for `contrast` each; micro-batches of max_tokens. `scale`: as `adam_scale`.
     """
     directions = validation_directions(model, val, temperature, max_tokens, halves, contrast, scale)
     whole, correct = directions.pop("whole"), rewards(groups)

@@ -32,7 +32,7 @@ class Config:
     model: str = option(REQUIRED, "Hugging Face folder of the policy")
     data: str | None = option(None, "JSONL file of the prompts; none: the run's")
     reference: str | None = option(None, "Hugging Face folder of the reference of the KL term; none: the run's")
-    micro_tokens: int = option(8192, "padded tokens in memory at once; changes speed, never results", least=1)
+    micro_tokens: int = option(8192, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
 

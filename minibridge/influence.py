@@ -62,7 +62,7 @@ class Config:
     max_prompt: int = option(1024, "longest prompt, in tokens", least=1)
     max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
     rows: int = option(256, "answers decoded at the same time", least=1)
-    micro_tokens: int = option(8192, "padded tokens in memory at once; changes speed, never results", least=1)
+    micro_tokens: int = option(8192, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
     seed: int = option(0, "seed of sampling", least=0)
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of sampling alone; auto: bf16 on a GPU, fp32 on a CPU")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minibridge.cache import PLACES
 from minibridge.grpo import token_weights
 from minibridge.logprob import fused_loss
 from minibridge.model import Decoder
@@ -51,12 +52,11 @@ def directional(model: Decoder, groups: list[list[Episode]], direction: Directio
                 max_tokens: int) -> list[list[Tensor]]:
     """For every answer (3, T) on the CPU: log-probabilities, their derivatives along the direction, and entropies.
 
-    In nats, and nats per unit of the direction. At most max_tokens padded tokens are in memory at a time, fewer where they
-    attend to many.
+    In nats, and nats per unit of the direction. Micro-batches have at most max_tokens, fewer where they attend to many.
     """
     found: list[list[Tensor]] = [[None] * len(group) for group in groups]
     longest = max(len(episode.prompt.ids) + len(episode.completion.ids) for group in groups for episode in group)
-    max_tokens = min(max_tokens, PAIR_ELEMENTS // (model.config.num_attention_heads * longest))
+    max_tokens = min(max_tokens, PAIR_ELEMENTS // (PLACES * model.config.num_attention_heads * longest))
     for batch, places in numbered_batches(groups, max_tokens, model.device):
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             duals = {name: forward_ad.make_dual(parameter, direction[name]) for name, parameter in model.named_parameters()}

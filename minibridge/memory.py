@@ -11,6 +11,7 @@ reports. Not counted: ids and masks, what the allocator loses between blocks, wh
 
 Axes: N prompts of P tokens, B answers of T tokens, C hidden, V vocabulary, L layers.
 """
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
 from minibridge.model import Decoder, ModelConfig
 
 ITEMS = ("this process", "parameters", "Adam's moments", "reference", "gradients", "keys and values", "activations",
-         "attention masks", "casts of weights", "logits and loss", "work space")
+         "casts of weights", "logits and loss", "work space")
 
 
 class Line(NamedTuple):
@@ -74,8 +75,8 @@ def sizes(model: Decoder, size: int, cuda: bool, checkpointing: bool) -> Sizes:
     return Sizes(model.config, body - head * (1 if model.config.tie_word_embeddings else 2), head, size, cuda, checkpointing)
 
 
-def layer(s: Sizes, line: Line) -> Counter:
-    """What autograd keeps of one layer for the backward pass."""
+def layer(s: Sizes, line: Line) -> int:
+    """Bytes that autograd keeps of one layer for the backward pass."""
     c, width, places = s.config, s.config.num_attention_heads * s.config.head_dim, line.rows * line.slots
     each = 2 * (s.normed + s.size) * c.hidden_size        # of both norms what they keep, and their output
     each += 4 * s.size * c.intermediate_size              # gate, silu(gate), up, and their product
@@ -83,11 +84,9 @@ def layer(s: Sizes, line: Line) -> Counter:
     if c.model_type == "qwen3":
         each += s.normed * (width + s.key_width)          # the norms of queries and keys
     each_place = 2 * s.size * (width + s.key_width) + 4 * c.num_attention_heads  # q, k, v, output and its fp32 logsumexp
-    masks = 0
-    if s.cuda and s.size == 4 and width > s.key_width:    # no fused kernel takes these: all weights, keys for every head
-        masks = 4 * c.num_attention_heads * places * line.slots
+    if s.cuda and s.size == 4:                            # keys and values for every head
         each_place += 2 * s.size * (width - s.key_width)
-    return Counter({"activations": line.tokens * each + places * each_place, "attention masks": masks})
+    return line.tokens * each + places * each_place
 
 
 def kept(s: Sizes, line: Line) -> Counter:
@@ -96,9 +95,7 @@ def kept(s: Sizes, line: Line) -> Counter:
     total = Counter({"activations": line.tokens * (s.normed * s.config.hidden_size + 8 * s.config.head_dim)})  # cos and sin
     if s.checkpointing:  # the input of each layer
         return total + Counter({"activations": line.tokens * layers * s.size * s.config.hidden_size})
-    for name, bytes_ in layer(s, line).items():
-        total[name] += layers * bytes_
-    return total + Counter({"casts of weights": s.cast * s.body})
+    return total + Counter({"activations": layers * layer(s, line), "casts of weights": s.cast * s.body})
 
 
 def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
@@ -111,7 +108,7 @@ def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
     # left out is there again.
     grown = s.size * line.tokens * (c.hidden_size + 2 * c.intermediate_size)
     shared = s.size * line.tokens * c.hidden_size if s.checkpointing and (s.cuda or not s.cast) else 0  # the layer's input
-    again = layer(s, line).total() - shared + s.cast * s.body // c.num_hidden_layers
+    again = layer(s, line) - shared + s.cast * s.body // c.num_hidden_layers
     tied = c.tie_word_embeddings
     moments = [
         # the loss: hidden states and the head, with their gradients
@@ -127,22 +124,31 @@ def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
 
 
 def highest(s: Sizes, answers: int, group: int, prompt: int, longest: int, limit: int, entropy: bool) -> Counter:
-    """Of all ways to pack `answers` of at most `longest` tokens, `group` of them to a prompt, into micro-batches of
-    `limit` tokens as `policy.pack` does, the one that takes most. prompt 0: the rows are examples without a prompt."""
-    def most(rows: int) -> int:  # prompts, if the first and the last group of the rows are cut
-        return min(-(-answers // group), 1 - (1 - rows) // group)
-
-    found, count = Counter(), 0
-    while count < answers:
-        count = min(answers, max(count + 1, count * 11 // 10))
-        left = min(count, answers - count)
-        for asked in {-(-count // group), most(count)}:
-            tokens = min(longest, (limit - asked * prompt) // count, PLACES * limit // count - prompt)
-            for rows, prompts, first in ((count, asked, True), (left, most(left), False)):
-                if tokens > 0 and rows > 0:
-                    line = Line(min(limit, prompts * prompt + rows * tokens), rows, prompt + tokens, rows * tokens)
+    """Of all ways to pack `answers` of at most `longest` tokens, `group` of them to a prompt of at most `prompt`, into
+    micro-batches of `limit` tokens as `policy.pack` does, the one that takes most. prompt 0: rows without a prompt."""
+    prompts = -(-answers // group)
+    one = prompts * prompt + answers * longest <= limit and answers * (prompt + longest) <= PLACES * limit
+    found, rows = Counter(), 0
+    while rows < answers:
+        rows = min(answers, max(rows + 1, rows * 11 // 10))
+        # Prompts of so many neighbours, their groups whole or cut; and whether there are gradients of another micro-batch.
+        asking = {-(-rows // group), min(prompts, 1 - (1 - rows) // group)}
+        for first, asked in itertools.product({True, one or rows == answers}, asking):
+            for given in _corners(rows, asked, prompt, longest, limit):
+                tokens = min(longest, (limit - asked * given) // rows, PLACES * limit // rows - given)
+                if tokens > 0:
+                    line = Line(asked * given + rows * tokens, rows, given + tokens, rows * tokens)
                     found = max(found, training(s, line, first, entropy), key=Counter.total)
     return found
+
+
+def _corners(rows: int, asked: int, prompt: int, longest: int, limit: int) -> set[int]:
+    """Lengths of prompts with which rows could take most: memory grows with them and with the answers, so that it is highest
+    where two of the four limits meet (longest prompt, longest answer, tokens, places)."""
+    found = {prompt, PLACES * limit // rows - longest, (limit - rows * longest) // asked}
+    if rows > asked:
+        found.add((PLACES - 1) * limit // (rows - asked))
+    return {min(prompt, max(1, length)) for length in found} if prompt else {0}
 
 
 def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, rows: int) -> Counter:

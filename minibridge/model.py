@@ -2,8 +2,8 @@
 
 One `forward` serves training, prefill and decoding; positions are an argument. Parameter names are those
 of Hugging Face's classes, so a checkpoint maps one to one. Not here: text, sampling, losses, files.
-Departures from the library models: no dropout, no sliding window, and no attention mask (rows are padded on
-the right, where causality already keeps the padding from every real token).
+Departures from the library models: no dropout, no sliding window, and no attention mask (what pads a row
+is on its right, where causality already keeps it from every real token).
 
 Axes: B rows, T tokens, C hidden, H heads, K key/value heads, D head size, V vocabulary.
 """

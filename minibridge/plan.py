@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from minibridge import checkpoint
+from minibridge.cache import PLACES
 from minibridge.config import InputError
 from minibridge.data import load_sft
 from minibridge.logprob import chunk_tokens
@@ -99,7 +100,8 @@ def rl(config: Any, prompts: Sequence[int] = (), held_out: int | None = None) ->
     rates, mean = _rates(device, dtype), sum(prompts) / len(prompts) if prompts else longest
     about = (f"{config.prompts} prompts of at most {longest:,} tokens, {config.samples} answers to each of at most "
              f"{config.max_new_tokens:,}{'; refilling comes on top' if config.refill else ''}")
-    flags = {"micro_tokens": (least, config.prompts * longest + answers * config.max_new_tokens), "rows": (1, answers)}
+    most = max(config.prompts * longest + answers * config.max_new_tokens, -(-answers * least // PLACES))
+    flags = {"micro_tokens": (least, most), "rows": (1, answers)}
     seconds = _rl_seconds(config, model, s, mean, reference, *rates)
     return _plan(config, s, device, dtype, about, phases, seconds, config.steps, rates, flags)
 

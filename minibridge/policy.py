@@ -10,7 +10,7 @@
 
 With G answers to a prompt of P tokens, running prompt and answer together would run the same P tokens G times, which is
 half of the work when answers are as long as prompts. Here all prompts and answers lie end to end, each prompt once and no
-padding (`cache.Packed`), and what answers owe to their prompt flows back to it: same values, same gradients.
+padding (`cache.Packed`); in attention alone each answer has its prompt again. Same values, same gradients.
 
 Axes: N prompts and B answers of a micro-batch, P and T tokens of the longest of them, S tokens in all, C hidden.
 """
@@ -133,8 +133,9 @@ def example_hidden(model: Decoder, examples: list[Example]) -> tuple[Tensor, Ten
     given = torch.tensor([id_ for example in examples for id_ in example.ids[:-1]], device=model.device)  # (S,)
     targets = torch.tensor([id_ for example in examples for id_ in example.ids[1:]], device=model.device)
     trained = torch.tensor([bool(weight) for example in examples for weight in example.mask[1:]], device=model.device)
-    lengths = torch.tensor([len(example.ids) - 1 for example in examples], device=model.device)[:, None]  # (B, 1)
-    row = torch.arange(lengths.max(), device=model.device)  # (L,)
+    counts = [len(example.ids) - 1 for example in examples]
+    lengths = torch.tensor(counts, device=model.device)[:, None]  # (B, 1)
+    row = torch.arange(max(counts), device=model.device)  # (L,)
     real, rows = row < lengths, lengths.cumsum(0) - lengths + row  # (B, L) each
     hidden = model(given[None], row.expand_as(real)[real][None], Packed(rows, real, len(given)))[0]  # (S, C)
     return hidden[trained], targets[trained]

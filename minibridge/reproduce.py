@@ -78,7 +78,7 @@ class Experiment:
     max_new_tokens: int = option(320, "longest answer, in tokens", least=1)
     max_length: int = option(1024, "longest SFT example, in tokens", least=1)
     rows: int = option(128, "answers decoded at the same time", least=1)
-    micro_tokens: int = option(8192, "padded tokens in memory at once in training", least=1)
+    micro_tokens: int = option(8192, "tokens of a micro-batch, as if padded", least=1)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
     device: str = option("cpu", "cpu, cuda, cuda:1, ...")
     plan: bool = option(False, "print the memory and time that SFT and RL would take, and stop")

@@ -14,8 +14,7 @@ def shard(model: Decoder, size: int):
     """Split every parameter among `size` processes, in place; to be done before an optimizer is made.
 
     The embedding, the last norm and the head stay gathered from a forward pass to the end of its backward pass, so that the
-    loss can use the head. All is gathered in fp32, and cast in use as without sharding: were layers gathered in bf16, the
-    gradients of a prompt's pass and of its answers' would be added up in bf16.
+    loss can use the head. All is gathered in fp32, and cast in use: the numbers are those of a run without sharding.
     """
     from torch.distributed.fsdp import fully_shard
     mesh = dist.init_device_mesh(model.device.type, (size,))

@@ -102,7 +102,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` that knows its chat format ("chatml" or "llama3").
 
     Attributes: `end_of_turn_id`, the token that ends every message; `stop_ids`, the tokens that end sampling
-    (end of turn, then end of text if there is one); `pad_id`, to fill arrays with: masks come from lengths.
+    (end of turn, then end of text if there is one); `pad_id`, for the saved configuration: nothing here is padded by it.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, chat: str):

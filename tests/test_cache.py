@@ -133,10 +133,10 @@ def test_a_step_writes_one_slot_of_each_row():
 
 
 def test_packed_rows_equal_rows_run_alone(config):
-    """Rows of 5, 2 and 4 tokens, of which the first and the last begin with the same three, in value and in gradient."""
+    """Rows of 2, 5 and 4 tokens, of which the last two begin with the same three, in value and in gradient."""
     model, ids = random_decoder(config), random_ids(1, 8)
-    rows = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 0, 0, 0], [0, 1, 2, 7, 0]])
-    lengths, positions = (5, 2, 4), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 3]])
+    rows = torch.tensor([[5, 6, 0, 3, 9], [0, 1, 2, 3, 4], [0, 1, 2, 7, -1]])  # nonsense behind their ends
+    lengths, positions = (2, 5, 4), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 3]])
     real = torch.arange(5) < torch.tensor(lengths)[:, None]
     weights = torch.randn(3, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
     found = model(ids, positions, Packed(rows, real, 8))[0]  # (8, C)
