@@ -122,6 +122,12 @@ def test_micro_batches_keep_to_their_size_and_groups_together(groups, max_tokens
         assert prompts + rows * width > max_tokens or rows * (max(one.prompts.shape[1], prompt) + width) > 2 * max_tokens
 
 
+def test_short_answers_to_a_long_prompt_are_parted():
+    """Or attention would have the prompt's 30 tokens eight times, in a micro-batch of 40."""
+    group = [Episode(Prompt([1] * 30, "6", {}), Completion([2], [-1.0]), "", False, False, 0.0) for _ in range(8)]
+    assert [len(batch.answers) for batch in pack([group], torch.zeros(1, 8), 40, CPU)] == [2, 2, 2, 2]  # 2 * 31 <= 80
+
+
 def test_equal_prompts_of_two_groups_stay_two(groups):
     twice = [groups[1], groups[1]]
     (batch,) = pack(twice, ADVANTAGES[:2], 10**6, CPU)
