@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLACES = 2  # of `Packed` rows to a token of a micro-batch: or copies of a prompt, one for each answer, could be too many
+PLACES = 2  # how many places of `Packed` rows a micro-batch may have for each of its tokens: rows copy their prompt
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)
 
 
@@ -109,7 +109,7 @@ class KVCache:
     `arrange` says which answers there are: row b goes on from prompt owner[b]. Of their slots the first `used` are in use;
     the caller tells, who knows the positions without asking the device.
     Slots start at zero, because what is masked is still multiplied by 0, and uninitialised memory may hold a NaN.
-    No size that attention sees is one, and none the whole of a dimension: torch.compile would make other graphs for those.
+    Each dimension is larger than what attention reads of it, which is never 1: torch.compile would make other graphs.
     """
 
     def __init__(self, config, prompts: int, prompt_slots: int, rows: int, slots: int, dtype=torch.float32, device="cpu",

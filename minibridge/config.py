@@ -138,9 +138,7 @@ def parse_range(word: str) -> tuple[int, int]:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "-".join(map(str, value))
-    return "none" if value is None else str(value)
+    return "none" if value is None else "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None = None) -> int:
@@ -170,12 +168,14 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
 
 
 def run_command(commands: dict[str, tuple[Callable[[Any], Any], type]]) -> int:
-    """`run_main` for the command that the first argument names."""
+    """`run_main` for the command that the first argument names; --help alone shows what the module says of itself."""
     name, *argv = sys.argv[1:] or [""]
     if name in commands:
         return run_main(*commands[name], argv)
-    print(f"error: the first argument must be one of {', '.join(commands)}; each has a --help", file=sys.stderr)
-    return 2
+    asked, wanted = name in ("-h", "--help"), f"the first argument must be one of {', '.join(commands)}; each has a --help"
+    print(f"{sys.modules['__main__'].__doc__}\n{wanted}" if asked else f"error: {wanted}",
+          file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 def read_json(path: str | Path) -> dict:

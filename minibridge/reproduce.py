@@ -198,6 +198,7 @@ def behaviors_of(arm: str) -> traces.Behaviors:
 def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
     """What a job prints goes to a file of its own. The first that fails ends the others, which have their checkpoints."""
     waiting, running, threads = list(jobs), {}, max(1, torch.get_num_threads() // workers)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -223,7 +224,8 @@ def log_of(config: Experiment, arm: str) -> Path:
 
 
 def run_logged(config: Experiment, arm: str, threads: int):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(threads)
     with open(log_of(config, arm), "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
@@ -308,6 +310,7 @@ def answer_tests(config: Experiment, out: Path, name: str):
             write_jsonl(answers, evaluate.sample(evaluate.Config(
                 model=str(out / name / "model"), data=str(out / f"test_{which}.jsonl"), max_new_tokens=config.max_new_tokens,
                 max_prompt=config.max_prompt, rows=config.rows, device=config.device, **settings[decoding])))
+            print(f"accuracy {evaluate.accuracy(evaluate.rescore(str(answers))):.1%}", flush=True)
 
 
 def write_results(config: Experiment) -> str:

@@ -19,7 +19,7 @@ def loads(data: bytes) -> dict:
     if not data.strip():
         raise ValueError("blank line" if data else "empty file")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").rstrip("\r\n")  # or an error at the end of a line would be said to be on the next
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=int,  # int("NaN") raises a ValueError
                            parse_float=_finite)
     except json.JSONDecodeError as error:
