@@ -198,7 +198,7 @@ def behaviors_of(arm: str) -> traces.Behaviors:
 def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
     """What a job prints goes to a file of its own. The first that fails ends the others, which have their checkpoints."""
     waiting, running, threads = list(jobs), {}, max(1, torch.get_num_threads() // workers)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -217,6 +217,7 @@ def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
     finally:
         for process, _ in running.values():
             process.terminate()
+        signal.signal(signal.SIGTERM, before)
 
 
 def log_of(config: Experiment, arm: str) -> Path:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from minibridge import reproduce, results, tables
 from minibridge.checkpoint import load, save
-from minibridge.config import InputError, read_jsonl, run_main
+from minibridge.config import InputError, read_jsonl, run_command, run_main
 from minibridge.dag import Problem
 from minibridge.evaluate import Scored
 from minibridge.model import Decoder, ModelConfig
@@ -94,6 +97,30 @@ def test_a_process_that_fails_ends_the_whole_in_a_line(finished, tmp_path):
     broken.write_text("{")
     with pytest.raises(InputError, match=f"^seed 0, bridge: {broken}"):
         reproduce.main(config)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks Linux which processes there are")
+def test_a_run_that_is_terminated_takes_its_processes_along(toy, tmp_path):
+    words = (f"toy --base {toy.model} --out {tmp_path} --sft-ops 2-3 --rl-ops 2-3 --ops 2-3 --ood-ops 4 --sft-rows 32"
+             " --rl-steps 50 --rl-prompts 4 --test-problems 2")
+    parent = subprocess.Popen([sys.executable, "-m", "minibridge.reproduce", *words.split()],
+                              stdout=subprocess.PIPE, text=True, cwd=Path(reproduce.__file__).parents[1])
+    assert "begun" in parent.stdout.readline() and "begun" in parent.stdout.readline()
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(children) >= 2
+    parent.terminate()
+    assert parent.wait(60) == 143
+    alive = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < alive
+        time.sleep(0.1)
+
+
+def test_help_alone_shows_what_there_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce", "--help"])
+    assert run_command(reproduce.COMMANDS) == 0 and "first argument must be one of toy," in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["reproduce", "tiny"])
+    assert run_command(reproduce.COMMANDS) == 2 and capsys.readouterr().err.startswith("error: the first argument must be")
 
 
 def test_other_weights_under_the_same_run_are_refused(finished, guesser):
