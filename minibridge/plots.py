@@ -246,7 +246,8 @@ def draw_ablation(figure, table: Table, arms: list[Arm]):
             rows = of(table, test=test, stage=stage)
             reach = [[abs(row[end] - row["accuracy"]) for row in rows] for end in ("low", "high")]
             bars(axes, place, 2, [ticks[row["arm"]] for row in rows], column(rows, "accuracy"), yerr=reach, **look)
-        axes.set_xticks(range(len(arms)), [arm.label for arm in arms], rotation=0 if len(arms) < 4 else 30)
+        crowded = len(arms) * max(len(arm.label) for arm in arms) > 21  # letters, beside one another
+        axes.set_xticks(range(len(arms)), [arm.label for arm in arms], rotation=30 * crowded)
         axes.set_xlim(-0.5, len(arms) - 0.5)
         axes.set_title(test)
     figure.supylabel("accuracy")
