@@ -55,7 +55,7 @@ class Plan:
     def verdict(self) -> str:
         highest = max(self.phases, key=lambda phase: self.phases[phase].total())
         verb = "fits" if _peak(self.phases) <= self.free else "DOES NOT FIT"
-        return f"The plan {verb}: {_of(_peak(self.phases), self.free)}, while {highest}."
+        return f"Memory as planned {verb}: {_of(_peak(self.phases), self.free)}, while {highest}."
 
     def time(self) -> str:
         step = sum(self.seconds.values())

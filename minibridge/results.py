@@ -101,15 +101,20 @@ def row(outcomes: list[Outcome], first: list[Outcome]) -> dict[str, str]:
     gain, reach = interval([outcome.changes for outcome in outcomes])
     before, after = (mean(outcome.accuracy[stage] for outcome in outcomes) for stage in (0, 1))
     cells = {"after SFT": f"{before:.1%}", "after RL": f"{after:.1%}", "RL gain": f"{gain:+.1%}",
-             "95% interval": f"{gain - reach:+.1%} to {gain + reach:+.1%}"}
+             "95% interval": around(gain, reach)}
     if outcomes[0].arm != first[0].arm:
         more, reach = interval([[a - b for a, b in zip(one.changes, other.changes, strict=True)]
                                 for one, other in zip(outcomes, first)])
-        cells |= {f"more than {first[0].arm}": f"{more:+.1%}", "interval": f"{more - reach:+.1%} to {more + reach:+.1%}"}
+        cells |= {f"more than {first[0].arm}": f"{more:+.1%}", "interval": around(more, reach)}
     else:
         cells |= {f"more than {first[0].arm}": "", "interval": ""}
     tokens = (mean(outcome.tokens[stage] for outcome in outcomes) for stage in (0, 1))
     return cells | {"tokens": " -> ".join(f"{count:.0f}" for count in tokens)}
+
+
+def around(value: float, reach: float) -> str:
+    """An interval, if the values differed at all: that few were alike says nothing of others."""
+    return f"{value - reach:+.1%} to {value + reach:+.1%}" if reach else ""
 
 
 def averages(outcomes: list[Outcome], stage: str) -> dict[str, float]:

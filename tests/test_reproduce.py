@@ -249,6 +249,8 @@ def test_the_gain_of_several_seeds_by_hand():
     reach = 12.7062 * 0.5 / 2**0.5 / 2**0.5  # of 0 and 1/2
     assert cells["more than a"] == "+25.0%" and cells["interval"] == f"{0.25 - reach:+.1%} to {0.25 + reach:+.1%}"
     assert results.row(firsts, firsts)["more than a"] == ""
+    still = [outcome("a", seed, [[1], [0]], [[1], [0]]) for seed in range(2)]
+    assert (results.row(still, firsts)["RL gain"], results.row(still, firsts)["95% interval"]) == ("+0.0%", "")
 
 
 def test_the_shipped_base_is_small_and_opens():
