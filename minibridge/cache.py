@@ -15,11 +15,13 @@ G = H / K, D head size.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PLACES = 2  # how many places of `Packed` rows a micro-batch may have for each of its tokens: rows copy their prompt
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)
@@ -191,22 +193,85 @@ class PromptCache:
 
 
 class Packed:
-    """Attention in rows whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding. What
-    several rows begin with, as answers do with their prompt, stands in the line once.
+    """Attention in texts whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding.
 
-    rows (B, L) says where in the line the tokens of each row stand; `real` (B, L) is false behind a row's end, where rows
-    may say anything, and best not the same for all. In each layer q, k and v are copied from the line to the rows, and what
-    attention finds is read back, of shared tokens from the first row that has them.
+    Text i has lengths[i] tokens, and comes after all those of text after[i] where that is not None, as answers do after
+    their prompt, which so stands in the line once. A text that others come after comes after none; they are neighbours.
+
+    On a CPU each text meets itself and, with its neighbours, what they come after: nothing is copied. Elsewhere, and where
+    the fused kernels are switched off (`sdpa_kernel`), rows (B, L) say where the tokens of a text and of what it comes after
+    stand in the line. In each layer q, k and v are copied to them, and what attention finds is read back, of shared tokens
+    from the first row that has them; behind a row's end is anything, and best not the same for all.
     """
 
-    def __init__(self, rows: Tensor, real: Tensor, tokens: int):
-        self.rows = rows.clamp(0, tokens - 1)
-        places = torch.arange(rows.numel(), device=rows.device).view_as(rows)
-        self.first = places.new_full((tokens,), rows.numel()).scatter_reduce(0, rows[real], places[real], "amin")  # (S,)
+    def __init__(self, lengths: list[int], after: list[int | None]):
+        self.spans = [slice(start, start + length) for start, length in zip(accumulate(lengths, initial=0), lengths)]
+        self.after = after
+        self.pieces = [(span, span) for span in self.spans if span.start < span.stop]
+        for before in sorted(set(after) - {None}):
+            texts = [span for span, other in zip(self.spans, after) if other == before]
+            if texts[0].start < texts[-1].stop:
+                self.pieces.append((slice(texts[0].start, texts[-1].stop), self.spans[before]))
 
     def attention(self, positions: Tensor) -> Attend:
-        return self._attend
+        if positions.is_cpu and torch.backends.cuda.flash_sdp_enabled():  # the switch is named after CUDA, but is for all
+            return lambda layer, q, k, v: _PieceAttention.apply(q[0], k[0], v[0], self.pieces)[None]
+        self._lay_rows(positions.shape[1], positions.device)
+        return self._by_rows
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _lay_rows(self, tokens: int, device: torch.device):
+        last = [(slice(0, 0) if before is None else self.spans[before], span)
+                for number, (span, before) in enumerate(zip(self.spans, self.after)) if number not in self.after]
+        numbers = torch.tensor([[shared.start, shared.stop, own.start, own.stop] for shared, own in last], device=device)
+        begins, ends, start, stop = numbers.T[..., None]  # (B, 1) each
+        shared, slots = ends - begins, ends - begins + stop - start
+        slot = torch.arange(int(slots.max()), device=device)  # (L,)
+        self.rows = (slot + torch.where(slot < shared, begins, start - shared)).clamp(max=tokens - 1)  # (B, L)
+        real, places = slot < slots, torch.arange(self.rows.numel(), device=device).view_as(self.rows)
+        self.first = places.new_full((tokens,), places.numel()).scatter_reduce(0, self.rows[real], places[real], "amin")  # (S,)
+
+    def _by_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x[0].index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape) for x in (q, k, v))
         return causal_attention(layer, q, k, v).flatten(0, 1).index_select(0, self.first)[None]
+
+
+class _PieceAttention(torch.autograd.Function):
+    """Attention (S, H, D) of q (S, H, D) over k and v (S, K, D) by pieces, pairs of slices: queries, and the keys they meet,
+    in causal order where the two are the same. Pieces of a query after its first are joined to what came before by the
+    logsumexp of their scores; given that of all pieces, the kernel's backward pass finds each piece's share by itself."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pieces: list[tuple[slice, slice]]) -> Tensor:
+        out = torch.empty_like(q)
+        total = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))  # (S, H)
+        for queries, keys in pieces:
+            found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *_heads_first(q[queries], k[keys], v[keys]), is_causal=queries == keys)
+            found, sums = found[0].transpose(0, 1), sums[0].T  # (T, H, D), (T, H)
+            if queries == keys:
+                out[queries], total[queries] = found, sums
+            else:
+                joint = torch.logaddexp(total[queries], sums)
+                before, now = (total[queries] - joint).exp()[..., None], (sums - joint).exp()[..., None]
+                out[queries], total[queries] = out[queries] * before + found * now, joint
+        ctx.save_for_backward(q, k, v, out, total)
+        ctx.pieces = pieces
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, total = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in (q, k, v)]
+        for queries, keys in ctx.pieces:
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *_heads_first(grad[queries], q[queries], k[keys], v[keys], out[queries]), total[queries].T[None], 0.0,
+                queries == keys)
+            for sum_, part, where in zip(grads, parts, (queries, keys, keys)):
+                sum_[where] += part[0].transpose(0, 1)
+        return *grads, None
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """(T, H, D) -> (1, H, T, D) each."""
+    return [x.transpose(0, 1)[None] for x in tensors]

@@ -77,16 +77,18 @@ def sizes(model: Decoder, size: int, cuda: bool, checkpointing: bool) -> Sizes:
 
 def layer(s: Sizes, line: Line) -> int:
     """Bytes that autograd keeps of one layer for the backward pass."""
-    c, width, places = s.config, s.config.num_attention_heads * s.config.head_dim, line.rows * line.slots
+    c, width = s.config, s.config.num_attention_heads * s.config.head_dim
     each = 2 * (s.normed + s.size) * c.hidden_size        # of both norms what they keep, and their output
     each += 4 * s.size * c.intermediate_size              # gate, silu(gate), up, and their product
     each += s.size * width                                # attention's output
     if c.model_type == "qwen3":
         each += s.normed * (width + s.key_width)          # the norms of queries and keys
-    each_place = 2 * s.size * (width + s.key_width) + 4 * c.num_attention_heads  # q, k, v, output and its fp32 logsumexp
-    if s.cuda and s.size == 4:                            # keys and values for every head
-        each_place += 2 * s.size * (width - s.key_width)
-    return line.tokens * each + places * each_place
+    met = s.size * (width + 2 * s.key_width) + 4 * c.num_attention_heads  # what attention keeps: q, k, v, fp32 logsumexp
+    if not s.cuda:                                        # of the line (`cache._PieceAttention`)
+        return line.tokens * (each + met)
+    if s.size == 4:                                       # keys and values for every head
+        met += 2 * s.size * (width - s.key_width)
+    return line.tokens * each + line.rows * line.slots * (met + s.size * width)  # of its rows, and what it finds for them
 
 
 def kept(s: Sizes, line: Line) -> Counter:
@@ -114,9 +116,9 @@ def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
         # the loss: hidden states and the head, with their gradients
         whole + Counter({"gradients": gradients, "logits and loss": (
             2 * s.size * line.scored * c.hidden_size + s.cast * s.head + head + logit * chunk)}),
-        # the backward pass of the last layer, of the first, and of the embedding
-        whole + Counter({"gradients": gradients, "logits and loss": head,
-                         "work space": grown + again * s.checkpointing}),
+        # the backward pass of the last layer (the norm behind it is done), of the first, and of the embedding
+        whole - Counter({"activations": line.tokens * s.normed * c.hidden_size}) + Counter({
+            "gradients": gradients, "logits and loss": head, "work space": grown + again * s.checkpointing}),
         Counter({"gradients": gradients + waiting + head * (tied or first), "work space": grown + again}),
         Counter({"gradients": gradients + waiting + head * (2 if tied else 1 + first)}),
     ]

@@ -113,19 +113,15 @@ def answer_hidden(model: Decoder, batch: MicroBatch) -> Tensor:
     """
     asked, said = batch.prompt_lengths, batch.trained.sum(1) - 1  # (N,), (B,) tokens
     (N, P), (_, T) = batch.prompts.shape, batch.trained.shape
-    columns = torch.arange(P + T, device=asked.device)
-    lengths = torch.cat((asked, said))
-    starts = lengths.cumsum(0) - lengths  # (N + B,) of prompts and answers in the line
+    columns = torch.arange(max(P, T), device=asked.device)
     prompt, in_prompt, in_answer = asked[batch.owner, None], columns[:P] < asked[:, None], columns[:T] < said[:, None]
     ids = torch.cat((batch.prompts[in_prompt], batch.answers[in_answer]))  # (S,)
     positions = torch.cat((columns[:P].expand(N, P)[in_prompt], (prompt + columns[:T])[in_answer]))  # (S,)
-
-    row = torch.arange((prompt[:, 0] + said).max(), device=asked.device)  # (L,)
-    rows = row + torch.where(row < prompt, starts[batch.owner, None], starts[N:, None] - prompt)  # (B, L)
-    packed = Packed(rows, row < prompt + said[:, None], len(ids))
+    packed = Packed([*asked.tolist(), *said.tolist()], [None] * N + batch.owner.tolist())
     hidden = model(ids[None], positions[None], packed)[0]  # (S, C)
-    before = (prompt - 1 + columns[:T]).clamp(max=len(row) - 1)  # (B, T) in the rows
-    return hidden.index_select(0, rows.gather(1, before)[batch.trained])
+    ends = torch.cat((asked, said)).cumsum(0)  # (N + B,) of prompts and answers in the line
+    before = torch.where(columns[:T] == 0, ends[batch.owner, None] - 1, (ends[N:] - said)[:, None] + columns[:T] - 1)  # (B, T)
+    return hidden.index_select(0, before[batch.trained])
 
 
 def example_hidden(model: Decoder, examples: list[Example]) -> tuple[Tensor, Tensor]:
@@ -134,10 +130,8 @@ def example_hidden(model: Decoder, examples: list[Example]) -> tuple[Tensor, Ten
     targets = torch.tensor([id_ for example in examples for id_ in example.ids[1:]], device=model.device)
     trained = torch.tensor([bool(weight) for example in examples for weight in example.mask[1:]], device=model.device)
     counts = [len(example.ids) - 1 for example in examples]
-    lengths = torch.tensor(counts, device=model.device)[:, None]  # (B, 1)
-    row = torch.arange(max(counts), device=model.device)  # (L,)
-    real, rows = row < lengths, lengths.cumsum(0) - lengths + row  # (B, L) each
-    hidden = model(given[None], row.expand_as(real)[real][None], Packed(rows, real, len(given)))[0]  # (S, C)
+    positions = torch.cat([torch.arange(count, device=model.device) for count in counts])  # (S,)
+    hidden = model(given[None], positions[None], Packed(counts, [None] * len(counts)))[0]  # (S, C)
     return hidden[trained], targets[trained]
 
 

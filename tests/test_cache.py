@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minibridge.cache import KVCache, Packed, PromptCache, shared_attention
 from minibridge.model import ModelConfig
@@ -132,21 +133,38 @@ def test_a_step_writes_one_slot_of_each_row():
     assert cache.prompts.count_nonzero() == 0
 
 
-def test_packed_rows_equal_rows_run_alone(config):
-    """Rows of 2, 5 and 4 tokens, of which the last two begin with the same three, in value and in gradient."""
-    model, ids = random_decoder(config), random_ids(1, 8)
-    rows = torch.tensor([[5, 6, 0, 3, 9], [0, 1, 2, 3, 4], [0, 1, 2, 7, -1]])  # nonsense behind their ends
-    lengths, positions = (2, 5, 4), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 3]])
-    real = torch.arange(5) < torch.tensor(lengths)[:, None]
-    weights = torch.randn(3, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    found = model(ids, positions, Packed(rows, real, 8))[0]  # (8, C)
-    expected = [model(ids[:, row[:length]])[0] for row, length in zip(rows, lengths)]
+@pytest.mark.parametrize("path", ["pieces", "rows"])
+def test_packed_texts_equal_rows_run_alone(config, path):
+    """A text of 2 tokens, one of 3 that others of 2, 1 and 0 come after, and one of 3 with a single other of 2 after it; in
+    value and in gradient."""
+    model, ids, lengths, after = random_decoder(config), random_ids(1, 13), [2, 3, 3, 2, 1, 0, 2], [None] * 3 + [1, 1, 1, 2]
+    positions = torch.tensor([[0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 3, 3, 4]])
+    rows = [[0, 1], [2, 3, 4, 8, 9], [2, 3, 4, 10], [2, 3, 4], [5, 6, 7, 11, 12]]
+    weights = torch.randn(5, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with sdpa_kernel([SDPBackend.MATH] + [SDPBackend.FLASH_ATTENTION] * (path == "pieces")):
+        found = model(ids, positions, Packed(lengths, after))[0]  # (13, C)
+        expected = [model(ids[:, row])[0] for row in rows]
     gradients = []
-    for hidden in ([found[row[:length]] for row, length in zip(rows, lengths)], expected):
+    for hidden in ([found[row] for row in rows], expected):
         model.zero_grad(set_to_none=True)
         sum((one * weight[:len(one)]).sum() for one, weight in zip(hidden, weights)).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})  # not of the head
     for row, one in zip(rows, expected):
-        torch.testing.assert_close(found[row[:len(one)]], one, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[row], one, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+def test_attention_by_pieces_equals_attention_by_rows(dtype, close):
+    """Few key heads, loud scores (of 30 and more), in value and in gradient."""
+    lengths, after = [7, 70, 1, 90, 40], [None, None, 0, 1, 1]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 208, heads, 16, generator=generator).mul(3).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    weights, positions, found = torch.randn(1, 208, 4, 16, generator=generator).to(dtype), torch.zeros(1, 208), []
+    for kernels in ([SDPBackend.MATH], [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
+        with sdpa_kernel(kernels):
+            out = Packed(lengths, after).attention(positions)(0, *inputs)
+        found.append((out, *torch.autograd.grad(out, inputs, weights)))
+    for by_rows, by_pieces in zip(*found):
+        torch.testing.assert_close(by_pieces, by_rows, atol=close * by_rows.abs().max().item(), rtol=0)
