@@ -102,7 +102,7 @@ def decode_step(model, ids: Tensor, positions: Tensor, *read: Tensor) -> tuple[T
 
 @cache
 def compiled_decode_step() -> Callable:
-    return torch.compile(decode_step)
+    return torch.compile(decode_step, options={"size_asserts": False})  # checks of its own output, 5% of a toy step
 
 
 class KVCache:
@@ -206,16 +206,15 @@ class Packed:
 
     def __init__(self, lengths: list[int], after: list[int | None]):
         self.spans = [slice(start, start + length) for start, length in zip(accumulate(lengths, initial=0), lengths)]
-        self.after = after
-        self.pieces = [(span, span) for span in self.spans if span.start < span.stop]
+        self.after, self.lengths, self.shared = after, [length for length in lengths if length], []
         for before in sorted(set(after) - {None}):
             texts = [span for span, other in zip(self.spans, after) if other == before]
             if texts[0].start < texts[-1].stop:
-                self.pieces.append((slice(texts[0].start, texts[-1].stop), self.spans[before]))
+                self.shared.append((slice(texts[0].start, texts[-1].stop), self.spans[before]))
 
     def attention(self, positions: Tensor) -> Attend:
         if positions.is_cpu and torch.backends.cuda.flash_sdp_enabled():  # the switch is named after CUDA, but is for all
-            return lambda layer, q, k, v: _PieceAttention.apply(q[0], k[0], v[0], self.pieces)[None]
+            return lambda layer, q, k, v: _PieceAttention.apply(q[0], k[0], v[0], self.lengths, self.shared)[None]
         self._lay_rows(positions.shape[1], positions.device)
         return self._by_rows
 
@@ -236,42 +235,49 @@ class Packed:
 
 
 class _PieceAttention(torch.autograd.Function):
-    """Attention (S, H, D) of q (S, H, D) over k and v (S, K, D) by pieces, pairs of slices: queries, and the keys they meet,
-    in causal order where the two are the same. Pieces of a query after its first are joined to what came before by the
-    logsumexp of their scores; given that of all pieces, the kernel's backward pass finds each piece's share by itself."""
+    """Attention (S, H, D) of q (S, H, D) over k and v (S, K, D): of each text, by their `lengths`, over itself, causally, and of
+    `shared`, pairs of slices, of the first over all of the second.
+
+    What a query finds in two places is joined by the logsumexp of its scores in each. Given the joint one, the kernel's
+    backward pass finds each place's share of the gradient by itself.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pieces: list[tuple[slice, slice]]) -> Tensor:
-        out = torch.empty_like(q)
-        total = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))  # (S, H)
-        for queries, keys in pieces:
-            found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *_heads_first(q[queries], k[keys], v[keys]), is_causal=queries == keys)
-            found, sums = found[0].transpose(0, 1), sums[0].T  # (T, H, D), (T, H)
-            if queries == keys:
-                out[queries], total[queries] = found, sums
-            else:
-                joint = torch.logaddexp(total[queries], sums)
-                before, now = (total[queries] - joint).exp()[..., None], (sums - joint).exp()[..., None]
-                out[queries], total[queries] = out[queries] * before + found * now, joint
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], shared: list[tuple[slice, slice]]) -> Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found = [flash(*text, is_causal=True) for text in zip(*_split(lengths, q, k, v))]
+        out = torch.cat([values[0].transpose(0, 1) for values, _ in found])  # (S, H, D)
+        total = torch.cat([sums[0].T for _, sums in found])  # (S, H), fp32 at least
+        for queries, keys in shared:
+            values, sums = flash(_heads_first(q[queries]), _heads_first(k[keys]), _heads_first(v[keys]))
+            joint = torch.logaddexp(total[queries], sums[0].T)
+            before, now = (total[queries] - joint).exp()[..., None], (sums[0].T - joint).exp()[..., None]
+            out[queries] = out[queries] * before + values[0].transpose(0, 1) * now
+            total[queries] = joint
         ctx.save_for_backward(q, k, v, out, total)
-        ctx.pieces = pieces
+        ctx.lengths, ctx.shared = lengths, shared
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v, out, total = ctx.saved_tensors
-        grads = [torch.zeros_like(x) for x in (q, k, v)]
-        for queries, keys in ctx.pieces:
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *_heads_first(grad[queries], q[queries], k[keys], v[keys], out[queries]), total[queries].T[None], 0.0,
-                queries == keys)
-            for sum_, part, where in zip(grads, parts, (queries, keys, keys)):
-                sum_[where] += part[0].transpose(0, 1)
-        return *grads, None
+        (q, k, v, out, total), flash = ctx.saved_tensors, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        texts = zip(*_split(ctx.lengths, grad, q, k, v, out), total.T[None].split(ctx.lengths, 2))
+        found = [flash(*text, 0.0, True) for text in texts]
+        grads = [torch.cat([part[0].transpose(0, 1) for part in parts]) for parts in zip(*found)]
+        for queries, keys in ctx.shared:
+            where = (queries, queries, keys, keys, queries)
+            arrays = [_heads_first(x[here]) for x, here in zip((grad, q, k, v, out), where)]
+            parts = flash(*arrays, total[queries].T[None], 0.0, False)
+            for sum_, part, here in zip(grads, parts, (queries, keys, keys)):
+                sum_[here] += part[0].transpose(0, 1)
+        return *grads, None, None
 
 
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """(T, H, D) -> (1, H, T, D) each."""
-    return [x.transpose(0, 1)[None] for x in tensors]
+def _heads_first(x: Tensor) -> Tensor:
+    """(S, H, D) -> (1, H, S, D)."""
+    return x.transpose(0, 1)[None]
+
+
+def _split(lengths: list[int], *arrays: Tensor) -> list[tuple[Tensor, ...]]:
+    return [_heads_first(x).split(lengths, 2) for x in arrays]

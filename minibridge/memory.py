@@ -53,12 +53,6 @@ class Sizes:
         return self.size if self.size < 4 else 0
 
     @property
-    def normed(self) -> int:
-        """Bytes that a norm keeps of each number: its input, as it is where it has a kernel of its own (CUDA), else in
-        fp32 and normed."""
-        return self.size if self.cuda else 8
-
-    @property
     def key_width(self) -> int:
         return self.config.num_key_value_heads * self.config.head_dim
 
@@ -78,11 +72,11 @@ def sizes(model: Decoder, size: int, cuda: bool, checkpointing: bool) -> Sizes:
 def layer(s: Sizes, line: Line) -> int:
     """Bytes that autograd keeps of one layer for the backward pass."""
     c, width = s.config, s.config.num_attention_heads * s.config.head_dim
-    each = 2 * (s.normed + s.size) * c.hidden_size        # of both norms what they keep, and their output
-    each += 4 * s.size * c.intermediate_size              # gate, silu(gate), up, and their product
+    each = 4 * s.size * c.hidden_size                     # input and output of both norms
+    each += (4 if s.cuda else 3) * s.size * c.intermediate_size  # gate, up, their product, and on a GPU silu(gate)
     each += s.size * width                                # attention's output
     if c.model_type == "qwen3":
-        each += s.normed * (width + s.key_width)          # the norms of queries and keys
+        each += s.size * (width + s.key_width)            # into the norms of queries and keys
     met = s.size * (width + 2 * s.key_width) + 4 * c.num_attention_heads  # what attention keeps: q, k, v, fp32 logsumexp
     if not s.cuda:                                        # of the line (`cache._PieceAttention`)
         return line.tokens * (each + met)
@@ -94,7 +88,7 @@ def layer(s: Sizes, line: Line) -> int:
 def kept(s: Sizes, line: Line) -> Counter:
     """What autograd keeps of a whole forward pass."""
     layers = s.config.num_hidden_layers
-    total = Counter({"activations": line.tokens * (s.normed * s.config.hidden_size + 8 * s.config.head_dim)})  # cos and sin
+    total = Counter({"activations": line.tokens * (s.size * s.config.hidden_size + 8 * s.config.head_dim)})  # cos and sin
     if s.checkpointing:  # the input of each layer
         return total + Counter({"activations": line.tokens * layers * s.size * s.config.hidden_size})
     return total + Counter({"activations": layers * layer(s, line), "casts of weights": s.cast * s.body})
@@ -117,7 +111,7 @@ def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
         whole + Counter({"gradients": gradients, "logits and loss": (
             2 * s.size * line.scored * c.hidden_size + s.cast * s.head + head + logit * chunk)}),
         # the backward pass of the last layer (the norm behind it is done), of the first, and of the embedding
-        whole - Counter({"activations": line.tokens * s.normed * c.hidden_size}) + Counter({
+        whole - Counter({"activations": line.tokens * s.size * c.hidden_size}) + Counter({
             "gradients": gradients, "logits and loss": head, "work space": grown + again * s.checkpointing}),
         Counter({"gradients": gradients + waiting + head * (tied or first), "work space": grown + again}),
         Counter({"gradients": gradients + waiting + head * (2 if tied else 1 + first)}),

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minibridge.cache import Attend, Cache, causal_attention
 from minibridge.config import InputError
+from minibridge.pointwise import gated, rms_norm, rotary_frequencies, rotate
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 # Each with the largest that is taken: many times what any model has, and little enough to build its shapes at once.
@@ -61,7 +62,7 @@ class ModelConfig:
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
-        if not rope_frequencies(self).isfinite().all():
+        if not rotary_frequencies(self.head_dim, self.rope_theta, self.rope_scaling).isfinite().all():
             raise InputError(f"rope_theta {self.rope_theta} and rope_scaling {self.rope_scaling} give infinite angles")
 
     @classmethod
@@ -126,28 +127,6 @@ def _rope_from_hf(data: dict) -> dict:
     return {"rope_theta": rope.get("rope_theta", data.get("rope_theta")), "rope_scaling": scaling}
 
 
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair of a head's coordinates, (D/2,) fp32 (arXiv 2104.09864, 3.2.2).
-
-    With rope_scaling, as Llama 3.1 has it: pairs that turn more than high_freq_factor times over the
-    original context are kept, those that turn less than low_freq_factor times are slowed by `factor`, and
-    those between interpolated (https://github.com/meta-llama/llama-models, models/llama3/model.py).
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents  # (D/2,)
-    if config.rope_scaling is None:
-        return frequencies
-    factor, low, high, original = (config.rope_scaling[name] for name in LLAMA3_SCALING)
-    turns = original * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / factor
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, heads, D); coordinates i and i + D/2 are a pair, sin has their signs."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
-
-
 class Linear(nn.Linear):
     """x Wᵀ + b in the dtype of x: the one place where fp32 parameters meet bf16 activations.
 
@@ -162,14 +141,12 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean of x² + eps) · weight over the last axis (arXiv 1910.07467); the kernel computes in fp32."""
-
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -207,7 +184,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -239,7 +216,7 @@ class Decoder(nn.Module):
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.frequencies = rope_frequencies(config)  # not a buffer: Module.to(bfloat16) would round it
+        self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)  # not a buffer: Module.to(bfloat16) would round it
 
     @property
     def lm_head_weight(self) -> Tensor:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from minibridge.config import InputError
 from minibridge.generate import generate
-from minibridge.model import Decoder, ModelConfig, RMSNorm, rope_frequencies, rotate
+from minibridge.model import Decoder, ModelConfig, RMSNorm
+from minibridge.pointwise import rotary_frequencies, rotate
 
 SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)
@@ -53,7 +54,7 @@ def naive_logits(config: ModelConfig, weights: dict[str, torch.Tensor], ids: tor
 
     def turn(name, x):  # (T, D)
         x = norm(name, x) if config.model_type == "qwen3" else x
-        angles = torch.arange(T)[:, None] * rope_frequencies(config)
+        angles = torch.arange(T)[:, None] * rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         turned = torch.complex(x[:, : D // 2], x[:, D // 2 :]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((turned.real, turned.imag), -1)
 
@@ -157,7 +158,7 @@ def test_llama3_scaling_against_a_hand_calculation():
     # Unscaled 1, 0.1, 0.01: 31.8, 3.183 and 0.318 turns over 200 positions. The first is kept, the last is
     # divided by 8; the middle is kept to (3.1831 - 1) / (4 - 1) = 0.72770: 0.072770 + 0.27230 * 0.1 / 8.
     expected = torch.tensor([1.0, 0.0761738, 0.00125])
-    torch.testing.assert_close(rope_frequencies(config), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), expected, atol=1e-6, rtol=0)
 
 
 def test_initialisation_is_drawn_from_the_generator_alone(config):
