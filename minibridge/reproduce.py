@@ -316,10 +316,10 @@ def answer_tests(config: Experiment, out: Path, name: str):
 
 def write_results(config: Experiment) -> str:
     """results.csv, curves.csv and table.md; returns the latter."""
-    runs = [(one.seed, Path(one.out)) for one in config.one_seed_each]
-    found = [outcome for seed, folder in runs for outcome in results.outcomes(seed, folder, config.names, list(TESTS))]
-    text = results.table(found, {test: getattr(config, ops) for test, ops in TESTS.items()})
-    out = Path(config.out)
+    runs, out = [(one.seed, Path(one.out)) for one in config.one_seed_each], Path(config.out)
+    tests = {test: results.title(test, getattr(config, ops)) for test, ops in TESTS.items()}
+    found = [outcome for seed, folder in runs for outcome in results.outcomes(seed, folder, config.names, tests)]
+    text = results.table(found)
     tables.write(out / "results.csv", [row for outcome in found for row in outcome.rows()])
     tables.write(out / "curves.csv", results.curves(runs, config.names))
     (out / "table.md").write_text(text + "\n", encoding="utf-8")

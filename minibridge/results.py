@@ -22,7 +22,7 @@ class Outcome:
     """One arm's answers to one test, of one seed, before and after RL: problem by problem."""
     seed: int
     arm: str
-    test: str
+    test: str  # its title
     decoding: str
     before: list[evaluate.Scored] = field(repr=False)
     after: list[evaluate.Scored] = field(repr=False)
@@ -45,14 +45,15 @@ class Outcome:
                 for stage, scored, share, tokens in zip(STAGES, (self.before, self.after), self.accuracy, self.tokens)]
 
 
-def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: Sequence[str]) -> list[Outcome]:
+def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: dict[str, str]) -> list[Outcome]:
+    """tests: the titles of the test sets by their names in the files."""
     found = []
     for arm in arms:
-        for test in tests:
+        for test, said in tests.items():
             for decoding in DECODINGS:
                 paths = [folder / f"{stage}_{arm}_{test}_{decoding}.jsonl" for stage in STAGES]
                 tokens = tuple(mean(len(line["ids"]) for line in read_jsonl(path)) for path in paths)
-                found.append(Outcome(seed, arm, test, decoding, *(evaluate.rescore(str(path)) for path in paths), tokens))
+                found.append(Outcome(seed, arm, said, decoding, *(evaluate.rescore(str(path)) for path in paths), tokens))
     return found
 
 
@@ -73,7 +74,7 @@ def interval(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
     return mean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
-def table(found: list[Outcome], ops: dict[str, tuple[int, int]]) -> str:
+def table(found: list[Outcome]) -> str:
     """Of each arm and test: accuracy before and after RL, its gain, and by how much that is more than the gain of the first
     arm, on the same problems. The paper's accuracy is greedy; RL raises that of sampled answers."""
     by = {(o.test, o.decoding, o.arm, o.seed): o for o in found}
@@ -82,11 +83,11 @@ def table(found: list[Outcome], ops: dict[str, tuple[int, int]]) -> str:
     for test in tests:
         for decoding in DECODINGS:
             for arm in arms:
-                rows.append({"arm": arm, "test": title(test, ops[test]), "answers": decoding,
+                rows.append({"arm": arm, "test": test, "answers": decoding,
                              **row([by[test, decoding, arm, seed] for seed in seeds],
                                    [by[test, decoding, arms[0], seed] for seed in seeds])})
         constants = [evaluate.best_constant(by[test, DECODINGS[0], arms[0], seed].before) for seed in seeds]
-        lucky.append(f"{title(test, ops[test])}: {mean(share for _, share in constants):.1%}")
+        lucky.append(f"{test}: {mean(share for _, share in constants):.1%}")
     shown = [{"arm": arm, "after": stage.upper(), "answers": f"{tests[0]}, {decoding}", **averaged}
              for decoding in DECODINGS for arm in arms for stage in STAGES
              for averaged in [averages([by[tests[0], decoding, arm, seed] for seed in seeds], stage)]]

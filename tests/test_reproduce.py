@@ -60,7 +60,9 @@ def test_every_stage_leaves_its_result(finished):
     table = (out / "table.md").read_text()
     assert all(table.count(f"| {arm} |") == 2 * len(reproduce.TESTS) + 4 for arm in ARMS)
     assert len(tables.read(out / "curves.csv")) == 2 * len(ARMS)
-    assert len(tables.read(out / "results.csv")) == len(ARMS) * len(reproduce.TESTS) * 2 * 2
+    rows = tables.read(out / "results.csv")
+    assert len(rows) == len(ARMS) * len(reproduce.TESTS) * 2 * 2
+    assert {row["test"] for row in rows} == {line.split(" | ")[1] for line in table.splitlines()[2:2 + len(ARMS) * 4]}
 
 
 def test_arms_share_problems_and_rows_and_splits_share_none(finished):
