@@ -2,7 +2,7 @@
 
 `Decoder.forward` asks a cache for `attention(positions)`, the function that every layer then calls with its q, k and v:
 
-    Packed        training: rows without padding, of which several may begin with the same tokens
+    Packed        training: texts end to end, of which several may go on from the same tokens
     PromptCache   prefill: the prompts' keys and values are kept
     KVCache       sampling: a fixed place for prompts and one for answers, written as the answers grow
 
@@ -15,7 +15,8 @@ G = H / K, D head size.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -23,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PLACES = 2  # how many places of `Packed` rows a micro-batch may have for each of its tokens: rows copy their prompt
+# How many places of `Packed` rows a micro-batch may have for each of its tokens, since rows copy their prompt. It holds where
+# there are no rows too, so that a step's micro-batches are the same on every device.
+PLACES = 2
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)
 
 
@@ -102,7 +105,7 @@ def decode_step(model, ids: Tensor, positions: Tensor, *read: Tensor) -> tuple[T
 
 @cache
 def compiled_decode_step() -> Callable:
-    return torch.compile(decode_step, options={"size_asserts": False})  # checks of its own output, 5% of a toy step
+    return torch.compile(decode_step, options={"size_asserts": False})  # checks of its buffers' sizes: 5% of a toy step
 
 
 class KVCache:
@@ -195,43 +198,53 @@ class PromptCache:
 class Packed:
     """Attention in texts whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding.
 
-    Text i has lengths[i] tokens, and comes after all those of text after[i] where that is not None, as answers do after
-    their prompt, which so stands in the line once. A text that others come after comes after none; they are neighbours.
+    Text i has lengths[i] tokens, and goes on from all those of text after[i] where that is not None, as answers do from their
+    prompt, which so stands in the line once. What others go on from goes on from none itself.
 
-    On a CPU each text meets itself and, with its neighbours, what they come after: nothing is copied. Elsewhere, and where
-    the fused kernels are switched off (`sdpa_kernel`), rows (B, L) say where the tokens of a text and of what it comes after
-    stand in the line. In each layer q, k and v are copied to them, and what attention finds is read back, of shared tokens
-    from the first row that has them; behind a row's end is anything, and best not the same for all.
+    `in_pieces`, each text meets itself, and answers side by side meet their prompt together: nothing is copied. Elsewhere rows
+    (B, L) say where the tokens of a text, and before it of what it goes on from, stand in the line. In each layer q, k and v
+    are copied to them, and what attention finds is read back, of shared tokens from the first row that has them; behind a row's
+    end is anything, and best not the same for all.
     """
 
     def __init__(self, lengths: list[int], after: list[int | None]):
         self.spans = [slice(start, start + length) for start, length in zip(accumulate(lengths, initial=0), lengths)]
         self.after, self.lengths, self.shared = after, [length for length in lengths if length], []
-        for before in sorted(set(after) - {None}):
-            texts = [span for span, other in zip(self.spans, after) if other == before]
-            if texts[0].start < texts[-1].stop:
+        for before, run in groupby(zip(after, self.spans), itemgetter(0)):
+            texts = [span for _, span in run]
+            if before is not None and lengths[before] and texts[0].start < texts[-1].stop:
                 self.shared.append((slice(texts[0].start, texts[-1].stop), self.spans[before]))
+        self.rows = None
 
     def attention(self, positions: Tensor) -> Attend:
-        if positions.is_cpu and torch.backends.cuda.flash_sdp_enabled():  # the switch is named after CUDA, but is for all
-            return lambda layer, q, k, v: _PieceAttention.apply(q[0], k[0], v[0], self.lengths, self.shared)[None]
-        self._lay_rows(positions.shape[1], positions.device)
-        return self._by_rows
+        return self._attend
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cpu and in_pieces(k.shape[2]):
+            return _PieceAttention.apply(q[0], k[0], v[0], self.lengths, self.shared)[None]
+        if self.rows is None:
+            self._lay_rows(q.shape[1], q.device)
+        q, k, v = (x[0].index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape) for x in (q, k, v))
+        return causal_attention(layer, q, k, v).flatten(0, 1).index_select(0, self.first)[None]
 
     def _lay_rows(self, tokens: int, device: torch.device):
+        shared = set(self.after)
         last = [(slice(0, 0) if before is None else self.spans[before], span)
-                for number, (span, before) in enumerate(zip(self.spans, self.after)) if number not in self.after]
-        numbers = torch.tensor([[shared.start, shared.stop, own.start, own.stop] for shared, own in last], device=device)
+                for number, (span, before) in enumerate(zip(self.spans, self.after)) if number not in shared]
+        numbers = torch.tensor([[before.start, before.stop, own.start, own.stop] for before, own in last], device=device)
         begins, ends, start, stop = numbers.T[..., None]  # (B, 1) each
-        shared, slots = ends - begins, ends - begins + stop - start
+        before, slots = ends - begins, ends - begins + stop - start
         slot = torch.arange(int(slots.max()), device=device)  # (L,)
-        self.rows = (slot + torch.where(slot < shared, begins, start - shared)).clamp(max=tokens - 1)  # (B, L)
+        self.rows = (slot + torch.where(slot < before, begins, start - before)).clamp(max=tokens - 1)  # (B, L)
         real, places = slot < slots, torch.arange(self.rows.numel(), device=device).view_as(self.rows)
         self.first = places.new_full((tokens,), places.numel()).scatter_reduce(0, self.rows[real], places[real], "amin")  # (S,)
 
-    def _by_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x[0].index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape) for x in (q, k, v))
-        return causal_attention(layer, q, k, v).flatten(0, 1).index_select(0, self.first)[None]
+
+def in_pieces(key_heads: int) -> bool:
+    """Whether a CPU's training attention goes by pieces: unless the fused kernels are switched off (`sdpa_kernel`; its switch
+    is named after CUDA, but is for all), or there are more threads than key heads, since the kernel's backward pass has one
+    thread for each of these in a piece."""
+    return torch.backends.cuda.flash_sdp_enabled() and torch.get_num_threads() <= key_heads
 
 
 class _PieceAttention(torch.autograd.Function):
@@ -239,7 +252,8 @@ class _PieceAttention(torch.autograd.Function):
     `shared`, pairs of slices, of the first over all of the second.
 
     What a query finds in two places is joined by the logsumexp of its scores in each. Given the joint one, the kernel's
-    backward pass finds each place's share of the gradient by itself.
+    backward pass finds each place's share of the gradient by itself. Last axes must be contiguous: the kernel, called without
+    the checks of `scaled_dot_product_attention`, takes it for granted.
     """
 
     @staticmethod
@@ -248,12 +262,12 @@ class _PieceAttention(torch.autograd.Function):
         found = [flash(*text, is_causal=True) for text in zip(*_split(lengths, q, k, v))]
         out = torch.cat([values[0].transpose(0, 1) for values, _ in found])  # (S, H, D)
         total = torch.cat([sums[0].T for _, sums in found])  # (S, H), fp32 at least
+        del found
         for queries, keys in shared:
             values, sums = flash(_heads_first(q[queries]), _heads_first(k[keys]), _heads_first(v[keys]))
-            joint = torch.logaddexp(total[queries], sums[0].T)
-            before, now = (total[queries] - joint).exp()[..., None], (sums[0].T - joint).exp()[..., None]
-            out[queries] = out[queries] * before + values[0].transpose(0, 1) * now
-            total[queries] = joint
+            values, before, sums = values[0].transpose(0, 1).to(sums.dtype), out[queries].to(sums.dtype), sums[0].T
+            out[queries] = torch.lerp(before, values, (sums - total[queries]).sigmoid()[..., None])
+            total[queries] = torch.logaddexp(total[queries], sums)
         ctx.save_for_backward(q, k, v, out, total)
         ctx.lengths, ctx.shared = lengths, shared
         return out
@@ -265,6 +279,7 @@ class _PieceAttention(torch.autograd.Function):
         texts = zip(*_split(ctx.lengths, grad, q, k, v, out), total.T[None].split(ctx.lengths, 2))
         found = [flash(*text, 0.0, True) for text in texts]
         grads = [torch.cat([part[0].transpose(0, 1) for part in parts]) for parts in zip(*found)]
+        del found
         for queries, keys in ctx.shared:
             where = (queries, queries, keys, keys, queries)
             arrays = [_heads_first(x[here]) for x, here in zip((grad, q, k, v, out), where)]

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minibridge.cache import PLACES
+from minibridge.cache import PLACES, in_pieces
 from minibridge.generate import prefill_batch
 from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
 from minibridge.model import Decoder, ModelConfig
@@ -26,7 +26,8 @@ ITEMS = ("this process", "parameters", "Adam's moments", "reference", "gradients
 
 
 class Line(NamedTuple):
-    """A micro-batch as the model sees it: tokens end to end, and rows of them for attention (`cache.Packed`)."""
+    """A micro-batch as the model sees it: tokens end to end, and the rows of them that attention copies them to, where it does
+    (`cache.Packed`)."""
     tokens: int
     rows: int
     slots: int   # tokens of the longest row
@@ -78,9 +79,9 @@ def layer(s: Sizes, line: Line) -> int:
     if c.model_type == "qwen3":
         each += s.size * (width + s.key_width)            # into the norms of queries and keys
     met = s.size * (width + 2 * s.key_width) + 4 * c.num_attention_heads  # what attention keeps: q, k, v, fp32 logsumexp
-    if not s.cuda:                                        # of the line (`cache._PieceAttention`)
+    if not s.cuda and in_pieces(c.num_key_value_heads):
         return line.tokens * (each + met)
-    if s.size == 4:                                       # keys and values for every head
+    if s.cuda and s.size == 4:                            # keys and values for every head
         met += 2 * s.size * (width - s.key_width)
     return line.tokens * each + line.rows * line.slots * (met + s.size * width)  # of its rows, and what it finds for them
 
@@ -110,9 +111,9 @@ def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
         # the loss: hidden states and the head, with their gradients
         whole + Counter({"gradients": gradients, "logits and loss": (
             2 * s.size * line.scored * c.hidden_size + s.cast * s.head + head + logit * chunk)}),
-        # the backward pass of the last layer (the norm behind it is done), of the first, and of the embedding
-        whole - Counter({"activations": line.tokens * s.size * c.hidden_size}) + Counter({
-            "gradients": gradients, "logits and loss": head, "work space": grown + again * s.checkpointing}),
+        # the backward pass of the last layer, of the first, and of the embedding
+        whole + Counter({"gradients": gradients, "logits and loss": head,
+                         "work space": grown + again * s.checkpointing}),
         Counter({"gradients": gradients + waiting + head * (tied or first), "work space": grown + again}),
         Counter({"gradients": gradients + waiting + head * (2 if tied else 1 + first)}),
     ]

@@ -141,6 +141,8 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
+    """`rms_norm` with a weight to train."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
@@ -216,7 +218,8 @@ class Decoder(nn.Module):
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)  # not a buffer: Module.to(bfloat16) would round it
+        # Not a buffer: Module.to(bfloat16) would round it.
+        self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
     @property
     def lm_head_weight(self) -> Tensor:

@@ -18,7 +18,7 @@ PART_ELEMENTS = 2**17  # numbers of an array at a time: 512 KiB in fp32
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean of x² + eps) * weight over the last axis, computed in fp32 (arXiv 1910.07467)."""
+    """x / sqrt(mean of x² + eps) * weight over the last axis, computed in fp32 at least (arXiv 1910.07467)."""
     if x.is_cpu and torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -54,7 +54,7 @@ def rotary_frequencies(size: int, theta: float, scaling: dict | None = None) -> 
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With n = x / rms and g the gradient for the output: d weight = sum of g n, and, h = g weight, d x = (h - n mean(h n)) / rms."""
+    """With n = x / rms, g the gradient for the output and h = g weight: d weight = sum of g n, d x = (h - n mean(h n)) / rms."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,6 +81,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
+    """d up = g silu(gate), d gate = g up silu'(gate)."""
+
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -101,7 +103,8 @@ class _Gated(torch.autograd.Function):
 
 
 def _parts(*arrays: Tensor):
-    """Arrays of one shape (..., C), some rows (R, C) of each at a time."""
+    """Arrays of one shape (..., C), some rows (R, C) of each at a time. Those to be written must be contiguous (so not
+    `empty_like`): of others these are copies."""
     size = arrays[0].shape[-1]
     return zip(*(x.reshape(-1, size).split(max(1, PART_ELEMENTS // size)) for x in arrays))
 

@@ -10,7 +10,7 @@
 
 With G answers to a prompt of P tokens, running prompt and answer together would run the same P tokens G times, which is
 half of the work when answers are as long as prompts. Here all prompts and answers lie end to end, each prompt once and no
-padding (`cache.Packed`); in attention alone each answer has its prompt again. Same values, same gradients.
+padding (`cache.Packed`). Same values, same gradients.
 
 Axes: N prompts and B answers of a micro-batch, P and T tokens of the longest of them, S tokens in all, C hidden.
 """
@@ -64,7 +64,7 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
 
 
 def padding(batches: list[MicroBatch], ranks: Ranks = ALONE) -> float:
-    """Share of padding in the rows, prompt and answer, that attention has on all ranks; products have none."""
+    """Share of padding in the rows, prompt and answer, that attention has on all ranks (`cache.Packed`: not on a CPU)."""
     lengths = [batch.prompt_lengths[batch.owner] + batch.trained.sum(1) - 1 for batch in batches]  # (B,) each
     real = ranks.total(sum(row.sum().item() for row in lengths))
     return 1 - real / ranks.total(sum(row.max().item() * len(row) for row in lengths))
@@ -130,7 +130,7 @@ def example_hidden(model: Decoder, examples: list[Example]) -> tuple[Tensor, Ten
     targets = torch.tensor([id_ for example in examples for id_ in example.ids[1:]], device=model.device)
     trained = torch.tensor([bool(weight) for example in examples for weight in example.mask[1:]], device=model.device)
     counts = [len(example.ids) - 1 for example in examples]
-    positions = torch.cat([torch.arange(count, device=model.device) for count in counts])  # (S,)
+    positions = torch.tensor([position for count in counts for position in range(count)], device=model.device)  # (S,)
     hidden = model(given[None], positions[None], Packed(counts, [None] * len(counts)))[0]  # (S, C)
     return hidden[trained], targets[trained]
 

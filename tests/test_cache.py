@@ -133,18 +133,24 @@ def test_a_step_writes_one_slot_of_each_row():
     assert cache.prompts.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("path", ["pieces", "rows"])
+@pytest.fixture(params=["pieces", "rows"])
+def path(request, monkeypatch) -> str:
+    """How a CPU finds attention in `Packed` texts; the number of threads decides."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if request.param == "pieces" else 100)
+    return request.param
+
+
 def test_packed_texts_equal_rows_run_alone(config, path):
-    """A text of 2 tokens, one of 3 that others of 2, 1 and 0 come after, and one of 3 with a single other of 2 after it; in
-    value and in gradient."""
+    """A text of 2 tokens, one of 3 that others of 2, 1 and 0 go on from, and one of 3 with a single other of 2 after it; in value
+    and in gradient."""
     model, ids, lengths, after = random_decoder(config), random_ids(1, 13), [2, 3, 3, 2, 1, 0, 2], [None] * 3 + [1, 1, 1, 2]
     positions = torch.tensor([[0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 3, 3, 4]])
     rows = [[0, 1], [2, 3, 4, 8, 9], [2, 3, 4, 10], [2, 3, 4], [5, 6, 7, 11, 12]]
     weights = torch.randn(5, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    with sdpa_kernel([SDPBackend.MATH] + [SDPBackend.FLASH_ATTENTION] * (path == "pieces")):
-        found = model(ids, positions, Packed(lengths, after))[0]  # (13, C)
-        expected = [model(ids[:, row])[0] for row in rows]
-    gradients = []
+    packed = Packed(lengths, after)
+    found = model(ids, positions, packed)[0]  # (13, C)
+    assert (packed.rows is None) == (path == "pieces")
+    expected, gradients = [model(ids[:, row])[0] for row in rows], []
     for hidden in ([found[row] for row in rows], expected):
         model.zero_grad(set_to_none=True)
         sum((one * weight[:len(one)]).sum() for one, weight in zip(hidden, weights)).backward()
@@ -156,15 +162,28 @@ def test_packed_texts_equal_rows_run_alone(config, path):
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
-def test_attention_by_pieces_equals_attention_by_rows(dtype, close):
-    """Few key heads, loud scores (of 30 and more), in value and in gradient."""
-    lengths, after = [7, 70, 1, 90, 40], [None, None, 0, 1, 1]
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, 208, heads, 16, generator=generator).mul(3).to(dtype).requires_grad_() for heads in (4, 2, 2)]
-    weights, positions, found = torch.randn(1, 208, 4, 16, generator=generator).to(dtype), torch.zeros(1, 208), []
-    for kernels in ([SDPBackend.MATH], [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
-        with sdpa_kernel(kernels):
-            out = Packed(lengths, after).attention(positions)(0, *inputs)
+@pytest.mark.parametrize("lengths, after", [
+    ([7, 70, 1, 90, 40], [None, None, 0, 1, 1]), ([70, 7, 50, 40, 41], [None, None, 0, 1, 0]),  # not side by side
+    ([0, 80, 60, 68], [None, None, 0, 1])], ids=["side by side", "in turns", "nothing to go on from"])
+def test_attention_by_pieces_equals_attention_by_rows(dtype, close, lengths, after, monkeypatch):
+    """Few key heads, and scores whose exp() overflows, in value and in gradient."""
+    generator, found = torch.Generator().manual_seed(0), []
+    inputs = [torch.randn(1, 208, heads, 16, generator=generator).mul(9).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    weights, positions = torch.randn(1, 208, 4, 16, generator=generator).to(dtype), torch.zeros(1, 208)
+    assert (inputs[0][0, :, 0] @ inputs[1][0, :, 0].T).max() / 4 > 200
+    for threads in (1, 100):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        packed = Packed(lengths, after)
+        out = packed.attention(positions)(0, *inputs)
+        assert (packed.rows is None) == (threads == 1)
         found.append((out, *torch.autograd.grad(out, inputs, weights)))
-    for by_rows, by_pieces in zip(*found):
+    for by_pieces, by_rows in zip(*found):
         torch.testing.assert_close(by_pieces, by_rows, atol=close * by_rows.abs().max().item(), rtol=0)
+
+
+def test_without_fused_kernels_there_are_rows():
+    """So that forward-mode derivatives exist."""
+    packed = Packed([2, 3], [None, 0])
+    with sdpa_kernel(SDPBackend.MATH):
+        packed.attention(torch.zeros(1, 5))(0, *torch.randn(3, 1, 5, 2, 4))
+    assert packed.rows is not None

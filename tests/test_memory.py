@@ -183,9 +183,10 @@ def test_highest_is_that_of_all_packings(answers, group, prompt, limit):
     assert 0.99 * max(found) <= bound <= max(found)  # below where a corner is between two whole numbers
 
 
-def test_a_gpu_keeps_other_things():
+def test_a_gpu_keeps_other_things(monkeypatch):
     """Its gate keeps one array more (320 wide); attention has rows of its own there, each with its prompt, and in fp32 keys and
     values for each query head."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # or attention has rows on the CPU too
     line, places = Line(2 * 30 + 6 * 60, 6, 90, 6 * 60), 6 * 90
     on_cpu, on_gpu = (training(outline(shape(), torch.bfloat16, cuda=cuda), line, True, True) for cuda in (False, True))
     of_rows = 4 * (places * (2 * 2 * (128 + 64) + 16) - line.tokens * (2 * (128 + 2 * 64) + 16))

@@ -14,9 +14,10 @@ def plain_norm(x, weight, eps):
 
 def inputs(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=generator).mul(3) for _ in range(2))
+    a = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=generator).mul(3).transpose(1, 2)  # not contiguous
+    b = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=generator).mul(3)
     weight = 1 + torch.randn(8, dtype=torch.float64, generator=generator)
-    slope = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=generator).transpose(1, 2)  # not contiguous
+    slope = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=generator).transpose(1, 2)
     return [x.to(dtype).requires_grad_() for x in (a, b, weight)], slope.to(dtype)
 
 
@@ -38,7 +39,7 @@ def test_values_and_gradients_equal_the_plain_formulas(dtype, rounding):
         torch.testing.assert_close(found.double(), expected, atol=1e-3 * close, rtol=close)
         for one, other in zip(torch.autograd.grad(found, by, slope), torch.autograd.grad(expected, by_wide, slope.double())):
             assert one.dtype == dtype
-            torch.testing.assert_close(one.double(), other, atol=1e-2 * close * other.abs().max().item(), rtol=close)
+            torch.testing.assert_close(one.double(), other, atol=0.1 * close * other.abs().max().item(), rtol=close)
 
 
 def test_what_is_kept_for_the_backward_pass_is_the_inputs_alone():

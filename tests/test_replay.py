@@ -96,6 +96,7 @@ def test_the_first_module_that_overflows_is_named(toy, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("name, tensor", [
     ("0/answers", torch.full((4, 12), 10**6)), ("0/owner", torch.zeros(4)), ("0/prompt_lengths", torch.tensor([999])),
+    ("0/prompt_lengths", torch.tensor([0])),
     ("0/trained", torch.ones(4, 12)), ("0/advantages", torch.ones(3)), ("0/ref_logps", None)])
 def test_tensors_that_do_not_fit_are_refused_in_one_line(toy, tmp_path, monkeypatch, capsys, name, tensor):
     broken_input(monkeypatch)
