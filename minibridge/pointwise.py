@@ -1,9 +1,9 @@
 """What a decoder layer does between its matrix products: norm, rotation, gate.
 
-On a CPU the backward passes that autograd puts together for norm and gate are chains of steps over whole arrays, each of
-which waits for memory and keeps its result. Where there may be a backward pass they are written by hand here: some rows at
-a time, which stay in the processor's cache, and of which only the inputs are kept. On a GPU, in decoding and in forward-mode
-differentiation (`jvp`) the plain formulas run.
+On a CPU the backward passes that autograd puts together for norm and gate are chains of steps over whole arrays, of which
+each keeps its result. Where there may be a backward pass they are written by hand here: of a layer they keep the inputs
+alone, and they work on some rows at a time, so that nothing else of an array's size is held. On a GPU, in decoding and in
+forward-mode differentiation (`jvp`) the plain formulas run.
 
 Axes: B rows, T tokens, D head size.
 """
