@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from minibridge import evaluate
+from minibridge.arms import BEHAVIORS as INJECTED
 from minibridge.config import read_jsonl
 from minibridge.tables import Table, markdown, t_quantile
 
@@ -91,7 +92,37 @@ def table(found: list[Outcome]) -> str:
     shown = [{"arm": arm, "after": stage.upper(), "answers": f"{tests[0]}, {decoding}", **averaged}
              for decoding in DECODINGS for arm in arms for stage in STAGES
              for averaged in [averages([by[tests[0], decoding, arm, seed] for seed in seeds], stage)]]
-    return "\n".join([markdown(rows), "", f"Best constant answer, {'; '.join(lucky)}", "", markdown(shown)])
+    crossed = effects(found)
+    return "\n".join([markdown(rows), "", f"Best constant answer, {'; '.join(lucky)}", "", markdown(shown),
+                      *(["", markdown(crossed)] if crossed else [])])
+
+
+def effects(found: list[Outcome]) -> Table:
+    """What each behavior adds to the RL gain, if every combination of the three is an arm: the mean gain of the four arms that
+    have it less that of the four that do not, so that each training serves all three comparisons (a 2 x 2 x 2 design)."""
+    arms = {injected(outcome.arm): outcome.arm for outcome in found}
+    arms.pop(None, None)
+    if len(arms) < 2 ** len(INJECTED):
+        return []
+    changes = {(o.test, o.decoding, o.seed, o.arm): o.changes for o in found}
+    tests, seeds = dict.fromkeys((o.test, o.decoding) for o in found), dict.fromkeys(o.seed for o in found)
+    rows = []
+    for behavior in INJECTED:
+        for test, decoding in tests:
+            sides = [[[mean(problem) for problem in zip(*(changes[test, decoding, seed, arm] for behaviors, arm in arms.items()
+                                                          if (behavior in behaviors) == having))] for seed in seeds]
+                     for having in (True, False)]
+            more, reach = interval([[a - b for a, b in zip(*both)] for both in zip(*sides)])
+            rows.append({"behavior": behavior, "test": test, "answers": decoding,
+                         **{name: f"{interval(side)[0]:+.1%}" for name, side in zip(("gain with", "without"), sides)},
+                         "more": f"{more:+.1%}", "95% interval": around(more, reach)})
+    return rows
+
+
+def injected(arm: str) -> frozenset[str] | None:
+    """The behaviors of an arm of gen_data.py; None for another kind of arm."""
+    named = {"vanilla": (), "bridge": INJECTED}.get(arm, arm.split("+"))
+    return frozenset(named) if set(named) <= set(INJECTED) else None
 
 
 def title(test: str, ops: tuple[int, int]) -> str:

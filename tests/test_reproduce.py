@@ -255,6 +255,30 @@ def test_the_gain_of_several_seeds_by_hand():
     assert (results.row(still, firsts)["RL gain"], results.row(still, firsts)["95% interval"]) == ("+0.0%", "")
 
 
+def test_the_effect_of_a_behavior_by_hand(monkeypatch):
+    """Two problems. Arms with reflection: both right after RL; analysis adds the first, and takes it away beside reflection."""
+    arms = ["vanilla", "subgoal", "analysis", "reflection", "subgoal+analysis", "subgoal+reflection", "reflection+analysis",
+            "bridge", "bridge@0.2", "pp-aug"]
+
+    def after(arm):
+        reflected, analysed = "reflection" in arm or arm == "bridge", "analysis" in arm or arm == "bridge"
+        return [[reflected != analysed], [reflected]]
+    found = [outcome(arm, seed, [[0], [seed]], after(arm)) for arm in arms for seed in (0, 1)]
+    rows = {row["behavior"]: row for row in results.effects(found)}
+    assert [*rows] == ["subgoal", "analysis", "reflection"]
+    # Seed 0: first problem 1/2 on either side, second 1 - 0. Seed 1: the same, but all gains of the second one less.
+    assert (rows["reflection"]["gain with"], rows["reflection"]["without"]) == ("+50.0%", "+0.0%")
+    assert (rows["reflection"]["more"], rows["reflection"]["95% interval"]) == ("+50.0%", "")  # both seeds alike
+    assert rows["analysis"]["more"] == rows["subgoal"]["more"] == "+0.0%"
+    one = {row["behavior"]: row for row in results.effects([o for o in found if o.seed == 0])}
+    reach = 12.7062 * 0.5**0.5 / 2**0.5  # of 0 and 1
+    assert one["reflection"]["95% interval"] == f"{0.5 - reach:+.1%} to {0.5 + reach:+.1%}"
+    assert not results.effects([o for o in found if o.arm != "subgoal+analysis"])
+    monkeypatch.setattr(results, "behaviors", lambda scored: dict.fromkeys(results.BEHAVIORS, 0.0))
+    both = found + [dataclasses.replace(o, decoding="sampled") for o in found]
+    assert results.table(both).count("| reflection | id |") == 4  # in the table of arms and in that of effects
+
+
 def test_the_shipped_base_is_small_and_opens():
     files = [path for path in reproduce.TOY_BASE.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4_000_000
