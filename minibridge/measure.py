@@ -29,7 +29,9 @@ class Row:
 
 def row(config, work: str, unit: str, ours: list[float], peer: str = "", peer_found: list[float] = (), limit: float = 0.0):
     value, other = statistics.median(ours), statistics.median(peer_found or [0.0])
-    return Row(work, config.shape, config.device, value, peer, other, value / other if other else 0.0, unit, limit,
+    cuda = config.device.startswith("cuda") or config.device == "auto" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    return Row(work, config.shape, device, value, peer, other, value / other if other else 0.0, unit, limit,
                value / limit if limit else 0.0)
 
 

@@ -78,6 +78,7 @@ def test_each_command_measures_and_writes_its_rows(work, flags, names, tmp_path,
     assert set(names) <= {row["work"] for row in rows}
     assert set(rows[0]) == {"work", "shape", "device", "ours", "peer", "peer_value", "ratio", "unit", "limit", "limit_share"}
     assert all(row["ours"] > 0 for row in rows if "memory" not in row["work"])
+    assert torch.cuda.is_available() or {row["device"] for row in rows} == {f"cpu, {torch.get_num_threads()} threads"}
     table = capsys.readouterr().out
     assert all(f"| {row['work']} |" in table for row in rows)
 
