@@ -240,14 +240,15 @@ def draw_ablation(figure, table: Table, arms: list[Arm]):
     looks = {"sft": {"label": "after SFT", "color": "0.75"}, "rl": {"label": "after RL", "color": "0.4", "hatch": "///"}}
     columns = len(tests) if len(arms) < 4 else 2 if len(arms) < 9 else 1
     lines = -(-len(tests) // columns)
-    figure.set_size_inches(6.5, 0.6 + 2.2 * lines)
-    for axes, test in zip(figure.subplots(lines, columns, sharey=True, squeeze=False).flat, tests):
+    figure.set_size_inches(6.5, 1.0 + 1.8 * lines)
+    for axes, test in zip(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat, tests):
         for place, (stage, look) in enumerate(looks.items()):
             rows = of(table, test=test, stage=stage)
             reach = [[abs(row[end] - row["accuracy"]) for row in rows] for end in ("low", "high")]
             bars(axes, place, 2, [ticks[row["arm"]] for row in rows], column(rows, "accuracy"), yerr=reach, **look)
         crowded = len(arms) * max(len(arm.label) for arm in arms) > 21  # letters, beside one another
-        axes.set_xticks(range(len(arms)), [arm.label for arm in arms], rotation=30 * crowded)
+        axes.set_xticks(range(len(arms)), [arm.label for arm in arms], rotation=30 * crowded, rotation_mode="anchor",
+                        horizontalalignment="right" if crowded else "center")
         axes.set_xlim(-0.5, len(arms) - 0.5)
         axes.set_title(test)
     figure.supylabel("accuracy")
