@@ -31,8 +31,7 @@ def behaviors_of(arm: str, analysis: int | None = None, reflection: float | None
                  strict: bool = False) -> traces.Behaviors | None:
     """What an arm injects; None when it has no answers of ours. `analysis` and `reflection` replace BRIDGE's level 2
     and probability 0.1. Raises InputError for an unknown arm, and for a setting of a behavior it does not have."""
-    plain = arm in ("vanilla", *AUGMENTED)
-    parts = BEHAVIORS if arm == "bridge" else () if plain or arm in ("own-answers", "prompts") else arm.split("+")
+    parts = parts_of(arm)
     if len(set(parts)) != len(parts) or not set(parts) <= set(BEHAVIORS):
         raise InputError(f"arm: {arm!r} is none of vanilla, bridge, {', '.join(AUGMENTED)}, own-answers, prompts, "
                          f"nor behaviors ({', '.join(BEHAVIORS)}) joined by +")
@@ -44,6 +43,13 @@ def behaviors_of(arm: str, analysis: int | None = None, reflection: float | None
     level = traces.BRIDGE.analysis if analysis is None else analysis
     probability = traces.BRIDGE.reflection if reflection is None else reflection
     return traces.Behaviors("subgoal" in parts, level * ("analysis" in parts), probability * ("reflection" in parts), strict)
+
+
+def parts_of(arm: str) -> Sequence[str]:
+    """The behaviors in the name of an arm, whether there are such or not."""
+    if arm == "bridge":
+        return BEHAVIORS
+    return () if arm in ("vanilla", *AUGMENTED, "own-answers", "prompts") else arm.split("+")
 
 
 def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = None, letters: str = string.ascii_letters,

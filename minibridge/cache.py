@@ -233,9 +233,10 @@ class Packed:
                 for number, (span, before) in enumerate(zip(self.spans, self.after)) if number not in shared]
         numbers = torch.tensor([[before.start, before.stop, own.start, own.stop] for before, own in last], device=device)
         begins, ends, start, stop = numbers.T[..., None]  # (B, 1) each
-        before, slots = ends - begins, ends - begins + stop - start
-        slot = torch.arange(int(slots.max()), device=device)  # (L,)
-        self.rows = (slot + torch.where(slot < before, begins, start - before)).clamp(max=tokens - 1)  # (B, L)
+        given, slots = ends - begins, ends - begins + stop - start
+        longest = max(before.stop - before.start + own.stop - own.start for before, own in last)  # known without asking the device
+        slot = torch.arange(longest, device=device)  # (L,)
+        self.rows = (slot + torch.where(slot < given, begins, start - given)).clamp(max=tokens - 1)  # (B, L)
         real, places = slot < slots, torch.arange(self.rows.numel(), device=device).view_as(self.rows)
         self.first = places.new_full((tokens,), places.numel()).scatter_reduce(0, self.rows[real], places[real], "amin")  # (S,)
 

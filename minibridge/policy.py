@@ -64,7 +64,8 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
 
 
 def padding(batches: list[MicroBatch], ranks: Ranks = ALONE) -> float:
-    """Share of padding in the rows, prompt and answer, that attention has on all ranks (`cache.Packed`: not on a CPU)."""
+    """Share of padding in the rows, prompt and answer, that attention has on all ranks, unless it goes by pieces
+    (`cache.in_pieces`) and has none."""
     lengths = [batch.prompt_lengths[batch.owner] + batch.trained.sum(1) - 1 for batch in batches]  # (B,) each
     real = ranks.total(sum(row.sum().item() for row in lengths))
     return 1 - real / ranks.total(sum(row.max().item() * len(row) for row in lengths))
@@ -117,9 +118,9 @@ def answer_hidden(model: Decoder, batch: MicroBatch) -> Tensor:
     prompt, in_prompt, in_answer = asked[batch.owner, None], columns[:P] < asked[:, None], columns[:T] < said[:, None]
     ids = torch.cat((batch.prompts[in_prompt], batch.answers[in_answer]))  # (S,)
     positions = torch.cat((columns[:P].expand(N, P)[in_prompt], (prompt + columns[:T])[in_answer]))  # (S,)
-    packed = Packed([*asked.tolist(), *said.tolist()], [None] * N + batch.owner.tolist())
-    hidden = model(ids[None], positions[None], packed)[0]  # (S, C)
-    ends = torch.cat((asked, said)).cumsum(0)  # (N + B,) of prompts and answers in the line
+    lengths = torch.cat((asked, said))  # (N + B,) of prompts and answers in the line
+    hidden = model(ids[None], positions[None], Packed(lengths.tolist(), [None] * N + batch.owner.tolist()))[0]  # (S, C)
+    ends = lengths.cumsum(0)
     before = torch.where(columns[:T] == 0, ends[batch.owner, None] - 1, (ends[N:] - said)[:, None] + columns[:T] - 1)  # (B, T)
     return hidden.index_select(0, before[batch.trained])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from minibridge import evaluate
+from minibridge.arms import AUGMENTED, parts_of
 from minibridge.arms import BEHAVIORS as INJECTED
 from minibridge.config import read_jsonl
 from minibridge.tables import Table, markdown, t_quantile
@@ -100,8 +101,8 @@ def table(found: list[Outcome]) -> str:
 def effects(found: list[Outcome]) -> Table:
     """What each behavior adds to the RL gain, if every combination of the three is an arm: the mean gain of the four arms that
     have it less that of the four that do not, so that each training serves all three comparisons (a 2 x 2 x 2 design)."""
-    arms = {injected(outcome.arm): outcome.arm for outcome in found}
-    arms.pop(None, None)
+    parts = {outcome.arm: frozenset(parts_of(outcome.arm)) for outcome in found if outcome.arm not in AUGMENTED}
+    arms = {behaviors: arm for arm, behaviors in parts.items() if behaviors <= set(INJECTED)}
     if len(arms) < 2 ** len(INJECTED):
         return []
     changes = {(o.test, o.decoding, o.seed, o.arm): o.changes for o in found}
@@ -117,12 +118,6 @@ def effects(found: list[Outcome]) -> Table:
                          **{name: f"{interval(side)[0]:+.1%}" for name, side in zip(("gain with", "without"), sides)},
                          "more": f"{more:+.1%}", "95% interval": around(more, reach)})
     return rows
-
-
-def injected(arm: str) -> frozenset[str] | None:
-    """The behaviors of an arm of gen_data.py; None for another kind of arm."""
-    named = {"vanilla": (), "bridge": INJECTED}.get(arm, arm.split("+"))
-    return frozenset(named) if set(named) <= set(INJECTED) else None
 
 
 def title(test: str, ops: tuple[int, int]) -> str:

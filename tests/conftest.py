@@ -70,6 +70,13 @@ def make_model(vocab_size: int, seed: int = 0) -> Decoder:
     return model
 
 
+@pytest.fixture(params=["pieces", "rows"])
+def path(request, monkeypatch) -> str:
+    """How a CPU finds attention in `Packed` texts; the number of threads decides."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if request.param == "pieces" else 100)
+    return request.param
+
+
 def scripted_model(vocab_size: int, follow: Mapping[int, Mapping[int, float]] = {},
                    otherwise: Mapping[int, float] = {}) -> Decoder:
     """A model of known distribution: after token a, token b has the logit `follow[a][b]`, or 0 if not given.

@@ -133,13 +133,6 @@ def test_a_step_writes_one_slot_of_each_row():
     assert cache.prompts.count_nonzero() == 0
 
 
-@pytest.fixture(params=["pieces", "rows"])
-def path(request, monkeypatch) -> str:
-    """How a CPU finds attention in `Packed` texts; the number of threads decides."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if request.param == "pieces" else 100)
-    return request.param
-
-
 def test_packed_texts_equal_rows_run_alone(config, path):
     """A text of 2 tokens, one of 3 that others of 2, 1 and 0 go on from, and one of 3 with a single other of 2 after it; in value
     and in gradient."""

@@ -89,9 +89,13 @@ def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
     ({"dtype": torch.bfloat16, "checkpointing": True}, 4, 4, 30, 60, 700, 16),
     ({"kind": "qwen3", "tied": False}, 4, 4, 30, 60, 10**6, 16),
     ({"kind": "llama", "keys": 4, "tied": False}, 4, 8, 30, 60, 400, 16),
+    ({"threads": 100}, 2, 3, 100, 250, 10**6, 6),         # attention by rows
+    ({"threads": 100, "dtype": torch.bfloat16}, 4, 4, 30, 60, 10**6, 16),
 ])
-def test_a_grpo_step(flags, prompts, samples, prompt, answer, micro, rows):
-    flags = {"dtype": torch.float32, "checkpointing": False, "reference": False} | flags
+def test_a_grpo_step(monkeypatch, flags, prompts, samples, prompt, answer, micro, rows):
+    flags = {"dtype": torch.float32, "checkpointing": False, "reference": False, "threads": 1} | flags
+    threads = flags.pop("threads")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # decides how attention goes
     dtype, checkpointing, with_reference = flags.pop("dtype"), flags.pop("checkpointing"), flags.pop("reference")
     config, settings, ids = shape(**flags), train_rl.Config("", "", "", kl_coef=0.1 * with_reference), [1] * prompt
     made = []

@@ -9,6 +9,7 @@ from minibridge.generate import Completion
 from minibridge.policy import answer_hidden, example_hidden, pack, score
 from minibridge.rollout import Episode
 
+pytestmark = pytest.mark.usefixtures("path")  # each test by pieces and by rows, as on a GPU
 CPU = torch.device("cpu")
 PROMPTS = (3, 11, 1, 6)  # tokens
 ANSWERS = ((2, 9, 5), (4, 4, 1), (1, 1, 1), (12, 3, 7))

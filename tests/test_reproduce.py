@@ -263,6 +263,7 @@ def test_the_effect_of_a_behavior_by_hand(monkeypatch):
     def after(arm):
         reflected, analysed = "reflection" in arm or arm == "bridge", "analysis" in arm or arm == "bridge"
         return [[reflected != analysed], [reflected]]
+
     found = [outcome(arm, seed, [[0], [seed]], after(arm)) for arm in arms for seed in (0, 1)]
     rows = {row["behavior"]: row for row in results.effects(found)}
     assert [*rows] == ["subgoal", "analysis", "reflection"]
