@@ -120,6 +120,8 @@ def run(main: Callable, cls: type) -> int:
     """`config.run_main` of main(config, ranks) in each process that torchrun started, or of main(config) in the only one.
 
     An end ends all: the first process to end says why, the others' connections to it break, and torchrun ends what waits.
+    One of several leaves from here: a thread of gloo that lets go of a tensor while Python shuts down would abort it
+    (https://github.com/pytorch/pytorch/issues/190489), and those threads outlive the group if modules keep it.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return run_main(main, cls)
@@ -141,7 +143,9 @@ def run(main: Callable, cls: type) -> int:
         dist.destroy_process_group()
     else:
         store.set("said", "")
-    return status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _unless_said(store: dist.Store):
