@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -227,9 +227,8 @@ def main_step(config: Work):
     optimizer = adamw(model, (0.9, 0.999), 0.01)
     prompts = random_prompts(config)
     settings = train_rl.Config(model="", data="", out="", kl_coef=0.001, entropy_coef=0.0)
-    seconds: list[float] = []
 
-    def ours():
+    def ours() -> float:
         began = clock()
         answers = generate(model, prompts, config.samples, config.new_tokens, rows=config.prompts * config.samples,
                            compiled=not config.eager)
@@ -238,23 +237,20 @@ def main_step(config: Work):
         rewards = torch.tensor([[episode.reward for episode in group] for group in groups])
         batches = pack(groups, group_advantages(rewards), settings.micro_tokens, device)
         train_rl.improve(model, reference, optimizer, batches, 1e-6, settings)
-        seconds.append(clock() - began)
+        return clock() - began
 
     ours()  # not counted, like each peer's first
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    found: dict[str, Iterable] = {}  # seconds, ours and theirs
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Tokenizer.load(str(TOY_BASE))
         checkpoint.save(model, folder, tokenizer)
         texts = [tokenizer.decode(ids) for ids in prompts]
         for checkpointing in (True, False) if config.peers else ():
-            seconds.clear()
-            name, theirs = peers.trl_steps(Path(folder), texts, config.samples, config.new_tokens, config.repeats + 1,
-                                           checkpointing, ours)
-            found[name] = seconds[1:], theirs[1:]
+            peer = peers.TRL(Path(folder), texts, config.samples, config.new_tokens, config.repeats + 1, checkpointing)
+            turns = [(ours(), peer.step()) for _ in range(config.repeats + 1)]
+            found[peer.name] = zip(*turns[1:])
     if not config.peers:
-        for _ in range(config.repeats):
-            ours()
-        found[""] = seconds[1:], []
+        found[""] = [ours() for _ in range(config.repeats)], ()
     answers = config.prompts * config.samples
     report(config, [row(config, "GRPO step", "answers/s", [answers / x for x in ours_], name, [answers / x for x in theirs])
                     for name, (ours_, theirs) in found.items()])

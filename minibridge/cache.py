@@ -12,7 +12,7 @@ its answers are laid side by side and meet them in one product (the idea of Hydr
 Axes: N prompts of P slots, J answers to a prompt at most, B answers of S slots, L layers, H query and K key heads,
 G = H / K, D head size.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, groupby
@@ -104,8 +104,10 @@ def decode_step(model, ids: Tensor, positions: Tensor, *read: Tensor) -> tuple[T
 
 
 @cache
-def compiled_decode_step() -> Callable:
-    return torch.compile(decode_step, options={"size_asserts": False})  # checks of its buffers' sizes: 5% of a toy step
+def compiled_decode_step(cpu: bool) -> Callable:
+    """Without torch.compile's checks of its own buffers' sizes, and on a CPU called from C++ and not from Python: 5% and 7% of
+    a toy step."""
+    return torch.compile(decode_step, options={"size_asserts": False, "cpp_wrapper": cpu})
 
 
 class KVCache:
@@ -170,7 +172,7 @@ class KVCache:
         if self.compiled:
             for tensor, dims in zip(inputs, ((0,), (0,), (2, 4), (2, 4), (0, 1), (0,), (0, 1), (0, 1))):
                 torch._dynamo.mark_dynamic(tensor, dims)  # sizes that change from step to step
-        hidden, new = (compiled_decode_step() if self.compiled else decode_step)(model, *inputs)
+        hidden, new = (compiled_decode_step(ids.is_cpu) if self.compiled else decode_step)(model, *inputs)
         self.answers[:, :, rows, :, said] = new.permute(2, 0, 1, 3, 4)
         self.used = longest + 1
         return hidden[: len(ids)]
@@ -260,9 +262,9 @@ class _PieceAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], shared: list[tuple[slice, slice]]) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        found = [flash(*text, is_causal=True) for text in zip(*_split(lengths, q, k, v))]
-        out = torch.cat([values[0].transpose(0, 1) for values, _ in found])  # (S, H, D)
-        total = torch.cat([sums[0].T for _, sums in found])  # (S, H), fp32 at least
+        found = [flash(*texts, is_causal=True) for texts in zip(*_texts(lengths, q, k, v))]
+        out = _line(values for values, _ in found)  # (S, H, D)
+        total = _line(sums for _, sums in found)  # (S, H), fp32 at least
         del found
         for queries, keys in shared:
             values, sums = flash(_heads_first(q[queries]), _heads_first(k[keys]), _heads_first(v[keys]))
@@ -277,23 +279,31 @@ class _PieceAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (q, k, v, out, total), flash = ctx.saved_tensors, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        texts = zip(*_split(ctx.lengths, grad, q, k, v, out), total.T[None].split(ctx.lengths, 2))
-        found = [flash(*text, 0.0, True) for text in texts]
-        grads = [torch.cat([part[0].transpose(0, 1) for part in parts]) for parts in zip(*found)]
+        found = [flash(*texts, 0.0, True) for texts in zip(*_texts(ctx.lengths, grad, q, k, v, out, total))]
+        grads = [_line(parts) for parts in zip(*found)]
         del found
         for queries, keys in ctx.shared:
-            where = (queries, queries, keys, keys, queries)
-            arrays = [_heads_first(x[here]) for x, here in zip((grad, q, k, v, out), where)]
-            parts = flash(*arrays, total[queries].T[None], 0.0, False)
+            where = (queries, queries, keys, keys, queries, queries)
+            arrays = [_heads_first(x[here]) for x, here in zip((grad, q, k, v, out, total), where)]
+            parts = flash(*arrays, 0.0, False)
             for sum_, part, here in zip(grads, parts, (queries, keys, keys)):
                 sum_[here] += part[0].transpose(0, 1)
         return *grads, None, None
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """(S, H, D) -> (1, H, S, D)."""
+    """(S, H, ...) -> (1, H, S, ...)."""
     return x.transpose(0, 1)[None]
 
 
-def _split(lengths: list[int], *arrays: Tensor) -> list[tuple[Tensor, ...]]:
-    return [_heads_first(x).split(lengths, 2) for x in arrays]
+def _texts(lengths: list[int], *arrays: Tensor) -> list[list[Tensor]]:
+    """Views (B, H, T, ...) of each array (S, H, ...), of texts end to end: neighbours of one length are rows of one view."""
+    runs = [(length, len([*run])) for length, run in groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+    return [[part.unflatten(0, (count, length)).transpose(1, 2) for part, (length, count) in zip(x.split(sizes), runs)]
+            for x in arrays]
+
+
+def _line(parts: Iterable[Tensor]) -> Tensor:
+    """(S, H, ...) of `_texts`."""
+    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minibridge.cache import PLACES, in_pieces
+from minibridge.functional import MLP_ROWS
 from minibridge.generate import prefill_batch
 from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
 from minibridge.model import Decoder, ModelConfig
@@ -49,6 +50,11 @@ class Sizes:
         return self.body + self.head * (1 if self.config.tie_word_embeddings else 2)
 
     @property
+    def mlp_by_hand(self) -> bool:
+        """Whether it is `functional.swiglu`."""
+        return not self.cuda and not self.config.mlp_bias
+
+    @property
     def cast(self) -> int:
         """Bytes of a weight's copy in the dtype of the activations; 0 if it has that dtype already."""
         return self.size if self.size < 4 else 0
@@ -74,7 +80,7 @@ def layer(s: Sizes, line: Line) -> int:
     """Bytes that autograd keeps of one layer for the backward pass."""
     c, width = s.config, s.config.num_attention_heads * s.config.head_dim
     each = 4 * s.size * c.hidden_size                     # input and output of both norms
-    each += (4 if s.cuda else 3) * s.size * c.intermediate_size  # gate, up, their product, and on a GPU silu(gate)
+    each += (2 if s.mlp_by_hand else 4) * s.size * c.intermediate_size  # gate, up; and if autograd does it silu(gate), product
     each += s.size * width                                # attention's output
     if c.model_type == "qwen3":
         each += s.size * (width + s.key_width)            # into the norms of queries and keys
@@ -101,9 +107,12 @@ def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
     gradients, waiting = (0, 4 * s.body) if first else (4 * s.weights, 0)
     chunk = chunk_tokens(line.scored, c.vocab_size) * c.vocab_size
     logit = 4 + s.cast if chunk >= COMPILE_ELEMENTS else 16 if entropy else 8  # eager: logps, exp and their product too
-    # A layer's backward pass: the gradient that comes in, and the MLP's two before it has freed as much; what checkpointing
+    # A layer's backward pass: the gradient that comes in, and what the MLP's has before it frees as much; what checkpointing
     # left out is there again.
     grown = s.size * line.tokens * (c.hidden_size + 2 * c.intermediate_size)
+    if s.mlp_by_hand:
+        rows = min(line.tokens, MLP_ROWS)
+        grown = s.size * (2 * line.tokens * c.hidden_size + 3 * rows * c.intermediate_size) + 12 * c.hidden_size * c.intermediate_size
     shared = s.size * line.tokens * c.hidden_size if s.checkpointing and (s.cuda or not s.cast) else 0  # the layer's input
     again = layer(s, line) - shared + s.cast * s.body // c.num_hidden_layers
     tied = c.tie_word_embeddings

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minibridge.cache import Attend, Cache, causal_attention
 from minibridge.config import InputError
-from minibridge.pointwise import gated, rms_norm, rotary_frequencies, rotate
+from minibridge.functional import gated, rms_norm, rotary_frequencies, rotate, swiglu
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 # Each with the largest that is taken: many times what any model has, and little enough to build its shapes at once.
@@ -186,7 +186,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        if self.gate_proj.bias is not None:
+            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return swiglu(x, *(layer.weight.to(x.dtype) for layer in (self.gate_proj, self.up_proj, self.down_proj)))
 
 
 class Block(nn.Module):

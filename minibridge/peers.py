@@ -2,12 +2,16 @@
 
 Each needs its own package (the `oracle` extra has transformers); nothing else in the project uses them.
 """
+import importlib.metadata
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minibridge.config import InputError
 from minibridge.measure import clock
 
 
@@ -44,27 +48,46 @@ class Transformers:
         return step
 
 
-def trl_steps(folder: Path, texts: list[str], samples: int, new_tokens: int, steps: int, checkpointing: bool,
-              between: Callable[[], None]) -> tuple[str, list[float]]:
-    """Seconds of each GRPO step of TRL on the prompts `texts`, with a KL term; `between` is called after each step.
+class TRL:
+    """GRPO steps of TRL on the prompts `texts`, with a KL term, one at a time and each when it is asked for.
 
+    They run in a process of their own, as they do for whoever uses TRL: what one side leaves behind (memory given back to the
+    system, or kept) is not the other's to begin with. While one works, the other waits.
     checkpointing: activations are computed a second time in the backward pass, as they are by TRL's default.
     """
+
+    def __init__(self, folder: Path, texts: list[str], samples: int, new_tokens: int, steps: int, checkpointing: bool):
+        self.pipe, far = get_context("spawn").Pipe()
+        given = (far, torch.get_num_threads(), folder, texts, samples, new_tokens, steps, checkpointing)
+        self.process = get_context("spawn").Process(target=_train_trl, args=given, daemon=True)
+        self.process.start()
+        far.close()
+        self.name = f"TRL {importlib.metadata.version('trl')}" + ", checkpointing" * checkpointing
+
+    def step(self) -> float:
+        """Seconds that the next one took."""
+        try:
+            self.pipe.send("go")
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise InputError(f"peers: {self.name} has ended before its time, as it says above") from None
+
+
+def _train_trl(pipe: Connection, threads: int, folder: Path, texts: list[str], samples: int, new_tokens: int, steps: int,
+               checkpointing: bool):
     import datasets
     import transformers
     import trl
 
-    class Clock(transformers.TrainerCallback):
-        seconds: list[float] = []
-
+    class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
+            pipe.recv()
             self.began = clock()
 
         def on_step_end(self, *_, **__):
-            self.seconds.append(clock() - self.began)
-            between()
+            pipe.send(clock() - self.began)
 
-    watch = Clock()
+    torch.set_num_threads(threads)
     config = trl.GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=len(texts) * samples, num_generations=samples,
         gradient_accumulation_steps=1, max_completion_length=new_tokens, max_steps=steps, beta=0.001, loss_type="grpo",
@@ -78,5 +101,4 @@ def trl_steps(folder: Path, texts: list[str], samples: int, new_tokens: int, ste
     rows = datasets.Dataset.from_list([{"prompt": text} for text in texts] * steps)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trl.GRPOTrainer(model, reward, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]).train()
-    return f"TRL {trl.__version__}" + ", checkpointing" * checkpointing, watch.seconds
+    trl.GRPOTrainer(model, reward, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[Turns()]).train()

@@ -10,7 +10,9 @@ import torch
 
 import train_rl
 import train_sft
+from minibridge import functional, memory
 from minibridge.data import Example, Prompt
+from minibridge.functional import MLP_ROWS
 from minibridge.generate import Completion, generate
 from minibridge.memory import Line, decoding, held, highest, sizes, training
 from minibridge.model import Decoder, ModelConfig
@@ -82,6 +84,7 @@ def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
     ({"checkpointing": True}, 4, 8, 30, 60, 600, 32),
     ({"checkpointing": True}, 2, 3, 100, 200, 10**6, 6),
     ({"checkpointing": True}, 8, 2, 250, 5, 10**6, 6),    # prompts
+    ({"checkpointing": True, "mlp_rows": 100}, 8, 2, 250, 5, 10**6, 6),  # the MLP by parts
     ({}, 8, 2, 250, 5, 10**6, 6),
     ({"vocabulary": 20_000}, 2, 2, 5, 5, 10**6, 4),       # gradients of embedding and head
     ({"vocabulary": 20_000, "tied": False}, 2, 2, 5, 5, 10**6, 4),
@@ -93,9 +96,11 @@ def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
     ({"threads": 100, "dtype": torch.bfloat16}, 4, 4, 30, 60, 10**6, 16),
 ])
 def test_a_grpo_step(monkeypatch, flags, prompts, samples, prompt, answer, micro, rows):
-    flags = {"dtype": torch.float32, "checkpointing": False, "reference": False, "threads": 1} | flags
-    threads = flags.pop("threads")
+    flags = {"dtype": torch.float32, "checkpointing": False, "reference": False, "threads": 1, "mlp_rows": MLP_ROWS} | flags
+    threads, mlp_rows = flags.pop("threads"), flags.pop("mlp_rows")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # decides how attention goes
+    for module in (functional, memory):
+        monkeypatch.setattr(module, "MLP_ROWS", mlp_rows)
     dtype, checkpointing, with_reference = flags.pop("dtype"), flags.pop("checkpointing"), flags.pop("reference")
     config, settings, ids = shape(**flags), train_rl.Config("", "", "", kl_coef=0.1 * with_reference), [1] * prompt
     made = []
@@ -188,15 +193,15 @@ def test_highest_is_that_of_all_packings(answers, group, prompt, limit):
 
 
 def test_a_gpu_keeps_other_things(monkeypatch):
-    """Its gate keeps one array more (320 wide); attention has rows of its own there, each with its prompt, and in fp32 keys and
+    """Its MLP keeps two arrays more (320 wide); attention has rows of its own there, each with its prompt, and in fp32 keys and
     values for each query head."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # or attention has rows on the CPU too
     line, places = Line(2 * 30 + 6 * 60, 6, 90, 6 * 60), 6 * 90
     on_cpu, on_gpu = (training(outline(shape(), torch.bfloat16, cuda=cuda), line, True, True) for cuda in (False, True))
     of_rows = 4 * (places * (2 * 2 * (128 + 64) + 16) - line.tokens * (2 * (128 + 2 * 64) + 16))
-    assert on_gpu["activations"] - on_cpu["activations"] == of_rows + 4 * 2 * 320 * line.tokens
+    assert on_gpu["activations"] - on_cpu["activations"] == of_rows + 4 * 2 * 2 * 320 * line.tokens
     alike, grouped = (training(outline(shape(keys=keys), torch.float32, cuda=True), line, True, False) for keys in (4, 2))
     on_cpu = training(outline(shape(keys=4), torch.float32), line, True, False)
     of_rows = 4 * (places * (4 * 4 * 128 + 16) - line.tokens * (4 * 3 * 128 + 16))
-    assert alike["activations"] - on_cpu["activations"] == of_rows + 4 * 4 * 320 * line.tokens
+    assert alike["activations"] - on_cpu["activations"] == of_rows + 4 * 2 * 4 * 320 * line.tokens
     assert grouped["activations"] == alike["activations"]

@@ -75,7 +75,7 @@ def test_a_broken_input_is_traced_to_its_answer(toy, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("name, value, where", [
-    ("model.layers.1.mlp.down_proj.weight", 1e38, "output of model.layers.1.mlp.down_proj"),
+    ("model.layers.1.mlp.down_proj.weight", 1e38, "output of model.layers.1.mlp"),
     ("model.layers.0.self_attn.q_proj.bias", math.inf, "output of model.layers.0.self_attn.q_proj"),
     ("model.norm.weight", 3e38, "output of model.norm")])
 def test_the_first_module_that_overflows_is_named(toy, tmp_path, monkeypatch, capsys, name, value, where):

@@ -1,0 +1,166 @@
+"""What a decoder layer computes beside attention: norm, rotation, MLP.
+
+On a CPU the backward passes that autograd puts together for them are chains of steps over whole arrays, each of which waits for
+memory, and most of which keep their result. Where there may be a backward pass they are written by hand here: they keep little
+more than their inputs, and norm and MLP work on some rows at a time, so that less of an array's size is held. On a GPU, without
+a backward pass and in forward-mode differentiation (`jvp`) the plain formulas run; on a CPU they give the same bits.
+
+Axes: B rows, T tokens, D head size, C hidden, I middle of the MLP.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NORM_ELEMENTS = 2**17  # numbers of an array at a time in a norm: 512 KiB in fp32
+MLP_ROWS = 2**11  # tokens at a time in an MLP: enough for products to be fast, and few enough for what is between them
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean of x² + eps) * weight over the last axis, computed in fp32 at least (arXiv 1910.07467)."""
+    if x.is_cpu and torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the middle of SwiGLU."""
+    return F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(silu(x gateᵀ) * x upᵀ) downᵀ of x (B, T, C), with gate and up (I, C) and down (C, I) (arXiv 2002.05202)."""
+    if x.is_cpu and torch.is_grad_enabled():
+        return _SwiGLU.apply(x, gate, up, down)
+    parts = x.split(MLP_ROWS, 1) if x.is_cpu else [x]  # the same products as above, so that a model and its copy agree bit by bit
+    found = [F.linear(gated(F.linear(part, gate), F.linear(part, up)), down) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, T, heads, D); coordinates i and i + D/2 are a pair.
+
+    cos and sin (B, T, 1, D), in fp32 at least: of each angle twice, the first half of sin with a minus."""
+    if x.is_cpu and torch.is_grad_enabled():
+        return _Rotation.apply(x, cos, sin)
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return _turned(x, cos, sin, 1)  # the same bits
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def rotary_frequencies(size: int, theta: float, scaling: dict | None = None) -> Tensor:
+    """Radians per position of each pair of a head's coordinates, (D/2,) fp32 (arXiv 2104.09864, 3.2.2).
+
+    With scaling, as Llama 3.1 has it: pairs that turn more than high_freq_factor times over the original context are kept,
+    those that turn less than low_freq_factor times are slowed by `factor`, and those between interpolated
+    (https://github.com/meta-llama/llama-models, models/llama3/model.py).
+    """
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
+    frequencies = 1.0 / theta**exponents  # (D/2,)
+    if scaling is None:
+        return frequencies
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With n = x / rms, g the gradient for the output and h = g weight: d weight = sum of g n, d x = (h - n mean(h n)) / rms."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, out = eps, torch.empty(x.shape, dtype=x.dtype)
+        for rows, result in _parts(_norm_rows(x), x, out):
+            rows = rows.to(_wide(x))
+            result.copy_(rows * _inverse_rms(rows, eps) * weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty(x.shape, dtype=x.dtype), torch.zeros(weight.shape, dtype=_wide(x))
+        for rows, slope, result in _parts(_norm_rows(x), x, grad, grad_x):
+            rows, slope = rows.to(_wide(x)), slope.to(_wide(x))
+            inverse = _inverse_rms(rows, ctx.eps)
+            normed = rows * inverse
+            grad_weight += (slope * normed).sum(0)
+            slope = slope * weight
+            result.copy_(slope.addcmul_(normed, (slope * normed).mean(-1, keepdim=True), value=-1).mul_(inverse))
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _turned(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    half, out = x.shape[-1] // 2, x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out.to(x.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """With g = x gateᵀ, u = x upᵀ, a = silu(g) and y the output's gradient times down: the gradient is y for a u, y a for u, and
+    y u silu'(g) for g. Those of the weights are summed in fp32 at least."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gates, ups = (torch.empty(*x.shape[:-1], len(gate), dtype=x.dtype) for _ in range(2))
+        out = torch.empty(x.shape, dtype=x.dtype)
+        for rows, g, u, result in _parts(MLP_ROWS, x, gates, ups, out):
+            torch.mm(rows, gate.T, out=g)
+            torch.mm(rows, up.T, out=u)
+            torch.mm(F.silu(g).mul_(u), down.T, out=result)
+        ctx.save_for_backward(x, gate, up, down, gates, ups)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, gate, up, down, gates, ups = ctx.saved_tensors
+        grad_x = torch.empty(x.shape, dtype=x.dtype)
+        sums = for_gate, for_up, for_down = [torch.zeros(weight.shape, dtype=_wide(x)) for weight in (gate, up, down)]
+        for rows, g, u, slope, result in _parts(MLP_ROWS, x, gates, ups, grad, grad_x):
+            active = F.silu(g)
+            for_down += slope.T @ (active * u)
+            slope = slope @ down  # (R, I)
+            active.mul_(slope)
+            slope = torch.ops.aten.silu_backward(slope.mul_(u), g)
+            for_up += active.T @ rows
+            for_gate += slope.T @ rows
+            torch.mm(slope, gate, out=result).addmm_(active, up)
+        return grad_x, *(total.to(x.dtype) for total in sums)
+
+
+def _parts(count: int, *arrays: Tensor):
+    """Arrays of one shape but for their last axes, `count` rows (R, ...) of each at a time. Those to be written must be
+    contiguous (so not `empty_like`): of others these are copies."""
+    return zip(*(x.reshape(-1, x.shape[-1]).split(count) for x in arrays))
+
+
+def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
+    return rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (R, 1)
+
+
+def _norm_rows(x: Tensor) -> int:
+    return max(1, NORM_ELEMENTS // x.shape[-1])
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
