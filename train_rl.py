@@ -136,6 +136,22 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
     return first
 
 
+def learn(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, groups: list[list[Episode]],
+          step: int, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
+    """`improve` on a rollout batch, N prompts of G answers; what makes the loss or the gradient not finite is kept in a file."""
+    recipe = recipe_of(config)
+    rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
+    advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
+    batches = pack(groups, advantages, config.micro_tokens, model.device, ranks)
+    rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
+    try:
+        found = improve(model, reference, optimizer, batches, rate, config, ranks)
+    except NonFinite as error:
+        said = keep_failed(Path(config.out) / f"failed_step_{step:04d}.safetensors", model, batches, config, ranks)
+        raise InputError(f"step {step}: {error}; {said}") from None
+    return found | {"learning_rate": rate, "padding": padding(batches, ranks)}
+
+
 def describe(groups: list[list[Episode]]) -> dict[str, float]:
     """What the rollouts look like, before any training on them; every figure is explained in docs/manual.md."""
     episodes = [episode for group in groups for episode in group]
@@ -268,7 +284,7 @@ def keep_failed(path: Path, model: Decoder, batches: list[MicroBatch], config: C
 
 
 def main(config: Config, ranks: Ranks = ALONE):
-    recipe = recipe_of(config)
+    recipe_of(config)  # InputError now for what cannot be
     if config.plan:
         return print(plan.rl(config))
     device = pick_device(config.device)
@@ -309,24 +325,15 @@ def main(config: Config, ranks: Ranks = ALONE):
             write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
         numbers = describe(groups) | behaviors(groups, config) | {"groups": len(groups), "wasted": wasted(groups, config)}
         sampled, groups = sum(len(episode.completion.ids) for group in groups for episode in group), groups[: config.prompts]
-        rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
-        advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
-        batches = pack(groups, advantages, config.micro_tokens, device, ranks)
         if config.influence_every and step % config.influence_every == 0:
             numbers |= influence(model, tokenizer, held_out, groups, step, config)
-        rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
         ready = time.monotonic()
-        try:
-            numbers |= improve(model, reference, optimizer, batches, rate, config, ranks)
-        except NonFinite as error:
-            said = keep_failed(run.path / f"failed_step_{step:04d}.safetensors", model, batches, config, ranks)
-            raise InputError(f"step {step}: {error}; {said}") from None
+        numbers |= learn(model, reference, optimizer, groups, step, config, ranks)
         trained = time.monotonic()
 
         flops = step_flops(model, groups, reference is not None, config)
-        numbers |= {"learning_rate": rate, "seconds": trained - began, "decode_seconds": decoded - began,
-                    "tokens_per_second": sampled / (decoded - began), "padding": padding(batches, ranks),
-                    "memory_gib": highest_memory(device) / 2**30,
+        numbers |= {"seconds": trained - began, "decode_seconds": decoded - began,
+                    "tokens_per_second": sampled / (decoded - began), "memory_gib": highest_memory(device) / 2**30,
                     "utilisation": flops / (trained - ready) / planned.rates[0] / ranks.size}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
             numbers["val_accuracy"] = validate(model, tokenizer, held_out, config, ranks)

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ from minibridge.optim import (
 )
 from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import example_hidden
+from minibridge.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,30 @@ def validation_loss(model: Decoder, examples: list[Example], config: Config, ran
     return ranks.total(total) / ranks.total(tokens)
 
 
+def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and to validate with. InputError now for what would fail at some step: too few, too long."""
+    examples, held_out = (load_sft(path, tokenizer, config.max_length, config.whole_chat, config.truncate) if path else []
+                          for path in (config.data, config.val))
+    ranks.check("batch_size", config.batch_size)
+    if held_out:
+        ranks.check(f"rows of {config.val}", len(held_out))
+    if len(examples) < config.batch_size:
+        raise InputError(f"batch_size: {config.batch_size}, but {config.data} has only {len(examples)} rows")
+    if (longest := max(len(example.ids) for example in examples + held_out)) > model.config.max_position_embeddings:
+        raise InputError(f"max_length: an example of {longest} tokens exceeds the model's max_position_embeddings "
+                         f"{model.config.max_position_embeddings}")
+    micro_batches(examples + held_out, config.micro_tokens)
+    return examples, held_out
+
+
+def keep_failed(path: Path, indices: list[int], config: Config, ranks: Ranks):
+    """Writes the rows of the data that a step was on."""
+    if ranks.main:
+        records = read_jsonl(config.data)
+        write_jsonl(path, [records[index] for index in indices])
+    ranks.barrier()  # the first process to end would end the one that writes
+
+
 def main(config: Config, ranks: Ranks = ALONE):
     if config.plan:
         return print(plan.sft(config))
@@ -116,20 +142,10 @@ def main(config: Config, ranks: Ranks = ALONE):
     if config.shard:
         ranks.shard(model)
     optimizer = adamw(model, (0.9, config.beta2), config.weight_decay)
-    examples = load_sft(config.data, tokenizer, config.max_length, config.whole_chat, config.truncate)
-    held_out = load_sft(config.val, tokenizer, config.max_length, config.whole_chat, config.truncate) if config.val else []
-    ranks.check("batch_size", config.batch_size)
-    if held_out:
-        ranks.check(f"rows of {config.val}", len(held_out))
-    if len(examples) < config.batch_size:
-        raise InputError(f"batch_size: {config.batch_size}, but {config.data} has only {len(examples)} rows")
-    if (longest := max(len(example.ids) for example in examples + held_out)) > model.config.max_position_embeddings:
-        raise InputError(f"max_length: an example of {longest} tokens exceeds the model's max_position_embeddings "
-                         f"{model.config.max_position_embeddings}")
+    examples, held_out = open_data(config, model, tokenizer, ranks)
     steps = round(config.epochs * len(batches(len(examples), config.batch_size, config.seed, 0)))
     if steps < 1:
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
-    micro_batches(examples + held_out, config.micro_tokens)  # a too long example is an error now, not at its step
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     planned = plan.sft(config, [len(example.ids) for example in examples])
     run = ranks.open_run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None,
@@ -147,10 +163,7 @@ def main(config: Config, ranks: Ranks = ALONE):
             norm = update(model, optimizer, rate, config.clip)
         except NonFinite as error:
             path = run.path / f"failed_step_{step:04d}.jsonl"
-            if ranks.main:
-                records = read_jsonl(config.data)
-                write_jsonl(path, [records[index] for index in indices])
-            ranks.barrier()  # the first process to end would end the one that writes
+            keep_failed(path, indices, config, ranks)
             raise InputError(f"step {step}: {error}; {path} holds its rows, and --resume meets them again") from None
         seconds = time.monotonic() - began
         lengths = [len(example.ids) for example in batch]

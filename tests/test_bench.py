@@ -99,6 +99,14 @@ def test_a_missing_library_is_named_before_anything_is_measured(work, packages, 
         main(parse(config, ["--peers"]))
 
 
+def test_a_peer_that_ends_early_is_one_line(tmp_path, monkeypatch):
+    """It has no model, or TRL is not installed."""
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda name: "0")
+    peer = peers.TRL(tmp_path / "nothing", ["a"], 2, 4, 1, True)
+    with pytest.raises(InputError, match="^peers: TRL 0, checkpointing has ended before its time"):
+        peer.step()
+
+
 @pytest.mark.oracle
 def test_the_peer_does_the_same_work(tmp_path):
     pytest.importorskip("transformers")
