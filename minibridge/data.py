@@ -63,7 +63,7 @@ def load_sft(
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if len(ids) > max_length and not truncate:
-            raise InputError(f"{where}: {len(ids)} tokens, more than the {max_length} allowed")
+            raise InputError(f"{where}: {len(ids)} tokens, more than the {max_length} of --max-length")
         mask = [1] * len(ids) if whole_chat else mask
         if 1 not in mask[1:max_length]:
             raise InputError(f"{where}: nothing is left to learn within {max_length} tokens")

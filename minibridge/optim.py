@@ -70,7 +70,7 @@ def prompt_limit(model: Decoder, max_prompt: int, max_new_tokens: int) -> int:
     room = model.config.max_position_embeddings - max_new_tokens
     if room < 1:
         raise InputError(f"max_new_tokens: {max_new_tokens} leave no room for a prompt in the model's "
-                         f"max_position_embeddings {model.config.max_position_embeddings}")
+                         f"max_position_embeddings {model.config.max_position_embeddings} (--max-new-tokens)")
     return min(max_prompt, room)
 
 

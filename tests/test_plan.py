@@ -106,7 +106,7 @@ def test_plan_needs_a_config_alone(folder, tmp_path, capsys, script):
      "error: micro_tokens: 109 cannot hold a prompt of 90 and an answer of 20 tokens"),
     (train_sft, "--max-length 110 --micro-tokens 109", "error: micro_tokens: 109 cannot hold an example of 110 tokens"),
     (train_rl, "--max-new-tokens 40000", "error: max_new_tokens: 40000 leave no room for a prompt in the model's "
-                                         "max_position_embeddings 32768"),
+                                         "max_position_embeddings 32768 (--max-new-tokens)"),
     (train_rl, "--model {}/none", "error: {}/none: no such folder"),
     (train_sft, "--model {0}/empty", "error: {0}/empty/config.json: No such file or directory")])
 def test_bad_flags_get_one_line(folder, tmp_path, capsys, script, flags, line):
