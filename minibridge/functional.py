@@ -1,9 +1,10 @@
 """What a decoder layer computes beside attention: norm, rotation, MLP.
 
 On a CPU the backward passes that autograd puts together for them are chains of steps over whole arrays, each of which waits for
-memory, and most of which keep their result. Where there may be a backward pass they are written by hand here: they keep little
-more than their inputs, and norm and MLP work on some rows at a time, so that less of an array's size is held. On a GPU, without
-a backward pass and in forward-mode differentiation (`jvp`) the plain formulas run; on a CPU they give the same bits.
+memory, and most of which keep their result. Where there may be a backward pass they are written by hand here: they keep their
+inputs, and of the MLP the two first products; norm and MLP work on some rows at a time, so that less of an array's size is held.
+On a GPU, in compiled decoding and in forward-mode differentiation (`jvp`) autograd's own operations run. On a CPU a model has the
+same bits with and without a backward pass.
 
 Axes: B rows, T tokens, D head size, C hidden, I middle of the MLP.
 """
@@ -31,12 +32,13 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(silu(x gateᵀ) * x upᵀ) downᵀ of x (B, T, C), with gate and up (I, C) and down (C, I) (arXiv 2002.05202)."""
+    """(silu(x gateᵀ) * x upᵀ) downᵀ of x (..., C), with gate and up (I, C) and down (C, I) (arXiv 2002.05202)."""
     if x.is_cpu and torch.is_grad_enabled():
         return _SwiGLU.apply(x, gate, up, down)
-    parts = x.split(MLP_ROWS, 1) if x.is_cpu else [x]  # the same products as above, so that a model and its copy agree bit by bit
-    found = [F.linear(gated(F.linear(part, gate), F.linear(part, up)), down) for part in parts]
-    return found[0] if len(found) == 1 else torch.cat(found, 1)
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return F.linear(gated(F.linear(x, gate), F.linear(x, up)), down)
+    parts = [F.linear(gated(F.linear(rows, gate), F.linear(rows, up)), down) for rows, in _parts(MLP_ROWS, x)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.is_cpu and torch.is_grad_enabled():
         return _Rotation.apply(x, cos, sin)
     if x.is_cpu and not torch.compiler.is_compiling():
-        return _turned(x, cos, sin, 1)  # the same bits
+        return _turned(x, cos, sin, 1)  # as with a backward pass
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
@@ -73,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps, out = eps, torch.empty(x.shape, dtype=x.dtype)
+        ctx.eps, out = eps, x.new_empty(x.shape)
         for rows, result in _parts(_norm_rows(x), x, out):
             rows = rows.to(_wide(x))
             result.copy_(rows * _inverse_rms(rows, eps) * weight)
@@ -83,7 +85,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty(x.shape, dtype=x.dtype), torch.zeros(weight.shape, dtype=_wide(x))
+        grad_x, grad_weight = x.new_empty(x.shape), torch.zeros(weight.shape, dtype=_wide(x))
         for rows, slope, result in _parts(_norm_rows(x), x, grad, grad_x):
             rows, slope = rows.to(_wide(x)), slope.to(_wide(x))
             inverse = _inverse_rms(rows, ctx.eps)
@@ -121,8 +123,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gates, ups = (torch.empty(*x.shape[:-1], len(gate), dtype=x.dtype) for _ in range(2))
-        out = torch.empty(x.shape, dtype=x.dtype)
+        gates, ups = (x.new_empty(*x.shape[:-1], len(gate)) for _ in range(2))
+        out = x.new_empty(x.shape)
         for rows, g, u, result in _parts(MLP_ROWS, x, gates, ups, out):
             torch.mm(rows, gate.T, out=g)
             torch.mm(rows, up.T, out=u)
@@ -134,18 +136,18 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, gate, up, down, gates, ups = ctx.saved_tensors
-        grad_x = torch.empty(x.shape, dtype=x.dtype)
-        sums = for_gate, for_up, for_down = [torch.zeros(weight.shape, dtype=_wide(x)) for weight in (gate, up, down)]
+        grad_x = x.new_empty(x.shape)
+        grad_gate, grad_up, grad_down = (torch.zeros_like(weight, dtype=_wide(x)) for weight in (gate, up, down))
         for rows, g, u, slope, result in _parts(MLP_ROWS, x, gates, ups, grad, grad_x):
-            active = F.silu(g)
-            for_down += slope.T @ (active * u)
-            slope = slope @ down  # (R, I)
-            active.mul_(slope)
-            slope = torch.ops.aten.silu_backward(slope.mul_(u), g)
-            for_up += active.T @ rows
-            for_gate += slope.T @ rows
-            torch.mm(slope, gate, out=result).addmm_(active, up)
-        return grad_x, *(total.to(x.dtype) for total in sums)
+            a = F.silu(g)
+            grad_down += slope.T @ (a * u)
+            y = slope @ down  # (R, I)
+            for_u = a.mul_(y)
+            for_g = torch.ops.aten.silu_backward(y.mul_(u), g)
+            grad_up += for_u.T @ rows
+            grad_gate += for_g.T @ rows
+            torch.mm(for_g, gate, out=result).addmm_(for_u, up)
+        return grad_x, grad_gate.to(x.dtype), grad_up.to(x.dtype), grad_down.to(x.dtype)
 
 
 def _parts(count: int, *arrays: Tensor):

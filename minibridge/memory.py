@@ -5,7 +5,7 @@
     highest     the same, of the way to pack a step's rows into micro-batches that takes most
     decoding    `generate.generate`: the cache, and the largest of what comes and goes beside it
 
-Each gives the bytes of the highest moment by what they are for. The counts follow model.py, cache.py, policy.py,
+Each gives the bytes of the highest moment by what they are for. The counts follow model.py, functional.py, cache.py, policy.py,
 logprob.py, generate.py and sampling.py and must change with them; tests/test_memory.py holds them to what the allocator
 reports. Not counted: ids and masks, what the allocator loses between blocks, what libraries take for themselves.
 
@@ -164,7 +164,12 @@ def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, row
     cache = (places + 2) * (prompt + 2) + (live + 2) * (answer + 2)  # slots of cache.KVCache
     drawing = max(12 * live * c.vocab_size, s.cast * s.head)  # logits, probabilities, and these in blocks
     scores = 12 * live * c.num_attention_heads * max(prompt, answer)
-    prefill = batch * prompt * (s.slot + s.size * (3 * c.intermediate_size + 2 * c.hidden_size))
+    tokens = batch * prompt
+    rows = min(tokens, MLP_ROWS) if s.mlp_by_hand else tokens  # in the MLP at a time; of several parts it joins the results
+    results = c.hidden_size * tokens * (rows < tokens)
+    projected = 2 * (c.num_attention_heads * c.head_dim + s.key_width) * tokens  # q, k and v, and q rotated
+    between = max(3 * c.intermediate_size * rows + results, 2 * results, projected) + 2 * c.hidden_size * tokens
+    prefill = tokens * s.slot + s.size * between + 3 * s.cast * c.intermediate_size * c.hidden_size
     return Counter({"keys and values": s.slot * cache, "work space": max(drawing, scores, prefill)})
 
 

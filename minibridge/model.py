@@ -128,7 +128,7 @@ def _rope_from_hf(data: dict) -> dict:
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + b in the dtype of x: the one place where fp32 parameters meet bf16 activations.
+    """x Wᵀ + b in the dtype of x: here, in norms and in the MLP fp32 parameters meet bf16 activations.
 
     The weights are not set: `Decoder.init_weights` or a checkpoint fills them.
     """
@@ -177,7 +177,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202); without biases all three products are one function, and no hook of theirs is called."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

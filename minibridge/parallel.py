@@ -13,8 +13,9 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import make_dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -137,14 +138,19 @@ def run(main: Callable, cls: type) -> int:
                 raise InputError("another process of this run is gone") from None
             raise
 
-    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank == 0 else nowhere):
-        status = run_main(begin, make_dataclass("NoOptions", []), [])  # `begin` parses, whose errors are said once too
-    if status == 0:
-        dist.destroy_process_group()
-    else:
-        store.set("said", "")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    status = 1
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank == 0 else nowhere):
+            status = run_main(begin, make_dataclass("NoOptions", []), [])  # `begin` parses, whose errors are said once too
+    except SystemExit as end:  # of --help, or without a word
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    with suppress(RuntimeError):  # the others may be gone
+        dist.destroy_process_group() if status == 0 else store.set("said", "")
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # closed
+            stream.flush()
     os._exit(status)
 
 

@@ -107,6 +107,23 @@ def test_a_peer_that_ends_early_is_one_line(tmp_path, monkeypatch):
         peer.step()
 
 
+def test_steps_take_turns_and_the_first_does_not_count(monkeypatch, capsys):
+    """A peer whose steps take 1,000, 1, 2 and 3 seconds."""
+    class Peer:
+        def __init__(self, folder, texts, *rest):
+            self.name, self.seconds = f"peer {rest[-1]}", iter([1000.0, 1.0, 2.0, 3.0])
+            assert (folder / "model.safetensors").exists() and len(texts) == 2 and rest[:3] == (3, 8, 4)
+
+        def step(self):
+            return next(self.seconds)
+
+    monkeypatch.setattr(bench.peers, "TRL", Peer)
+    monkeypatch.setattr(bench, "check_peers", lambda *_: None)
+    bench.main_step(parse(bench.Work, f"{SMALL} --repeats 3 --peers --eager".split()))
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "GRPO step" in line]
+    assert [(row[5].strip(), float(row[6])) for row in rows] == [("peer True", 3.0), ("peer False", 3.0)]  # 6 answers in 2 s
+
+
 @pytest.mark.oracle
 def test_the_peer_does_the_same_work(tmp_path):
     pytest.importorskip("transformers")

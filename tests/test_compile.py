@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minibridge import logprob
+from minibridge import cache, logprob
 from minibridge.generate import generate
 from minibridge.measure import peak_memory
 from test_generate import PROMPTS, decoder, flat, seeded  # noqa: F401 (a fixture)
@@ -65,3 +65,11 @@ def test_no_more_than_an_eighth_of_the_logits_is_in_memory(form):
     run()  # compiles
     hidden.grad = weight.grad = None
     assert peak_memory(torch.device("cpu"), run) - weight.nbytes - hidden.nbytes < 1.1 * 4 * tokens * vocabulary / 8
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_only_on_a_cpu_the_step_is_called_from_c(cpu, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda function, options: given.append(options))
+    cache.compiled_decode_step.__wrapped__(cpu)
+    assert given == [{"size_asserts": False, "cpp_wrapper": cpu}]

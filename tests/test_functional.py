@@ -61,7 +61,7 @@ def test_values_and_gradients_equal_the_plain_formulas(name, dtype, rounding):
     for found, expected in zip(*results, strict=True):
         assert found.dtype == dtype and found.shape == expected.shape
         size = expected.abs().max().item()
-        close = {"norm": 1.05, "rotation": 1.05, "MLP": 4}[name] * rounding
+        close = {"norm": 1.05, "rotation": 1.05, "MLP": 2.5}[name] * rounding
         assert (found - expected).abs().max() < close * size
 
 
@@ -83,10 +83,20 @@ def test_the_same_bits_without_gradients(name, dtype):
     """Or a model's log-probabilities would not be those of its own copy, the reference, at the first step."""
     by_hand, _, names = PAIRS[name]
     given = inputs(names, dtype)
-    if name == "MLP":
-        given[0] = given[0].detach().reshape(1, 30, 8).requires_grad_()  # texts end to end
     before = [x.detach().clone() for x in given]
     with torch.no_grad():
         found = by_hand(*given)
     assert torch.equal(by_hand(*given), found) and not found.requires_grad
     assert all(map(torch.equal, given, before))  # nothing was written into the inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_at_a_real_width(dtype, monkeypatch):
+    """Where a product's shape, as it is handed to the library, decides which of its ways it goes."""
+    monkeypatch.undo()
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, down = ((0.05 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
+                         for shape in ((1, 2600, 896), (1216, 896), (1216, 896), (896, 1216)))
+    with torch.no_grad():
+        found = swiglu(x, gate, up, down)
+    assert torch.equal(swiglu(x, gate, up, down), found)

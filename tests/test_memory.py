@@ -23,9 +23,10 @@ from minibridge.rollout import Episode
 CPU = torch.device("cpu")
 
 
-def shape(kind="qwen2", tied=True, keys=2, vocabulary=768) -> ModelConfig:
-    return ModelConfig(kind, vocabulary, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
-                       num_key_value_heads=keys, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=tied)
+def shape(kind="qwen2", tied=True, keys=2, vocabulary=768, middle=320, mlp_bias=False) -> ModelConfig:
+    return ModelConfig(kind, vocabulary, hidden_size=128, intermediate_size=middle, num_hidden_layers=4, num_attention_heads=4,
+                       num_key_value_heads=keys, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=tied,
+                       mlp_bias=mlp_bias)
 
 
 def live_bytes(phases) -> list[int]:
@@ -92,6 +93,8 @@ def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
     ({"dtype": torch.bfloat16, "checkpointing": True}, 4, 4, 30, 60, 700, 16),
     ({"kind": "qwen3", "tied": False}, 4, 4, 30, 60, 10**6, 16),
     ({"kind": "llama", "keys": 4, "tied": False}, 4, 8, 30, 60, 400, 16),
+    ({"kind": "llama", "mlp_bias": True}, 4, 4, 30, 60, 10**6, 16),
+    ({"middle": 4096}, 2, 2, 20, 20, 10**6, 4),           # the MLP's weights
     ({"threads": 100}, 2, 3, 100, 250, 10**6, 6),         # attention by rows
     ({"threads": 100, "dtype": torch.bfloat16}, 4, 4, 30, 60, 10**6, 16),
 ])

@@ -165,7 +165,8 @@ def test_two_processes_do_what_one_does_and_resume_one_another(words, alone, tmp
     assert two(name, f"{words[name]} {flag}", out, all_is_split if flag == "--shard" else None) == [0, 0]
     assert_same_run(out, alone[name])
     assert said(out) == "" and Path(f"{out}.1.1").read_text() == ""
-    assert Path(f"{out}.0.1").read_text().count("\nstep ") == len(metrics(out))
+    printed = Path(f"{out}.0.1").read_text()
+    assert printed.count("\nstep ") == len(metrics(out)) and printed.endswith("model: written\n")
     for folder, resume in (
             (out, lambda words: [run_main(script.main, script.Config, words.split())]),
             (tmp_path / "one", lambda words: two(name, words.split(" --out ")[0], tmp_path / "one"))):
@@ -300,13 +301,25 @@ atexit.register(lambda: any("gloo" in name for name in threads()) and os._exit(7
 """
 
 
-def test_torchrun(words, alone, tmp_path):
+def torchrun(words: str, tmp_path: Path) -> subprocess.CompletedProcess:
     (tmp_path / "sitecustomize.py").write_text(NO_THREAD_OUTLIVES_PYTHON)  # it might abort the process
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_sft.py",
-               *words["train_sft"].split(), "--out", str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+               *words.split(), "--out", str(tmp_path / "run")]
+    paths = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     root = Path(train_sft.__file__).parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+
+
+def test_torchrun(words, alone, tmp_path):
+    done = torchrun(words["train_sft"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step ") == len(metrics(tmp_path / "run"))
+    assert done.stdout.count("step ") == len(metrics(tmp_path / "run")) and done.stdout.endswith("model: written\n")
     assert_same_run(tmp_path / "run", alone["train_sft"])
+
+
+@pytest.mark.parametrize("flag, shown", [("--help", "--learning-rate"), ("--lr 3", "unrecognized arguments: --lr 3")])
+def test_torchrun_with_an_early_end(words, tmp_path, flag, shown):
+    done = torchrun(f"{words['train_sft']} {flag}", tmp_path)
+    assert done.returncode == (flag != "--help") and shown in done.stdout + done.stderr
+    assert not re.search(r"exitcode\s*: +(7|-6)", done.stderr), done.stderr
