@@ -695,7 +695,7 @@ def test_hostile_sums(chain):
     lines = [f"- n{i} = 1." for i in range(18)] + [f"- {name} = {chain} = 5." for name in "tu"] * 50
     begun = time.process_time()
     assert not check("\n".join(lines), problem).correct
-    assert time.process_time() - begun < 30  # seconds where it takes one; hours if all ways were tried
+    assert time.process_time() - begun < 5
 
 
 def test_hostile_nesting_and_blanks():
@@ -709,7 +709,7 @@ def test_hostile_nesting_and_blanks():
     begun = time.process_time()
     assert found("- a = 1.\n- b = 2.\n- " + chain + ".", problem) == (2, ARITHMETIC)
     assert found("- a = 1.\n- b = 2.\n- c = a" + " " * 200_000 + "= 12.", problem) == (2, RETRIEVAL)
-    assert time.process_time() - begun < 30
+    assert time.process_time() - begun < 3
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -717,7 +717,7 @@ def test_hostile_text(name):
     begun = time.process_time()
     text = edited("r stand for each Fir's Jar. r = 3 + q = 3 + 9 = 12.", "r be each Fir's Jar. " + HOSTILE[name])
     step, error = found(text)
-    assert time.process_time() - begun < 30
+    assert time.process_time() - begun < 10  # 2 here, 3.6 once beside other work
     assert name in ("decimals", "links", "lines", "tabs", "stops") or 4 <= step <= 5 and error
 
 
