@@ -76,6 +76,12 @@ def random_prompts(config: Work) -> list[list[int]]:
     return torch.randint(SHAPES[config.shape][-1], shape, generator=generator).tolist()
 
 
+def transformers_of(model: Decoder, dtype: torch.dtype) -> peers.Transformers:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(model, folder)
+        return peers.Transformers(Path(folder), dtype, model.device)
+
+
 # --- decode --------------------------------------------------------------------------------------------------
 
 
@@ -84,9 +90,7 @@ def main_decode(config: Work):
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, prompts, rows = build(config, device).to(dtype), random_prompts(config), []
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(model, folder)
-        peer = peers.Transformers(Path(folder), dtype, device) if config.peers else None
+    peer = transformers_of(model, dtype) if config.peers else None
     for lengths in ("equal", "ragged"):
         stop = stop_ids(model.config.vocab_size, config.new_tokens) if lengths == "ragged" else []
         answers: list[list[Completion]] = []
@@ -202,9 +206,7 @@ def main_train(config: Work):
 
     functions, peer = [ours], None
     if config.peers:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(model, folder)
-            peer = peers.Transformers(Path(folder), dtype, device)
+        peer = transformers_of(model, dtype)
         functions.append(peer.trainer(ids))
     found = rates(config.repeats, *functions)
     per_token = training_flops(model, 1, 1, ids.shape[1] / 2)

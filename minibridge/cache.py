@@ -2,9 +2,10 @@
 
 `Decoder.forward` asks a cache for `attention(positions)`, the function that every layer then calls with its q, k and v:
 
-    Packed        training: texts end to end, of which several may go on from the same tokens
+    Packed        training (packed.py): texts end to end, of which several may go on from the same tokens
     PromptCache   prefill: the prompts' keys and values are kept
     KVCache       sampling: a fixed place for prompts and one for answers, written as the answers grow
+    FlashCache    the same on a GPU (flash.py)
 
 In sampling, with G answers to each prompt, the keys of a prompt are read once a step instead of G times: the queries of
 its answers are laid side by side and meet them in one product (the idea of Hydragen, arXiv 2402.05099).
@@ -12,21 +13,17 @@ its answers are laid side by side and meet them in one product (the idea of Hydr
 Axes: N prompts of P slots, J answers to a prompt at most, B answers of S slots, L layers, H query and K key heads,
 G = H / K, D head size.
 """
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate, groupby
-from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# How many places of `Packed` rows a micro-batch may have for each of its tokens, since rows copy their prompt. It holds where
-# there are no rows too, so that a step's micro-batches are the same on every device.
-PLACES = 2
+warnings.filterwarnings("ignore", "\\s*Online softmax is disabled")  # of torch.compile: a remark to its own developers
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)
 
 
@@ -103,11 +100,21 @@ def decode_step(model, ids: Tensor, positions: Tensor, *read: Tensor) -> tuple[T
     return hidden[:, 0], torch.stack(step.new)
 
 
+def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *inputs) -> Any:
+    """function(*inputs), by one graph of torch.compile if `compiled`. sizes: of inputs, by place, the dimensions that change
+    from call to call, none of them 1."""
+    if not compiled:
+        return function(*inputs)
+    for place, dims in sizes.items():
+        torch._dynamo.mark_dynamic(inputs[place], dims)
+    return compiled_form(function, next(x for x in inputs if isinstance(x, Tensor)).is_cpu)(*inputs)
+
+
 @cache
-def compiled_decode_step(cpu: bool) -> Callable:
+def compiled_form(function: Callable, cpu: bool) -> Callable:
     """Without torch.compile's checks of its own buffers' sizes, and on a CPU called from C++ and not from Python: 5% and 7% of
     a toy step."""
-    return torch.compile(decode_step, options={"size_asserts": False, "cpp_wrapper": cpu})
+    return torch.compile(function, options={"size_asserts": False, "cpp_wrapper": cpu})
 
 
 class KVCache:
@@ -158,6 +165,10 @@ class KVCache:
         lengths = torch.tensor([*lengths, 1, 1][: len(grid)], device=device)  # at least one slot of each is seen
         self.prompt_bias = _bias(torch.arange(self.prompt_limit, device=device) < lengths[:, None])  # (N, P)
 
+    def turn(self, advance: Callable[[int, int], None], rows: int, longest: int):
+        """advance(rows, longest), which calls `step`."""
+        advance(rows, longest)
+
     def step(self, model, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Hidden states (B, C) of one new token for each row, ids (B,) at positions (B,); their keys and values are kept.
 
@@ -169,10 +180,8 @@ class KVCache:
         answers = self.answers[:, :, : len(rows), :, :most]
         inputs = (*(x.expand(len(rows)).contiguous() for x in (ids, positions)), prompts, answers, self.grid, self.place,
                   self.prompt_bias, answer_bias)
-        if self.compiled:
-            for tensor, dims in zip(inputs, ((0,), (0,), (2, 4), (2, 4), (0, 1), (0,), (0, 1), (0, 1))):
-                torch._dynamo.mark_dynamic(tensor, dims)  # sizes that change from step to step
-        hidden, new = (compiled_decode_step(ids.is_cpu) if self.compiled else decode_step)(model, *inputs)
+        sizes = dict(enumerate(((0,), (0,), (2, 4), (2, 4), (0, 1), (0,), (0, 1), (0, 1)), 1))
+        hidden, new = run(decode_step, self.compiled, sizes, model, *inputs)
         self.answers[:, :, rows, :, said] = new.permute(2, 0, 1, 3, 4)
         self.used = longest + 1
         return hidden[: len(ids)]
@@ -195,115 +204,3 @@ class PromptCache:
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.layers.append((k.transpose(1, 2), v.transpose(1, 2)))
         return causal_attention(layer, q, k, v)
-
-
-class Packed:
-    """Attention in texts whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding.
-
-    Text i has lengths[i] tokens, and goes on from all those of text after[i] where that is not None, as answers do from their
-    prompt, which so stands in the line once. What others go on from goes on from none itself.
-
-    `in_pieces`, each text meets itself, and answers side by side meet their prompt together: nothing is copied. Elsewhere rows
-    (B, L) say where the tokens of a text, and before it of what it goes on from, stand in the line. In each layer q, k and v
-    are copied to them, and what attention finds is read back, of shared tokens from the first row that has them; behind a row's
-    end is anything, and best not the same for all.
-    """
-
-    def __init__(self, lengths: list[int], after: list[int | None]):
-        self.spans = [slice(start, start + length) for start, length in zip(accumulate(lengths, initial=0), lengths)]
-        self.after, self.lengths, self.shared = after, [length for length in lengths if length], []
-        for before, run in groupby(zip(after, self.spans), itemgetter(0)):
-            texts = [span for _, span in run]
-            if before is not None and lengths[before] and texts[0].start < texts[-1].stop:
-                self.shared.append((slice(texts[0].start, texts[-1].stop), self.spans[before]))
-        self.rows = None
-
-    def attention(self, positions: Tensor) -> Attend:
-        return self._attend
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.is_cpu and in_pieces(k.shape[2]):
-            return _PieceAttention.apply(q[0], k[0], v[0], self.lengths, self.shared)[None]
-        if self.rows is None:
-            self._lay_rows(q.shape[1], q.device)
-        q, k, v = (x[0].index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape) for x in (q, k, v))
-        return causal_attention(layer, q, k, v).flatten(0, 1).index_select(0, self.first)[None]
-
-    def _lay_rows(self, tokens: int, device: torch.device):
-        shared = set(self.after)
-        last = [(slice(0, 0) if before is None else self.spans[before], span)
-                for number, (span, before) in enumerate(zip(self.spans, self.after)) if number not in shared]
-        numbers = torch.tensor([[before.start, before.stop, own.start, own.stop] for before, own in last], device=device)
-        begins, ends, start, stop = numbers.T[..., None]  # (B, 1) each
-        given, slots = ends - begins, ends - begins + stop - start
-        longest = max(before.stop - before.start + own.stop - own.start for before, own in last)  # known without asking the device
-        slot = torch.arange(longest, device=device)  # (L,)
-        self.rows = (slot + torch.where(slot < given, begins, start - given)).clamp(max=tokens - 1)  # (B, L)
-        real, places = slot < slots, torch.arange(self.rows.numel(), device=device).view_as(self.rows)
-        self.first = places.new_full((tokens,), places.numel()).scatter_reduce(0, self.rows[real], places[real], "amin")  # (S,)
-
-
-def in_pieces(key_heads: int) -> bool:
-    """Whether a CPU's training attention goes by pieces: unless the fused kernels are switched off (`sdpa_kernel`; its switch
-    is named after CUDA, but is for all), or there are more threads than key heads, since the kernel's backward pass has one
-    thread for each of these in a piece."""
-    return torch.backends.cuda.flash_sdp_enabled() and torch.get_num_threads() <= key_heads
-
-
-class _PieceAttention(torch.autograd.Function):
-    """Attention (S, H, D) of q (S, H, D) over k and v (S, K, D): of each text, by their `lengths`, over itself, causally, and of
-    `shared`, pairs of slices, of the first over all of the second.
-
-    What a query finds in two places is joined by the logsumexp of its scores in each. Given the joint one, the kernel's
-    backward pass finds each place's share of the gradient by itself. Last axes must be contiguous: the kernel, called without
-    the checks of `scaled_dot_product_attention`, takes it for granted.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], shared: list[tuple[slice, slice]]) -> Tensor:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        found = [flash(*texts, is_causal=True) for texts in zip(*_texts(lengths, q, k, v))]
-        out = _line(values for values, _ in found)  # (S, H, D)
-        total = _line(sums for _, sums in found)  # (S, H), fp32 at least
-        del found
-        for queries, keys in shared:
-            values, sums = flash(_heads_first(q[queries]), _heads_first(k[keys]), _heads_first(v[keys]))
-            values, before, sums = values[0].transpose(0, 1).to(sums.dtype), out[queries].to(sums.dtype), sums[0].T
-            out[queries] = torch.lerp(before, values, (sums - total[queries]).sigmoid()[..., None])
-            total[queries] = torch.logaddexp(total[queries], sums)
-        ctx.save_for_backward(q, k, v, out, total)
-        ctx.lengths, ctx.shared = lengths, shared
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        (q, k, v, out, total), flash = ctx.saved_tensors, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        found = [flash(*texts, 0.0, True) for texts in zip(*_texts(ctx.lengths, grad, q, k, v, out, total))]
-        grads = [_line(parts) for parts in zip(*found)]
-        del found
-        for queries, keys in ctx.shared:
-            where = (queries, queries, keys, keys, queries, queries)
-            arrays = [_heads_first(x[here]) for x, here in zip((grad, q, k, v, out, total), where)]
-            parts = flash(*arrays, 0.0, False)
-            for sum_, part, here in zip(grads, parts, (queries, keys, keys)):
-                sum_[here] += part[0].transpose(0, 1)
-        return *grads, None, None
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """(S, H, ...) -> (1, H, S, ...)."""
-    return x.transpose(0, 1)[None]
-
-
-def _texts(lengths: list[int], *arrays: Tensor) -> list[list[Tensor]]:
-    """Views (B, H, T, ...) of each array (S, H, ...), of texts end to end: neighbours of one length are rows of one view."""
-    runs = [(length, len([*run])) for length, run in groupby(lengths)]
-    sizes = [length * count for length, count in runs]
-    return [[part.unflatten(0, (count, length)).transpose(1, 2) for part, (length, count) in zip(x.split(sizes), runs)]
-            for x in arrays]
-
-
-def _line(parts: Iterable[Tensor]) -> Tensor:
-    """(S, H, ...) of `_texts`."""
-    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])

@@ -2,7 +2,8 @@
 
 Each prompt is prefilled once and its samples share its keys and values. Live rows are always the first ones of the
 cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end, so no
-step computes anything for a finished row. Not here: chat format, rewards, penalties, beam search.
+step computes anything for a finished row. What is drawn stays on the device till its row is at its end; of a step the host
+asks no more than which rows are. Not here: chat format, rewards, penalties, beam search.
 
 Axes: N prompts of P tokens, B rows, C hidden, V vocabulary.
 """
@@ -16,8 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minibridge.cache import KVCache, PromptCache
+from minibridge.cache import PromptCache, run
 from minibridge.config import InputError
+from minibridge.flash import decoding_cache
 from minibridge.model import Decoder
 from minibridge.sampling import sample
 
@@ -73,17 +75,10 @@ def generate(
     results = [[Completion() for _ in range(samples)] for _ in prompts]
     if seeds is None:
         seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator).tolist()
-    pool = _Pool(model, prompts, results, seeds, rows, max_new_tokens, compiled)
+    pool = _Pool(model, prompts, results, seeds, rows, stop, (temperature, top_p), compiled)
     while pool.admit():
-        tokens, logprobs = sample(model.logits(pool.hidden), temperature, top_p, pool.uniform())  # (B,), (B,)
-        drawn = torch.stack((tokens.double(), logprobs.double())).tolist()  # the step's one wait
-        if not all(map(math.isfinite, drawn[1])):
-            raise InputError("the model's logits are not finite: its weights are broken")
-        for row, token, logprob in zip(pool.live, *drawn):
-            row.completion.ids.append(int(token))
-            row.completion.logprobs.append(logprob)
-        pool.retire(stop)
-        pool.advance()
+        if not pool.retire():
+            pool.advance()
     return results
 
 
@@ -105,6 +100,11 @@ def prefill_batch(rows: int, samples: int, longest: int) -> int:
     return max(1, min(rows // samples, PREFILL_TOKENS // longest))
 
 
+def draw(model: Decoder, hidden: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """The token (B,) after hidden states (B, C), and its log-probability (B,); uniform (B,) as `sample` takes it."""
+    return sample(model.logits(hidden), temperature, top_p, uniform)
+
+
 @dataclass
 class _Prompt:
     """A prefilled prompt: where the cache has it, the hidden state (C,) of its last token, its unfinished samples."""
@@ -117,31 +117,41 @@ class _Prompt:
 
 @dataclass
 class _Row:
-    """A completion in the making, and the uniform numbers (T,) that draw its tokens."""
+    """A completion in the making, the uniform numbers (T,) that draw its tokens, and the turn its first was drawn in."""
 
     completion: Completion
     prompt: _Prompt
     numbers: Tensor
+    born: int = 0
 
 
 class _Pool:
-    """The samples being decoded: live[b] owns row b of the cache; its token number said[b] is drawn from hidden[b]."""
+    """The samples being decoded: live[b] owns row b of the cache and of the tensors here.
+
+    Those stay where they are, so that a step of a GPU can be recorded once and played again.
+    """
 
     def __init__(self, model: Decoder, prompts, results: list[list[Completion]], seeds: Sequence[int], rows: int,
-                 max_new_tokens: int, compiled: bool):
+                 stop: "_Stop", how: tuple[float, float], compiled: bool):
         samples = len(results[0]) if results else 1
         self.model, self.rows, self.seeds = model, min(rows, samples * len(prompts)), seeds
-        longest = max(map(len, prompts), default=1)
+        self.stop, self.how, self.compiled = stop, how, compiled
+        longest, device = max(map(len, prompts), default=1), model.device
         self.batch = prefill_batch(rows, samples, longest)
-        self.cache = KVCache(model.config, min(-(-rows // samples) + self.batch, len(prompts)), longest,
-                             self.rows, max_new_tokens, model.activation_dtype, model.device, compiled)
+        self.cache = decoding_cache(
+            model.config, min(-(-rows // samples) + self.batch, len(prompts)), longest, self.rows, stop.max_new_tokens,
+            model.activation_dtype, device, compiled)
         self.live: list[_Row] = []
         self.prompts: list[_Prompt] = []  # those of live and of waiting rows, in the order of the cache
-        self.changed = False  # whether the rows are no longer those that the cache has been told of
+        self.changed, self.turn = False, 0  # whether the rows are no longer those that the cache has been told of; steps so far
         self.waiting = self._prefill(prompts, results)
-        self.hidden = torch.empty(0, model.config.hidden_size).to(model.device, model.activation_dtype)
-        self.said = torch.empty(0, dtype=torch.long, device=model.device)
-        self.numbers = torch.empty(self.rows, max_new_tokens, dtype=torch.float64, device=model.device)
+        shape = self.rows, stop.max_new_tokens  # (B, T)
+        self.ids, self.logprobs = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
+        self.numbers = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.asked, self.said = torch.zeros(2, self.rows, dtype=torch.long, device=device)  # tokens of prompt and answer
+        self.over = torch.zeros(self.rows, dtype=torch.bool, device=device)
+        self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+        self.ends[[id_ for id_ in stop.ids if id_ < len(self.ends)]] = True
 
     def _prefill(self, prompts, results: list[list[Completion]]) -> Iterator[_Row]:
         """Each sample in order. A batch of prompts is run when the first of its samples is asked for."""
@@ -163,49 +173,76 @@ class _Pool:
                     yield _Row(completion, prompt, row)
 
     def admit(self) -> bool:
-        """Fill the free rows with waiting samples; False when nothing is left to decode."""
-        new = list(islice(self.waiting, self.rows - len(self.live)))
-        for row in new:
-            self.numbers[len(self.live)] = row.numbers
-            self.live.append(row)
-        self.changed |= bool(new)
-        self.hidden = torch.cat((self.hidden, *(row.prompt.hidden[None] for row in new)))  # (B, C)
-        self.said = torch.cat((self.said, self.said.new_zeros(len(new))))  # (B,)
+        """Fill the free rows with waiting samples, and draw their first tokens; False when nothing is left to decode."""
+        first = len(self.live)
+        new = list(islice(self.waiting, self.rows - first))
+        if new:
+            self.changed, rows = True, slice(first, first + len(new))
+            for row in new:
+                row.born = self.turn
+            self.live += new
+            self.numbers[rows] = torch.stack([row.numbers for row in new])
+            self.asked[rows] = torch.tensor([row.prompt.length for row in new], device=self.asked.device)
+            self.said[rows] = 0
+            self._draw(rows, torch.stack([row.prompt.hidden for row in new]))
         return bool(self.live)
 
-    def uniform(self) -> Tensor:
-        """The number in [0, 1) that draws the next token of each live row: (B,)."""
-        return self.numbers[: len(self.live)].gather(1, self.said[:, None])[:, 0]
-
-    def retire(self, stop: "_Stop"):
-        """Let go of the rows that have come to their end, and of prompts whose last sample has."""
-        ended = {b for b, row in enumerate(self.live) if stop(row.completion)}
-        for b in ended:
+    def retire(self) -> bool:
+        """Let go of the rows that have come to their end, and of prompts whose last sample has; whether there were any."""
+        over = self.over[: len(self.live)].tolist()  # the step's one wait
+        if self.stop.strings:
+            over = [ends or found for ends, found in zip(over, self._strings())]
+        ended = [b for b, ends in enumerate(over) if ends]
+        if not ended:
+            return False
+        for b, ids, logprobs, said in zip(ended, *(x[ended].tolist() for x in (self.ids, self.logprobs, self.said))):
+            self.stop.finish(self.live[b].completion, ids[:said], logprobs[:said])
             self.live[b].prompt.samples -= 1
-        if ended:
-            self.changed = True
-            _close_gaps(self.live, ended, self.move_rows)
-            over = {n for n, prompt in enumerate(self.prompts) if not prompt.samples}
-            _close_gaps(self.prompts, over, self.cache.move_prompts)
-            for n, prompt in enumerate(self.prompts):
-                prompt.place = n
-
-    def move_rows(self, sources: list[int], places: list[int]):
-        self.cache.move_rows(sources, places)
-        self.numbers[places] = self.numbers[sources]
+        self.changed = True
+        _close_gaps(self.live, {*ended}, self._move_rows)
+        over = {n for n, prompt in enumerate(self.prompts) if not prompt.samples}
+        _close_gaps(self.prompts, over, self.cache.move_prompts)
+        for n, prompt in enumerate(self.prompts):
+            prompt.place = n
+        return True
 
     def advance(self):
-        """Run the newest token of every live row."""
-        self.hidden, self.said = self.hidden[:0], self.said[:0]
-        if not self.live:
-            return
+        """Run the newest token of every live row, and draw the next."""
         if self.changed:
             self.cache.arrange([row.prompt.place for row in self.live], [prompt.length for prompt in self.prompts])
             self.changed = False
-        said = [len(row.completion.ids) for row in self.live]
-        newest = [[row.completion.ids[-1], row.prompt.length + n - 1, n] for row, n in zip(self.live, said)]
-        ids, positions, self.said = torch.tensor(newest, device=self.model.device).T  # (B,) each
-        self.hidden = self.cache.step(self.model, ids, positions, longest=max(said) - 1)
+        self.turn += 1
+        self.cache.turn(self._advance, len(self.live), self.turn - 1 - min(row.born for row in self.live))
+
+    def _advance(self, rows: int, longest: int):
+        """Of the first `rows`; longest: tokens that the longest of the answers had before its newest."""
+        last = (self.said[:rows] - 1).clamp(max=self.ids.shape[1] - 1)  # (B,); rows that are over may have run on
+        newest = self.ids[:rows].gather(1, last[:, None])[:, 0]
+        self._draw(slice(rows), self.cache.step(self.model, newest, self.asked[:rows] + last, longest))
+
+    def _draw(self, rows: slice, hidden: Tensor):
+        """The next token of each of the rows, from hidden (B, C)."""
+        said = self.said[rows]
+        at = said.clamp(max=self.ids.shape[1] - 1)[:, None]  # (B, 1)
+        uniform = self.numbers[rows].gather(1, at)[:, 0]
+        tokens, logprobs = run(draw, self.compiled and len(hidden) > 1, {1: (0,), 2: (0,)}, self.model, hidden, uniform, *self.how)  # (B,), (B,)
+        self.ids[rows].scatter_(1, at, tokens[:, None])
+        self.logprobs[rows].scatter_(1, at, logprobs[:, None])
+        said += 1
+        self.over[rows] = self.ends[tokens] | (said >= self.ids.shape[1]) | ~logprobs.isfinite()
+
+    def _strings(self) -> list[bool]:
+        """Whether each live row's newest token completes a stop string."""
+        newest = self.ids[: len(self.live)].gather(1, self.said[: len(self.live), None] - 1)[:, 0]
+        for row, token in zip(self.live, newest.tolist()):
+            if len(row.completion.ids) <= self.turn - row.born:  # not seen before
+                row.completion.ids.append(token)
+        return [self.stop.completes_string(row.completion.ids) for row in self.live]
+
+    def _move_rows(self, sources: list[int], places: list[int]):
+        self.cache.move_rows(sources, places)
+        for tensor in (self.ids, self.logprobs, self.numbers, self.asked, self.said, self.over):
+            tensor[places] = tensor[sources]
 
 
 def _close_gaps(items: list, gone: set[int], move: Callable[[list[int], list[int]], None]):
@@ -222,7 +259,7 @@ def _close_gaps(items: list, gone: set[int], move: Callable[[list[int], list[int
 
 @dataclass
 class _Stop:
-    """Says whether a completion is at its end, and notes why."""
+    """What ends a completion, and what is noted of its end."""
 
     ids: frozenset[int]
     strings: tuple[str, ...]
@@ -236,11 +273,12 @@ class _Stop:
         self.last = tuple(string[-1] for string in self.strings) + ("\ufffd",)  # that: part of a character
         self.pieces: dict[int, str] = {}
 
-    def __call__(self, completion: Completion) -> bool:
-        if completion.ids[-1] in self.ids or self.completes_string(completion.ids):
+    def finish(self, completion: Completion, ids: list[int], logprobs: list[float]):
+        if not math.isfinite(logprobs[-1]):
+            raise InputError("the model's logits are not finite: its weights are broken")
+        completion.ids, completion.logprobs = ids, logprobs
+        if ids[-1] in self.ids or self.completes_string(ids):
             completion.finish_reason = "stop"
-            return True
-        return len(completion.ids) >= self.max_new_tokens
 
     def completes_string(self, ids: list[int]) -> bool:
         """Whether the last token ends a stop string; few tokens can, so the text is seldom decoded."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minibridge.cache import PLACES
+from minibridge.packed import PLACES
 from minibridge.grpo import token_weights
 from minibridge.logprob import fused_loss
 from minibridge.model import Decoder

@@ -16,19 +16,21 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minibridge.cache import PLACES, in_pieces
+import torch
+
+from minibridge.packed import PLACES, in_pieces
 from minibridge.functional import MLP_ROWS
 from minibridge.generate import prefill_batch
 from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
 from minibridge.model import Decoder, ModelConfig
 
-ITEMS = ("this process", "parameters", "Adam's moments", "reference", "gradients", "keys and values", "activations",
-         "casts of weights", "logits and loss", "work space")
+ITEMS = ("this process", "parameters", "Adam's moments", "copy to sample with", "reference", "gradients", "keys and values",
+         "activations", "casts of weights", "logits and loss", "work space")
 
 
 class Line(NamedTuple):
     """A micro-batch as the model sees it: tokens end to end, and the rows of them that attention copies them to, where it does
-    (`cache.Packed`)."""
+    (`packed.Packed`)."""
     tokens: int
     rows: int
     slots: int   # tokens of the longest row
@@ -53,6 +55,10 @@ class Sizes:
     def mlp_by_hand(self) -> bool:
         """Whether it is `functional.swiglu`."""
         return not self.cuda and not self.config.mlp_bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.size == 2 else torch.float32
 
     @property
     def cast(self) -> int:
@@ -85,7 +91,7 @@ def layer(s: Sizes, line: Line) -> int:
     if c.model_type == "qwen3":
         each += s.size * (width + s.key_width)            # into the norms of queries and keys
     met = s.size * (width + 2 * s.key_width) + 4 * c.num_attention_heads  # what attention keeps: q, k, v, fp32 logsumexp
-    if not s.cuda and in_pieces(c.num_key_value_heads):
+    if in_pieces(torch.device("cuda" if s.cuda else "cpu"), s.dtype, c.num_key_value_heads, c.head_dim):
         return line.tokens * (each + met)
     if s.cuda and s.size == 4:                            # keys and values for every head
         met += 2 * s.size * (width - s.key_width)
@@ -162,18 +168,19 @@ def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, row
     c, live, batch = s.config, min(rows, prompts * samples), min(prompts, prefill_batch(rows, samples, prompt))
     places = min(-(-rows // samples) + batch, prompts)  # unless answers of more prompts live at once, one or two of each
     cache = (places + 2) * (prompt + 2) + (live + 2) * (answer + 2)  # slots of cache.KVCache
-    drawing = max(12 * live * c.vocab_size, s.cast * s.head)  # logits, probabilities, and these in blocks
+    drawing = 12 * live * c.vocab_size  # logits, probabilities, and these in blocks
     scores = 12 * live * c.num_attention_heads * max(prompt, answer)
     tokens = batch * prompt
     rows = min(tokens, MLP_ROWS) if s.mlp_by_hand else tokens  # in the MLP at a time; of several parts it joins the results
     results = c.hidden_size * tokens * (rows < tokens)
     projected = 2 * (c.num_attention_heads * c.head_dim + s.key_width) * tokens  # q, k and v, and q rotated
     between = max(3 * c.intermediate_size * rows + results, 2 * results, projected) + 2 * c.hidden_size * tokens
-    prefill = tokens * s.slot + s.size * between + 3 * s.cast * c.intermediate_size * c.hidden_size
+    prefill = tokens * s.slot + s.size * between
     return Counter({"keys and values": s.slot * cache, "work space": max(drawing, scores, prefill)})
 
 
-def held(s: Sizes, reference: bool) -> Counter:
-    """What is there all the time, from the second step on."""
+def held(s: Sizes, reference: bool, sampled: bool) -> Counter:
+    """What is there all the time, from the second step on; sampled: with what sampling needs."""
     items = Counter({"parameters": 4 * s.weights, "Adam's moments": 8 * s.weights})
+    items += Counter({"copy to sample with": s.cast * s.weights * sampled})  # `sharding.sampling_copy`
     return items + Counter({"reference": s.size * s.weights * reference})

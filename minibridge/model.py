@@ -239,13 +239,12 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of ids (B, T) at positions (B, T), by default 0 .. T - 1.
 
-        Attention is causal among the tokens given, unless a cache says otherwise (`cache.Packed` in training,
+        Attention is causal among the tokens given, unless a cache says otherwise (`packed.Packed` in training,
         `cache.KVCache` in sampling).
         """
-        x = F.embedding(ids, self.model.embed_tokens.weight).to(self.activation_dtype)  # (B, T, C)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        rope = self._rope_tables(positions)
+        x, rope = self.embed(ids, positions)
         attend = causal_attention if cache is None else cache.attention(positions)
         for layer, block in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
@@ -253,6 +252,10 @@ class Decoder(nn.Module):
             else:
                 x = block(x, rope, layer, attend)
         return self.model.norm(x)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the first layer gets: x (B, T, C), and the tables that every layer rotates by."""
+        return F.embedding(ids, self.model.embed_tokens.weight).to(self.activation_dtype), self._rope_tables(positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (..., V) of hidden (..., C)."""

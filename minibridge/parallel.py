@@ -38,7 +38,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size, self.main = rank, size, rank == 0
-        self.sharded, self.copy = False, None
+        self.sharded = False
 
     def check(self, name: str, count: int):
         """InputError unless there is one for each rank."""
@@ -97,10 +97,10 @@ class Ranks:
         return [(item, 1.0) for item in items] + [(items[-1], 0.0)] * (most - len(items))
 
     def sampler(self, model: Decoder) -> Decoder:
-        """What to sample with: `model`, or if it is sharded a whole copy, since no rank knows when the others end."""
-        if self.sharded:
-            self.copy = sharding.whole_copy(model, self.copy)
-        return self.copy or model
+        """What to sample with: `model`, or if a step would have to narrow its weights anew a copy with narrow ones, or if it is
+        sharded a whole copy, since no rank knows when the others end."""
+        narrow = model.activation_dtype != model.lm_head_weight.dtype
+        return sharding.sampling_copy(model) if self.sharded or narrow else model
 
     def tensors(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """To rank 0 the tensors, whole and on the CPU, to the others none. All ranks must call it."""

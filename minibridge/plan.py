@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minibridge import checkpoint
-from minibridge.cache import PLACES
+from minibridge.packed import PLACES
 from minibridge.config import InputError
 from minibridge.data import load_sft
 from minibridge.logprob import chunk_tokens
@@ -95,7 +95,7 @@ def rl(config: Any, prompts: Sequence[int] = (), held_out: int | None = None) ->
             found["validating"] = decoding(s, 2 * config.rows if held_out is None else held_out, 1, *sampled)
         found["training"] = highest(replace(s, checkpointing=config.checkpointing), answers, config.samples, longest,
                                     config.max_new_tokens, config.micro_tokens, entropy=True)
-        return _with_held(found, s, reference, loaded=bool(prompts))
+        return _with_held(found, held(s, reference, sampled=True), s, loaded=bool(prompts))
 
     rates, mean = _rates(device, dtype), sum(prompts) / len(prompts) if prompts else longest
     about = (f"{config.prompts} prompts of at most {longest:,} tokens, {config.samples} answers to each of at most "
@@ -116,7 +116,7 @@ def sft(config: Any, lengths: Sequence[int] = ()) -> Plan:
     def phases(config: Any) -> Phases:
         found = highest(replace(s, checkpointing=config.checkpointing), config.batch_size, 1, 0, longest,
                         config.micro_tokens, entropy=False)
-        return _with_held({"training": found}, s, False, loaded=bool(lengths))
+        return _with_held({"training": found}, held(s, False, sampled=False), s, loaded=bool(lengths))
 
     mean, count = _examples(config, longest) if not lengths else (sum(lengths) / len(lengths), len(lengths))
     rates, tokens = _rates(device, dtype), config.batch_size * mean
@@ -148,9 +148,8 @@ def _check_micro(config: Any, least: int, what: str):
         raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold {what}")
 
 
-def _with_held(phases: Phases, s: Sizes, reference: bool, loaded: bool) -> Phases:
+def _with_held(phases: Phases, always: Counter, s: Sizes, loaded: bool) -> Phases:
     """With what is there in every phase; on a CPU that is this process too, but for the weights that it has loaded."""
-    always = held(s, reference)
     if not s.cuda:
         weights = always["parameters"] + always["reference"] if loaded else 0
         always["this process"] = max(0, resident() - weights)
@@ -161,7 +160,7 @@ def _rl_seconds(config: Any, model: Decoder, s: Sizes, prompt: float, reference:
     """Of one step whose answers are all as long as they can be."""
     answer, answers = config.max_new_tokens, config.prompts * config.samples
     live = min(config.rows, answers)
-    read = (s.body + s.head) * (4 + 2 * s.cast)  # fp32 weights; their casts are written and read
+    read = (s.body + s.head) * s.size
     read += s.slot * live * (prompt / config.samples + answer / 2)
     flops = training_flops(model, live, live, live * (prompt + answer / 2), passes=1)
     prefill = training_flops(model, config.prompts * prompt, config.prompts, config.prompts * prompt**2 / 2, passes=1)

@@ -10,7 +10,7 @@
 
 With G answers to a prompt of P tokens, running prompt and answer together would run the same P tokens G times, which is
 half of the work when answers are as long as prompts. Here all prompts and answers lie end to end, each prompt once and no
-padding (`cache.Packed`). Same values, same gradients.
+padding (`packed.Packed`). Same values, same gradients.
 
 Axes: N prompts and B answers of a micro-batch, P and T tokens of the longest of them, S tokens in all, C hidden.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minibridge.cache import PLACES, Packed
+from minibridge.packed import PLACES, Packed
 from minibridge.data import Example
 from minibridge.grpo import Recipe, grpo_loss, importance_weights, step_normalizer, token_loss, token_weights
 from minibridge.logprob import fused_loss, token_logprobs
@@ -65,7 +65,7 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
 
 def padding(batches: list[MicroBatch], ranks: Ranks = ALONE) -> float:
     """Share of padding in the rows, prompt and answer, that attention has on all ranks, unless it goes by pieces
-    (`cache.in_pieces`) and has none."""
+    (`packed.in_pieces`) and has none."""
     lengths = [batch.prompt_lengths[batch.owner] + batch.trained.sum(1) - 1 for batch in batches]  # (B,) each
     real = ranks.total(sum(row.sum().item() for row in lengths))
     return 1 - real / ranks.total(sum(row.max().item() * len(row) for row in lengths))

@@ -3,6 +3,8 @@
 A sharded parameter is a DTensor, of which each process holds some rows. Around a forward and a backward pass torch gathers
 the rows of one layer at a time and adds up its gradient, which are acts of all processes together.
 """
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,16 +27,20 @@ def shard(model: Decoder, size: int):
 
 
 @torch.no_grad()
-def whole_copy(model: Decoder, copy: Decoder | None) -> Decoder:
-    """The model as it was before `shard`, in the dtype of its activations: `copy` filled anew, so that what torch.compile
-    has made of it stays valid, or a first one."""
-    if copy is None:
+def sampling_copy(model: Decoder) -> Decoder:
+    """The model, whole and in the dtype of its activations, with its weights of now: the same bits as its own products have.
+
+    A model has one copy, which is filled anew, so that what torch.compile has made of it stays valid."""
+    if model not in _copies:
         with torch.device("meta"):
-            copy = Decoder(model.config).to(model.activation_dtype)
-        copy.to_empty(device=model.device)
+            _copies[model] = Decoder(model.config).to(model.activation_dtype)
+        _copies[model].to_empty(device=model.device)
     for name, tensor in model.state_dict().items():
-        copy.get_parameter(name).copy_(whole(tensor.to(model.activation_dtype)))
-    return copy
+        _copies[model].get_parameter(name).copy_(whole(tensor.to(model.activation_dtype)))
+    return _copies[model]
+
+
+_copies: WeakKeyDictionary[Decoder, Decoder] = WeakKeyDictionary()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minibridge.cache import KVCache, Packed, PromptCache, shared_attention
+from minibridge.cache import KVCache, PromptCache, shared_attention
+from minibridge.packed import Packed
 from minibridge.model import ModelConfig
 from test_model import FAMILIES, SHAPE, config_of_each_family, random_decoder, random_ids  # noqa: F401 (a fixture)
 

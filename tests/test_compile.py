@@ -20,7 +20,7 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_a_compiled_step_gives_the_same_numbers_by_one_graph(model):
+def test_a_compiled_step_gives_the_same_numbers_by_the_same_graphs(model):
     """Rows end and join, prompts come and go, and the last row is alone; a second call has other sizes throughout."""
     before = graphs()
     for rows, tokens, stop in ((5, 12, (0, 1, 2)), (3, 9, (4,)), (64, 7, ())):
@@ -30,7 +30,7 @@ def test_a_compiled_step_gives_the_same_numbers_by_one_graph(model):
         assert [completion.ids for completion in found] == [completion.ids for completion in expected]
         for a, b in zip(found, expected):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    assert graphs() - before == 1  # none anew as answers grow and rows leave
+    assert graphs() - before == 2  # of the step and of the draw; none anew as answers grow and rows leave
 
 
 @pytest.mark.parametrize("with_entropy", [True, False])
@@ -71,5 +71,5 @@ def test_no_more_than_an_eighth_of_the_logits_is_in_memory(form):
 def test_only_on_a_cpu_the_step_is_called_from_c(cpu, monkeypatch):
     given = []
     monkeypatch.setattr(torch, "compile", lambda function, options: given.append(options))
-    cache.compiled_decode_step.__wrapped__(cpu)
+    cache.compiled_form.__wrapped__(cache.decode_step, cpu)
     assert given == [{"size_asserts": False, "cpp_wrapper": cpu}]

@@ -17,6 +17,7 @@ from minibridge.generate import Completion, generate
 from minibridge.memory import Line, decoding, held, highest, sizes, training
 from minibridge.model import Decoder, ModelConfig
 from minibridge.optim import adamw, update
+from minibridge.parallel import ALONE
 from minibridge.policy import MicroBatch, pack
 from minibridge.rollout import Episode
 
@@ -120,12 +121,15 @@ def test_a_grpo_step(monkeypatch, flags, prompts, samples, prompt, answer, micro
         train_rl.improve(*made, batches, 0.0, settings)
 
     sampled, full = [], random_answers([[answer] * samples] * prompts)
-    _, decoded, trained = live_bytes([
-        begin, lambda: sampled.extend(generate(made[0], [ids] * prompts, samples, answer, rows=rows)), lambda: train(full)])
+
+    def sample():
+        sampled.extend(generate(ALONE.sampler(made[0]), [ids] * prompts, samples, answer, rows=rows))
+
+    _, decoded, trained = live_bytes([begin, sample, lambda: train(full)])
     assert [len(group) for group in sampled] == [samples] * prompts
 
     s = outline(config, dtype, checkpointing)
-    always = held(s, with_reference)
+    always = held(s, with_reference, sampled=True)
     found = (always + decoding(s, prompts, samples, prompt, answer, rows)).total()
     assert found == pytest.approx(decoded, rel=0.05)
     parts = []
@@ -154,7 +158,7 @@ def test_an_sft_step(flags, micro):
 
     _, trained = live_bytes([begin, train])
     s = outline(config, dtype, checkpointing)
-    found = (held(s, False) + highest(s, 8, 1, 0, 120, micro, entropy=False)).total()
+    found = (held(s, False, sampled=False) + highest(s, 8, 1, 0, 120, micro, entropy=False)).total()
     assert found == pytest.approx(trained, rel=0.05)
 
 
@@ -196,13 +200,12 @@ def test_highest_is_that_of_all_packings(answers, group, prompt, limit):
 
 
 def test_a_gpu_keeps_other_things(monkeypatch):
-    """Its MLP keeps two arrays more (320 wide); attention has rows of its own there, each with its prompt, and in fp32 keys and
+    """Its MLP keeps two arrays more (320 wide); in fp32 attention has rows of its own there, each with its prompt, and keys and
     values for each query head."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # or attention has rows on the CPU too
     line, places = Line(2 * 30 + 6 * 60, 6, 90, 6 * 60), 6 * 90
     on_cpu, on_gpu = (training(outline(shape(), torch.bfloat16, cuda=cuda), line, True, True) for cuda in (False, True))
-    of_rows = 4 * (places * (2 * 2 * (128 + 64) + 16) - line.tokens * (2 * (128 + 2 * 64) + 16))
-    assert on_gpu["activations"] - on_cpu["activations"] == of_rows + 4 * 2 * 2 * 320 * line.tokens
+    assert on_gpu["activations"] - on_cpu["activations"] == 4 * 2 * 2 * 320 * line.tokens
     alike, grouped = (training(outline(shape(keys=keys), torch.float32, cuda=True), line, True, False) for keys in (4, 2))
     on_cpu = training(outline(shape(keys=4), torch.float32), line, True, False)
     of_rows = 4 * (places * (4 * 4 * 128 + 16) - line.tokens * (4 * 3 * 128 + 16))

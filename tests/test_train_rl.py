@@ -413,7 +413,7 @@ def test_flags_reach_their_places(toy, guesser, tmp_path, monkeypatch):
     for name in ("rollout", "adamw", "update"):
         spy(train_rl, name)
     spy(policy, "grpo_loss")
-    monkeypatch.setattr(cache, "compiled_decode_step", lambda _: cache.decode_step)  # in no need of a compiler
+    monkeypatch.setattr(cache, "compiled_form", lambda function, _: function)  # in no need of a compiler
     flags = """--steps 1 --compile on --samples 5 --temperature 0.9 --format-scale 0.25 --rows 7 --clip-low 0.3
                --clip-high 0.4 --kl-coef 0.05 --kl-threshold 0.6 --entropy-coef 0.07 --weight-decay 0.08
                --clip 0.9"""
