@@ -83,7 +83,8 @@ class Config:
     resume: bool = option(False, "go on from the newest checkpoint of --out")
     seed: int = option(0, "seed of the order of prompts and of sampling", least=0)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile the decoding of rollouts; auto: on a GPU")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "torch.compile the decoding of rollouts, on a GPU the layers in training too; auto: on a GPU")
     shard: bool = option(False, "with several processes (torchrun): split weights, gradients and Adam's state among them")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
@@ -254,6 +255,9 @@ def open_models(config: Config, device: torch.device, ranks: Ranks) -> tuple[Dec
     if config.kl_coef or config.kl_threshold is not None:
         reference, _ = open_model(config.model, device, config.dtype)
         reference.to(reference.activation_dtype)  # frozen: it needs no wider copy of its weights
+    for trained in (model, reference) if config.compile != "off" and device.type == "cuda" else ():
+        if trained is not None:
+            trained.compile_layers()
     for sharded in (model, reference) if config.shard else ():
         if sharded is not None:
             ranks.shard(sharded)

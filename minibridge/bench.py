@@ -35,8 +35,10 @@ from minibridge.grpo import group_advantages
 from minibridge.jvp import directional, directional_naive, gradient
 from minibridge.logprob import fused_loss, token_logprobs, token_logprobs_naive
 from minibridge.measure import bandwidth, clock, matmul_rate, peak_memory, rates, report, row
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.optim import adamw, pick_device, pick_dtype, training_flops
+from minibridge.parallel import ALONE
 from minibridge.policy import pack, score
 from minibridge.reproduce import TOY_BASE
 from minibridge.rollout import Episode
@@ -54,6 +56,7 @@ class Work:
     prompt_tokens: int = option(128, "tokens of each", least=2)
     samples: int = option(8, "answers to each", least=2)
     new_tokens: int = option(256, "longest answer, in tokens", least=2)
+    micro_tokens: int = option(8192, "tokens of a micro-batch", least=1)
     repeats: int = option(5, "repeats that count", least=1)
     peers: bool = option(False, "the same work through the libraries, in turns")
     json: str | None = option(None, "file for the rows")
@@ -62,24 +65,20 @@ class Work:
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
 
-def build(config: Work, device: torch.device) -> Decoder:
+def build(config: Work, device: torch.device, trained: bool = False) -> Decoder:
     shape = ModelConfig.from_hf({
         **dict(zip(NAMES, SHAPES[config.shape])), "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "max_position_embeddings": config.prompt_tokens + config.new_tokens, "tie_word_embeddings": True})
     model = Decoder(shape)
     model.init_weights(torch.Generator().manual_seed(0))
+    if trained and device.type == "cuda" and not config.eager:
+        model.compile_layers()
     return model.to(device)
 
 
 def random_prompts(config: Work) -> list[list[int]]:
     shape, generator = (config.prompts, config.prompt_tokens), torch.Generator().manual_seed(0)
     return torch.randint(SHAPES[config.shape][-1], shape, generator=generator).tolist()
-
-
-def transformers_of(model: Decoder, dtype: torch.dtype) -> peers.Transformers:
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(model, folder)
-        return peers.Transformers(Path(folder), dtype, model.device)
 
 
 # --- decode --------------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def main_decode(config: Work):
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, prompts, rows = build(config, device).to(dtype), random_prompts(config), []
-    peer = transformers_of(model, dtype) if config.peers else None
+    peer = peers.Transformers.of(model, dtype) if config.peers else None
     for lengths in ("equal", "ragged"):
         stop = stop_ids(model.config.vocab_size, config.new_tokens) if lengths == "ragged" else []
         answers: list[list[Completion]] = []
@@ -188,14 +187,14 @@ def main_train(config: Work):
     check_peers(config, "transformers")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    model = build(config, device)
+    model = build(config, device, trained=True)
     model.compute_dtype = dtype
     shape = (config.prompts * config.samples, config.prompt_tokens + config.new_tokens)
     ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     optimizer = adamw(model, (0.9, 0.999), 0.01)
 
     def ours() -> int:
-        for rows in ids.split(max(1, 8192 // ids.shape[1])):
+        for rows in ids.split(max(1, config.micro_tokens // ids.shape[1])):
             hidden = model(rows[:, :-1]).flatten(0, 1)
             loss, _ = fused_loss(hidden, model.lm_head_weight, rows[:, 1:].flatten(), lambda logprobs, *_: (
                 -logprobs.sum() / ids.numel(), {}), with_entropy=False)
@@ -206,7 +205,7 @@ def main_train(config: Work):
 
     functions, peer = [ours], None
     if config.peers:
-        peer = transformers_of(model, dtype)
+        peer = peers.Transformers.of(model, dtype)
         functions.append(peer.trainer(ids))
     found = rates(config.repeats, *functions)
     per_token = training_flops(model, 1, 1, ids.shape[1] / 2)
@@ -224,7 +223,7 @@ def main_step(config: Work):
         raise InputError("shape: TRL is measured at the toy shape only")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    model, reference = build(config, device), build(config, device)
+    model, reference = build(config, device, trained=True), build(config, device, trained=True)
     model.compute_dtype, reference = dtype, reference.to(dtype)
     optimizer = adamw(model, (0.9, 0.999), 0.01)
     prompts = random_prompts(config)
@@ -232,12 +231,12 @@ def main_step(config: Work):
 
     def ours() -> float:
         began = clock()
-        answers = generate(model, prompts, config.samples, config.new_tokens, rows=config.prompts * config.samples,
-                           compiled=not config.eager)
+        answers = generate(ALONE.sampler(model), prompts, config.samples, config.new_tokens,
+                           rows=config.prompts * config.samples, compiled=not config.eager)
         groups = [[Episode(Prompt(ids, "", {}), answer, "", False, False, reward=float(sum(answer.ids) % 2))
                    for answer in group] for ids, group in zip(prompts, answers)]
         rewards = torch.tensor([[episode.reward for episode in group] for group in groups])
-        batches = pack(groups, group_advantages(rewards), settings.micro_tokens, device)
+        batches = pack(groups, group_advantages(rewards), config.micro_tokens, device)
         train_rl.improve(model, reference, optimizer, batches, 1e-6, settings)
         return clock() - began
 
@@ -270,7 +269,7 @@ def main_influence(config: Work):
         return Episode(Prompt(ids, "", {}), Completion(sampled, [0.0] * len(sampled)), "", False, False, 0.0)
 
     groups = [[answer(ids) for _ in range(config.samples)] for ids in random_prompts(config)]
-    count, most = config.prompts * config.samples, 8192
+    count, most = config.prompts * config.samples, config.micro_tokens
     batches = pack(groups, torch.full((config.prompts, config.samples), 1 / count), most, model.device)
     direction = gradient(model, batches, 1.0)
 

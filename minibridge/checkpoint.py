@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from minibridge.config import InputError, read_json
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.parallel import ALONE, Ranks
 from minibridge.sharding import part
 from minibridge.tokenizer import Tokenizer

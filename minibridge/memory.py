@@ -22,7 +22,8 @@ from minibridge.packed import PLACES, in_pieces
 from minibridge.functional import MLP_ROWS
 from minibridge.generate import prefill_batch
 from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 
 ITEMS = ("this process", "parameters", "Adam's moments", "copy to sample with", "reference", "gradients", "keys and values",
          "activations", "casts of weights", "logits and loss", "work space")

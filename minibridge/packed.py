@@ -42,6 +42,7 @@ class Packed:
     def attention(self, positions: Tensor) -> Attend:
         return self._attend
 
+    @torch.compiler.disable  # it is the kernels' own; what is around it compiles
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if in_pieces(q.device, q.dtype, k.shape[2], q.shape[3]):
             if self.pieces is None:

@@ -3,6 +3,7 @@
 Each needs its own package (the `oracle` extra has transformers); nothing else in the project uses them.
 """
 import importlib.metadata
+import tempfile
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -11,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minibridge import checkpoint
 from minibridge.config import InputError
 from minibridge.measure import clock
+from minibridge.model import Decoder
 
 
 class Transformers:
@@ -24,6 +27,12 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         self.name = f"transformers {transformers.__version__}"
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+
+    @classmethod
+    def of(cls, model: Decoder, dtype: torch.dtype) -> "Transformers":
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(model, folder)
+            return cls(Path(folder), dtype, model.device)
 
     def decode(self, prompts: list[list[int]], samples: int, new_tokens: int, stop_ids: list[int]) -> int:
         """Tokens sampled; those that come after a row's stop token do not count."""

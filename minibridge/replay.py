@@ -20,7 +20,8 @@ from torch import Tensor
 from minibridge import checkpoint
 from minibridge.config import REQUIRED, InputError, option
 from minibridge.grpo import Recipe
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.optim import DTYPES, pick_device
 from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import MicroBatch, Step, share_of_loss

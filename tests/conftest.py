@@ -11,7 +11,8 @@ import torch
 
 from minibridge import arms, checkpoint, igsm, splits, traces
 from minibridge.config import read_jsonl, write_jsonl
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.tokenizer import Tokenizer, train_toy
 
 torch.set_num_threads(1)  # on matrices this small threads only wait for one another

@@ -10,7 +10,8 @@ from minibridge import checkpoint
 from minibridge.data import Prompt, load_prompts
 from minibridge.generate import generate
 from minibridge.grpo import PRESETS
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.policy import pack, share_of_loss, total, whole_step
 from minibridge.reproduce import TOY_BASE
 from minibridge.rollout import Episode

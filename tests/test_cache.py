@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minibridge.cache import KVCache, PromptCache, shared_attention
 from minibridge.packed import Packed
-from minibridge.model import ModelConfig
+from minibridge.model_config import ModelConfig
 from test_model import FAMILIES, SHAPE, config_of_each_family, random_decoder, random_ids  # noqa: F401 (a fixture)
 
 PROMPTS = [5, 9, 3]  # tokens

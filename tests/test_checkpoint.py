@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from minibridge import checkpoint
 from minibridge.config import InputError
-from minibridge.model import SIZES, Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import SIZES, ModelConfig
 from minibridge.tokenizer import Tokenizer, train_toy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,7 +9,8 @@ from minibridge import flash, packed, policy
 from minibridge.data import load_prompts
 from minibridge.generate import generate
 from minibridge.grpo import group_advantages
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.policy import pack
 from minibridge.rollout import rollout
 from test_generate import flat, seeded

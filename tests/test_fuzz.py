@@ -31,7 +31,8 @@ from minibridge.arms import read_rollouts
 from minibridge.config import InputError, Run, _lines_before, read_jsonl, write_jsonl
 from minibridge.dag import read_problem
 from minibridge.data import Example, Prompt, load_prompts, load_sft
-from minibridge.model import SIZES, Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import SIZES, ModelConfig
 from minibridge.reproduce import TOY_BASE
 from minibridge.optim import adamw, fingerprint, resume_point, update
 from minibridge.tokenizer import Tokenizer

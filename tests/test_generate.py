@@ -8,7 +8,8 @@ import torch
 from minibridge.cache import KVCache
 from minibridge.config import InputError
 from minibridge.generate import generate
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.sampling import inverse_transform, nucleus, sample
 
 VOCAB = 23

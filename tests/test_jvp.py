@@ -8,7 +8,8 @@ from minibridge import jvp
 from minibridge.data import Prompt
 from minibridge.generate import Completion
 from minibridge.jvp import at, directional, directional_naive, gradient, inner, numbered_batches, scores_at
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.policy import pack, score
 from minibridge.rollout import Episode
 

@@ -15,7 +15,8 @@ from minibridge.data import Example, Prompt
 from minibridge.functional import MLP_ROWS
 from minibridge.generate import Completion, generate
 from minibridge.memory import Line, decoding, held, highest, sizes, training
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 from minibridge.optim import adamw, update
 from minibridge.parallel import ALONE
 from minibridge.policy import MicroBatch, pack

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from minibridge.config import InputError
 from minibridge.generate import generate
-from minibridge.model import Decoder, ModelConfig, RMSNorm
+from minibridge.model import Decoder, RMSNorm
+from minibridge.model_config import ModelConfig
 from minibridge.functional import rotary_frequencies, rotate
 
 SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -15,7 +15,8 @@ from minibridge.checkpoint import load, save
 from minibridge.config import InputError, read_jsonl, run_command, run_main
 from minibridge.dag import Problem
 from minibridge.evaluate import Scored
-from minibridge.model import Decoder, ModelConfig
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
 
 
 ARMS = ("vanilla", "bridge", "pp-aug", "subgoal+reflection@0.3")
