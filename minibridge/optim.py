@@ -87,8 +87,9 @@ def resume_point(config: Any, mark: str) -> Path | None:
             raise InputError(f"{saved}: not of this run, or {config.data} or {config.model} has changed since")
         if saved and not finished(config):
             print(f"{config.out}: goes on from {saved.name}", flush=True)
-        if not saved and not finished(config) and (Path(config.out) / "run.json").exists():
-            print(f"{config.out}: no checkpoint yet, so the run begins anew", flush=True)
+        if not saved and not finished(config):
+            begun = (Path(config.out) / "run.json").exists()
+            print(f"{config.out}: {'no checkpoint yet, so the run begins anew' if begun else 'no run yet, so one begins'}", flush=True)
     elif saved or model.exists():
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
     return saved

@@ -16,6 +16,7 @@ interrupted run is continued by the same command; it may then name more arms or 
 import dataclasses
 import hashlib
 import itertools
+import re
 import signal
 import string
 import sys
@@ -186,10 +187,9 @@ def print_plans(config: Experiment):
 
 def behaviors_of(arm: str) -> traces.Behaviors:
     name, at, probability = arm.partition("@")
-    try:
-        found = arms.behaviors_of(name, reflection=float(probability), strict=True) if at else arms.behaviors_of(name)
-    except ValueError:
-        raise InputError(f"arms: {arm!r}: {probability!r} is not a probability") from None
+    if at and not re.fullmatch(r"0?\.\d+|[01](\.0*)?", probability):
+        raise InputError(f"arms: {arm!r}: {probability!r} is not a probability, as 0.2 is")
+    found = arms.behaviors_of(name, reflection=float(probability), strict=True) if at else arms.behaviors_of(name)
     if found is None:
         raise InputError(f"arms: {arm!r} has no answers to train on")
     return found

@@ -154,6 +154,7 @@ def test_other_settings_are_refused_by_name(finished):
 
 @pytest.mark.parametrize("change, message", [
     ({"arms": "vanilla,bird"}, "arm: 'bird' is none of"), ({"arms": "bridge@x"}, "'x' is not a probability"),
+    ({"arms": "bridge@2"}, "'bridge@2': '2' is not a probability"),
     ({"arms": "vanilla,prompts"}, "'prompts' has no answers"), ({"arms": "bridge,bridge"}, "names one twice"),
     ({"sft_batch": 34}, "sft_batch: 34 examples"), ({"device": "cuda:99"}, "device"),
     ({"max_length": 2000}, "max_length: 2000 tokens"),

@@ -289,7 +289,7 @@ def test_only_the_runs_own_folders_make_room(toy, whole, tmp_path):
 def test_resume_without_a_checkpoint_starts_at_the_beginning(toy, whole, tmp_path, capsys):
     assert train(toy, tmp_path / "new", SETTINGS, "--resume") == 0
     assert weights(tmp_path / "new" / "model") == weights(whole / "model")
-    assert "begins anew" not in capsys.readouterr().out  # nothing was there to go on from
+    assert "no run yet, so one begins\n" in capsys.readouterr().out  # nothing was there to go on from
     died = tmp_path / "died"
     died.mkdir()
     shutil.copy(whole / "run.json", died)
