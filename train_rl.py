@@ -255,8 +255,9 @@ def open_models(config: Config, device: torch.device, ranks: Ranks) -> tuple[Dec
     if config.kl_coef or config.kl_threshold is not None:
         reference, _ = open_model(config.model, device, config.dtype)
         reference.to(reference.activation_dtype)  # frozen: it needs no wider copy of its weights
-    for trained in (model, reference) if config.compile != "off" and device.type == "cuda" else ():
-        if trained is not None:
+    copied = model.activation_dtype != torch.float32 and not config.shard  # so that sampling is by a copy, in one process
+    for trained in (model, reference):
+        if trained is not None and copied and config.compile != "off" and device.type == "cuda":
             trained.compile_layers()
     for sharded in (model, reference) if config.shard else ():
         if sharded is not None:

@@ -71,7 +71,7 @@ def build(config: Work, device: torch.device, trained: bool = False) -> Decoder:
         "max_position_embeddings": config.prompt_tokens + config.new_tokens, "tie_word_embeddings": True})
     model = Decoder(shape)
     model.init_weights(torch.Generator().manual_seed(0))
-    if trained and device.type == "cuda" and not config.eager:
+    if trained and device.type == "cuda" and config.dtype != "fp32" and not config.eager:
         model.compile_layers()
     return model.to(device)
 

@@ -100,6 +100,10 @@ def decode_step(model, ids: Tensor, positions: Tensor, *read: Tensor) -> tuple[T
     return hidden[:, 0], torch.stack(step.new)
 
 
+# Of `decode_step`'s inputs the dimensions that change in size, by place: rows, prompts, slots.
+SIZES = {1: (0,), 2: (0,), 3: (2, 4), 4: (2, 4), 5: (0, 1), 6: (0,), 7: (0, 1), 8: (0, 1)}
+
+
 def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *inputs) -> Any:
     """function(*inputs), by one graph of torch.compile if `compiled`. sizes: of inputs, by place, the dimensions that change
     from call to call, none of them 1."""
@@ -180,8 +184,7 @@ class KVCache:
         answers = self.answers[:, :, : len(rows), :, :most]
         inputs = (*(x.expand(len(rows)).contiguous() for x in (ids, positions)), prompts, answers, self.grid, self.place,
                   self.prompt_bias, answer_bias)
-        sizes = dict(enumerate(((0,), (0,), (2, 4), (2, 4), (0, 1), (0,), (0, 1), (0, 1)), 1))
-        hidden, new = run(decode_step, self.compiled, sizes, model, *inputs)
+        hidden, new = run(decode_step, self.compiled, SIZES, model, *inputs)
         self.answers[:, :, rows, :, said] = new.permute(2, 0, 1, 3, 4)
         self.used = longest + 1
         return hidden[: len(ids)]

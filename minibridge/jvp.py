@@ -58,7 +58,8 @@ def directional(model: Decoder, groups: list[list[Episode]], direction: Directio
     longest = max(len(episode.prompt.ids) + len(episode.completion.ids) for group in groups for episode in group)
     max_tokens = min(max_tokens, PAIR_ELEMENTS // (PLACES * model.config.num_attention_heads * longest))
     for batch, places in numbered_batches(groups, max_tokens, model.device):
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        eager = torch.compiler.set_stance("force_eager")  # compiled layers have no forward derivative
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), eager:
             duals = {name: forward_ad.make_dual(parameter, direction[name]) for name, parameter in model.named_parameters()}
             values = at(duals, model, _derivatives, batch, temperature).cpu()  # (3, tokens)
         for (n, g), part in zip(places, values.split(batch.trained.sum(1).tolist(), 1)):

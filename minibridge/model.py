@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         return F.embedding(ids, self.model.embed_tokens.weight).to(self.activation_dtype), self._rope_tables(positions)
 
     def compile_layers(self):
-        """In place, by torch.compile: one graph for all layers and all sizes, forward and backward."""
+        """In place, by torch.compile: for training, not for sampling with this model. All layers share its graphs."""
         for block in self.model.layers:
             block.compile(dynamic=True)
 

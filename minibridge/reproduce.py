@@ -16,7 +16,6 @@ interrupted run is continued by the same command; it may then name more arms or 
 import dataclasses
 import hashlib
 import itertools
-import re
 import signal
 import string
 import sys
@@ -187,9 +186,12 @@ def print_plans(config: Experiment):
 
 def behaviors_of(arm: str) -> traces.Behaviors:
     name, at, probability = arm.partition("@")
-    if at and not re.fullmatch(r"0?\.\d+|[01](\.0*)?", probability):
-        raise InputError(f"arms: {arm!r}: {probability!r} is not a probability, as 0.2 is")
-    found = arms.behaviors_of(name, reflection=float(probability), strict=True) if at else arms.behaviors_of(name)
+    try:
+        chosen = {"reflection": float(probability), "strict": True} if at else {}
+        traces.Behaviors(**chosen)
+    except (ValueError, InputError):
+        raise InputError(f"arms: {arm!r}: {probability!r} is not a probability, as 0.2 is") from None
+    found = arms.behaviors_of(name, **chosen)
     if found is None:
         raise InputError(f"arms: {arm!r} has no answers to train on")
     return found

@@ -67,6 +67,15 @@ def test_one_pass_with_dual_numbers_equals_the_gradient_of_every_answer(kind, gr
     torch.testing.assert_close(kappa, naive, rtol=1e-10, atol=1e-11)
 
 
+def test_layers_compiled_for_training_have_the_same_derivatives(groups):
+    model = model_of("qwen2")
+    direction = direction_for(model)
+    expected = directional(model, groups, direction, 0.7, 60)
+    model.compile_layers()
+    for row, other in zip(directional(model, groups, direction, 0.7, 60), expected):
+        torch.testing.assert_close(row, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_token_equals_its_central_difference(kind, groups):
     model, step = model_of(kind), 1e-6
