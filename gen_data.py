@@ -26,7 +26,7 @@ from typing import Literal
 
 from minibridge import custom, igsm, traces
 from minibridge.arms import AUGMENTED, augmented, behaviors_of, middling, own_answers, read_rollouts, record
-from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
+from minibridge.config import REQUIRED, InputError, jsonl, option, run_main, write_whole
 from minibridge.dag import Problem
 from minibridge.splits import SPLITS, arithmetic_problems, problems
 
@@ -47,8 +47,8 @@ class Config:
         "igsm", "arithmetic: six operations, four decimals; arithmetic-int: + - * of whole numbers")
     problems: str | None = option(None, "JSONL file of your own problems, instead of a task")
     split: Literal["sft", "rl", "val", "test", "base"] = option("sft", "which disjoint part of all problems to draw from")
-    arm: str | None = option(None, "of SFT rows: vanilla, bridge, subgoal+reflection (any of the three), pp-aug, rc-aug, "
-                                   "own-answers, prompts; none: bridge")
+    arm: str | None = option(None, "of SFT rows: vanilla, bridge, subgoal+reflection (any of the three), either @0.3 for "
+                                   "--strict --reflection 0.3, pp-aug, rc-aug, own-answers, prompts; none: bridge")
     analysis: int | None = option(None, "level 0..4 of restating conditions; none: 2 in arms that have it")
     reflection: float | None = option(None, "probability of trying a node out of turn; none: 0.1 in arms that have it")
     strict: bool = option(False, "the paper's Algorithm 1, with --reflection for every probability; see traces.Behaviors")
@@ -111,6 +111,14 @@ def check_fit(config: Config):
             raise InputError(f"out: would replace the file of --{name}")
 
 
+def write_new(path: str, rows: list[dict]):
+    """A repeated command may write the same rows again; rows of another one are not replaced."""
+    text = jsonl(rows)
+    if Path(path).is_file() and Path(path).read_bytes() != text.encode():
+        raise InputError(f"out: {path} holds other rows; remove it or choose another")
+    write_whole(path, text)
+
+
 def main(config: Config):
     check_fit(config)
     arm = (config.arm or "bridge") if config.split in ANSWERED else "prompts"
@@ -132,7 +140,7 @@ def main(config: Config):
     if not rows:
         raise InputError("rollouts: no right and well-formed answer among those of the kept problems")
     rows = rows[:config.rows]
-    write_jsonl(config.out, rows)
+    write_new(config.out, rows)
     print(summary(rows))
     if config.split in ANSWERED:
         print(matched_steps(len(rows), len(drawn)), end="")

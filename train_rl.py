@@ -15,7 +15,6 @@ import itertools
 import math
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,9 +22,9 @@ from typing import Literal
 import torch
 
 from minibridge import checkpoint, coinfluence, parallel, plan, replay, spans
-from minibridge.answer import extract
 from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts, prompt_stream, sample_seed
+from minibridge.describe import behaviors, describe, show, wasted
 from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
@@ -35,7 +34,7 @@ from minibridge.optim import (
 )
 from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, total, whole_step
-from minibridge.rollout import Episode, dead, lines, refilled, rollout
+from minibridge.rollout import Episode, lines, refilled, rollout
 from minibridge.tokenizer import Tokenizer
 
 
@@ -153,37 +152,6 @@ def learn(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Opti
     return found | {"learning_rate": rate, "padding": padding(batches, ranks)}
 
 
-def describe(groups: list[list[Episode]]) -> dict[str, float]:
-    """What the rollouts look like, before any training on them; every figure is explained in docs/manual.md."""
-    episodes = [episode for group in groups for episode in group]
-
-    def mean(values) -> float:
-        return sum(values) / len(episodes)
-
-    learnable = coinfluence.mix(coinfluence.rewards(groups))
-    answers = Counter(text for episode in episodes if (text := extract(episode.text)) is not None)
-    return {
-        **learnable,
-        "reward": mean(episode.reward for episode in episodes),
-        "well_formed": mean(episode.well_formed for episode in episodes),
-        "length": mean(len(episode.completion.ids) for episode in episodes),
-        "truncated": mean(episode.completion.finish_reason == "length" for episode in episodes),
-        "common_answer": max(answers.values(), default=0) / len(episodes),
-        "dead_groups": sum(map(dead, groups)) / len(groups),
-    }
-
-
-def wasted(groups: list[list[Episode]], config: Config) -> float:
-    """Share of the sampled tokens that no gradient of a reward comes from: answers of dead groups, and with mask_truncated
-    those cut off."""
-    def tokens(groups) -> int:
-        return sum(len(episode.completion.ids) for group in groups for episode in group
-                   if not (config.mask_truncated and episode.completion.finish_reason == "length"))
-
-    sampled = sum(len(episode.completion.ids) for group in groups for episode in group)
-    return 1 - tokens(group for group in groups if not dead(group)) / sampled
-
-
 def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool, config: Config) -> float:
     """Of the training on these rollouts, each prompt run once: three passes an update, one each for other log-probs."""
     tokens, scored, pairs = 0, 0, 0.0
@@ -210,21 +178,6 @@ def influence(model: Decoder, tokenizer: Tokenizer, held_out: list[Prompt], grou
     val = rollout(model, tokenizer, asked, config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
                   temperature=config.temperature, rows=config.rows)
     return coinfluence.training_numbers(model, val, groups, config.temperature, config.micro_tokens)
-
-
-def behaviors(groups: list[list[Episode]], config: Config) -> dict[str, float]:
-    """Of some answers to each prompt: the verifier takes milliseconds for each."""
-    some = max(1, VERIFIED // len(groups))
-    problems = [spans.problem_of(group[0].prompt, config.data) for group in groups]
-    return {} if None in problems else spans.behavior_rates([group[:some] for group in groups], problems)
-
-
-def show(groups: list[list[Episode]]):
-    """Two rollouts in full, a right and a wrong one if there are both."""
-    episodes = sorted((episode for group in groups for episode in group), key=lambda episode: -episode.correct)
-    for episode in (episodes[0], episodes[-1]):
-        question = episode.prompt.record["prompt"][-1]["content"]
-        print(f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}", flush=True)
 
 
 def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks) -> tuple[list[Prompt], list[Prompt]]:
@@ -328,7 +281,8 @@ def main(config: Config, ranks: Ranks = ALONE):
         decoded = time.monotonic()
         if ranks.main:
             write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
-        numbers = describe(groups) | behaviors(groups, config) | {"groups": len(groups), "wasted": wasted(groups, config)}
+        numbers = describe(groups) | behaviors(groups, config.data) | {
+            "groups": len(groups), "wasted": wasted(groups, config.mask_truncated)}
         sampled, groups = sum(len(episode.completion.ids) for group in groups for episode in group), groups[: config.prompts]
         if config.influence_every and step % config.influence_every == 0:
             numbers |= influence(model, tokenizer, held_out, groups, step, config)
@@ -352,7 +306,6 @@ def main(config: Config, ranks: Ranks = ALONE):
     print(f"{run.path / 'model'}: written")
 
 
-VERIFIED = 128  # answers of a step whose behaviors are counted, if there are not more prompts
 CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "memory_gib",
            "val_accuracy")
 

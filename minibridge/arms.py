@@ -2,6 +2,7 @@
 
     vanilla, bridge               plain answers; all three behaviors
     subgoal+reflection, ...       the behaviors named: any one, or several joined by "+"
+    bridge@0.3, reflection@0.1    bridge or behaviors in their strict form (`traces.Behaviors`) with this probability
     pp-aug                        premises permuted: the plain row, and 3 with the conditions of the question reshuffled
     rc-aug                        reasoning chain: the plain row, and 3 answers in other topological orders, in fresh words
     own-answers                   right answers that a model has given itself (rejection sampling), at most 4 a problem
@@ -11,6 +12,7 @@ Question and answer are worded by random streams named after the problem, so a p
 one seed, whatever else is in it.
 """
 import random
+import re
 import string
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,6 +33,11 @@ def behaviors_of(arm: str, analysis: int | None = None, reflection: float | None
                  strict: bool = False) -> traces.Behaviors | None:
     """What an arm injects; None when it has no answers of ours. `analysis` and `reflection` replace BRIDGE's level 2
     and probability 0.1. Raises InputError for an unknown arm, and for a setting of a behavior it does not have."""
+    name, at, probability = arm.partition("@")
+    if at:
+        if reflection is not None or strict:
+            raise InputError(f"arm: {arm!r} says itself that it is strict and how probable")
+        return behaviors_of(name, analysis, _probability(arm, probability), strict=True)
     parts = parts_of(arm)
     if len(set(parts)) != len(parts) or not set(parts) <= set(BEHAVIORS):
         raise InputError(f"arm: {arm!r} is none of vanilla, bridge, {', '.join(AUGMENTED)}, own-answers, prompts, "
@@ -43,6 +50,12 @@ def behaviors_of(arm: str, analysis: int | None = None, reflection: float | None
     level = traces.BRIDGE.analysis if analysis is None else analysis
     probability = traces.BRIDGE.reflection if reflection is None else reflection
     return traces.Behaviors("subgoal" in parts, level * ("analysis" in parts), probability * ("reflection" in parts), strict)
+
+
+def _probability(arm: str, text: str) -> float:
+    if not re.fullmatch(r"0|1|0?\.[0-9]+|1\.0", text):
+        raise InputError(f"arm: {arm!r}: {text!r} is not a probability, as 0.2 is")
+    return float(text)
 
 
 def parts_of(arm: str) -> Sequence[str]:

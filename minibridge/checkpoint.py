@@ -56,6 +56,8 @@ def outline(folder: str | Path) -> Decoder:
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
     path = Path(folder) / "config.json"
+    if not path.exists() and (Path(folder) / "model" / "config.json").exists():
+        raise InputError(f"{folder}: a run folder; its model is {Path(folder) / 'model'}")
     config = ModelConfig.from_hf(read_json(path), source=str(path))
     with torch.device("meta"):
         return Decoder(config)

@@ -1,4 +1,4 @@
-"""Settings, run folders and JSON lines: what every script needs and no method depends on. Only stdlib.
+"""Settings and JSON lines: what every script needs and no method depends on. Only stdlib.
 
 A script has one frozen dataclass. It is the list of defaults, the command line and the saved record:
 
@@ -14,24 +14,19 @@ A script has one frozen dataclass. It is the list of defaults, the command line 
     if __name__ == "__main__":
         sys.exit(run_main(main, Config))
 
-There are no config files, no overrides from the environment, no logging framework: `Run.log` prints during training.
+There are no config files, no overrides from the environment, no logging framework: `run_folder.Run.log` prints during training.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
-import subprocess
 import sys
-import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +34,6 @@ from minibridge import strictjson
 
 REQUIRED = dataclasses.MISSING  # default of an option that the command line must give
 MOST = 2**53  # largest number of any option: JSON readers keep whole numbers exactly up to here
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
 
 
 class InputError(Exception):
@@ -206,12 +200,22 @@ def _read_object(data: bytes, where: str) -> dict:
         raise InputError(f"{where}: {error}") from None
 
 
+def whole_lines(path: Path) -> list[dict]:
+    """As `read_jsonl`, without a last line that lacks its newline: a process was killed while appending it."""
+    lines = _contents(path).split(b"\n")[:-1]
+    return [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """Write all rows or, if anything fails, nothing: the old file stays until the new one is whole.
 
     Makes the folders on the way. NaN and infinity, which JSON lacks, become null; UTF-8, not ASCII escapes.
     """
-    write_whole(path, "".join(_line(row) for row in rows))
+    write_whole(path, jsonl(rows))
+
+
+def jsonl(rows: Iterable[dict]) -> str:
+    return "".join(map(json_line, rows))
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -230,120 +234,18 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         raise InputError(f"{path}: not written ({error.strerror})") from None
 
 
-def _line(row: dict) -> str:
-    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+def json_line(row: dict) -> str:
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in JSON's own types: null for NaN and infinity, text for a path, numbers for 0-d tensors."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def same_settings(folder: str | Path, config: Any, but: Sequence[str] = ()) -> None:
-    """Raise InputError if `folder`/run.json was made with other settings, naming those that differ; `but` may differ."""
-    path = Path(folder) / "run.json"
-    if not path.exists():
-        return
-    before, now = read_json(path).get("config"), json.loads(_line(dataclasses.asdict(config)))
-    if not isinstance(before, dict) or now.keys() - before.keys():
-        raise InputError(f"{path}: not the record of such a run")
-    differing = [name for name in now if name not in but and before[name] != now[name]]
-    if differing:
-        changes = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing)
-        raise InputError(f"{path}: made with other settings: {changes}; choose another --out")
-
-
-class Run:
-    """A run folder: run.json (what ran), metrics.jsonl (an object a step), and what the script puts beside.
-
-    A new run starts metrics.jsonl afresh. With `resume_step=k`, k being the first step that will run (again),
-    the lines of steps before k stay and the later ones go, so that no step is logged twice. `facts` go into run.json.
-    `run.path` is the folder: `run.path / "checkpoints"`. `run.steps`, which may be set later, is the total on the console.
-    """
-
-    def __init__(self, folder: str | Path, config: Any, argv: Sequence[str] | None = None,
-                 device: str = "cpu", steps: int | None = None, resume_step: int | None = None, **facts: Any):
-        self.path, self.steps = Path(folder), steps
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.metrics = self.path / "metrics.jsonl"
-        write_whole(self.metrics, "" if resume_step is None else _lines_before(self.metrics, resume_step))
-        self.started = time.monotonic()
-        self.record = {
-            "config": dataclasses.asdict(config),
-            "argv": list(sys.argv if argv is None else argv),
-            "device": str(device),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "resume_step": resume_step,
-            "versions": _versions(),
-        } | _commit() | facts
-        self._save()
-
-    def _save(self) -> None:
-        text = json.dumps(_plain(self.record), ensure_ascii=False, allow_nan=False, indent=2)
-        write_whole(self.path / "run.json", text + "\n")
-
-    def log(self, step: int, console: Sequence[str] | None = None, **numbers: Any) -> None:
-        """Append to metrics.jsonl; print the numbers named in `console` (default: all; empty: no line)."""
-        with open(self.metrics, "a", encoding="utf-8", newline="\n") as file:
-            file.write(_line({"step": step} | numbers))
-        names = [name for name in (numbers if console is None else console) if name in numbers]
-        if names:
-            width, total = (5, "") if self.steps is None else (len(str(self.steps)), f"/{self.steps}")
-            cells = [f"step {step:{width}d}{total}"]
-            cells += [f"{name} {_short(numbers[name]):<9}" for name in names]  # 9: a %.4g such as 1.234e-06
-            print(" | ".join(cells).rstrip(), flush=True)
-
-    def finish(self, **results: Any) -> None:
-        """Add the wall-clock seconds since this start, and the results given, to run.json."""
-        self.record |= {"seconds": round(time.monotonic() - self.started, 1)} | results
-        self._save()
-
-
-def _short(value: Any) -> str:
-    value = value.item() if hasattr(value, "item") else value
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def whole_lines(path: Path) -> list[dict]:
-    """As `read_jsonl`, without a last line that lacks its newline: a process was killed while appending it."""
-    lines = _contents(path).split(b"\n")[:-1]
-    return [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-
-
-def _lines_before(path: Path, step: int) -> str:
-    if not path.exists():
-        return ""
-    rows = whole_lines(path)
-    if not all(isinstance(row.get("step"), int) for row in rows):
-        raise InputError(f"{path}: a line without its step")
-    return "".join(_line(row) for row in rows if row["step"] < step)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass  # data generation runs without torch
-    return versions
-
-
-def _commit() -> dict[str, str]:
-    """The commit of this source tree, "-dirty" if changed; nothing outside a work tree or without git."""
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, check=True, text=True,
-                              capture_output=True).stdout.strip()
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")}
-    except (OSError, subprocess.CalledProcessError):
-        return {}

@@ -159,7 +159,7 @@ def _saved(path: str, fields: dict[str, type]) -> Iterator[tuple[str, dict, Verd
         answer.check_scoring(line, where)
         for field, kind in fields.items():
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
-                raise InputError(f"{where}: field {field!r} must be a {kind.__name__}")
+                raise InputError(f"{where}: no saved answer: field {field!r} must be of type {kind.__name__}")
         yield where, line, None if line.get("problem") is None else verify(_problem(line, where), line["text"])
 
 
@@ -204,10 +204,8 @@ def main(config: Config):
     if config.rescore is None:
         if config.model is None or config.data is None or config.out is None:
             raise InputError("give --model, --data and --out, or --rescore, or --explain")
-        if Path(config.out).is_dir():
-            raise InputError(f"out: {config.out} is a folder")
-        if Path(config.out).resolve() == Path(config.data).resolve():
-            raise InputError("out: would replace the file of --data")
+        if Path(config.out).exists():
+            raise InputError(f"out: {config.out} is there already; remove it or choose another")
         write_jsonl(config.out, sample(config))
     problems = rescore(config.rescore or config.out)
     print(table(problems))

@@ -27,7 +27,7 @@ from minibridge import plots, tables
 from minibridge.coinfluence import (
     Measured, adam_scale, check_live, live_prompts, means, measure, mix, packed, per_step, rewards, taken
 )
-from minibridge.config import REQUIRED, InputError, Run, option, run_main, same_settings, write_jsonl
+from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.dag import Problem
 from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches
 from minibridge.grpo import group_advantages
@@ -37,6 +37,7 @@ from minibridge.model import Decoder
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.policy import example_hidden
 from minibridge.rollout import Episode, lines, rollout
+from minibridge.run_folder import Run, same_settings
 from minibridge.spans import problem_of, token_kinds
 from minibridge.tokenizer import Tokenizer
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from minibridge import checkpoint
-from minibridge.config import InputError, same_settings
+from minibridge.config import InputError
 from minibridge.model import Decoder
 from minibridge.parallel import ALONE, Ranks
+from minibridge.run_folder import same_settings, settings_before
 from minibridge.sharding import whole
 from minibridge.tokenizer import Tokenizer
 
@@ -92,6 +93,8 @@ def resume_point(config: Any, mark: str) -> Path | None:
             print(f"{config.out}: {'no checkpoint yet, so the run begins anew' if begun else 'no run yet, so one begins'}", flush=True)
     elif saved or model.exists():
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
+    else:
+        settings_before(config.out, config)  # InputError if another command's record would be lost
     return saved
 
 

@@ -27,8 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minibridge import sharding
-from minibridge.config import InputError, Run, parse, run_main
+from minibridge.config import InputError, parse, run_main
 from minibridge.model import Decoder
+from minibridge.run_folder import Run
 
 BUCKET = 2**26  # the most numbers added up at once, but for a larger tensor: 256 MiB in fp32
 
@@ -108,7 +109,7 @@ class Ranks:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in whole if self.main}
 
     def open_run(self, folder: str | Path, *given, **options) -> Run | SimpleNamespace:
-        """`config.Run`, once all have read what the folder held; to all but rank 0 one that writes nothing."""
+        """`run_folder.Run`, once all have read what the folder held; to all but rank 0 one that writes nothing."""
         self.barrier()
         idle = SimpleNamespace(path=Path(folder), log=lambda *_, **__: None, finish=lambda **_: None)
         return Run(folder, *given, **options) if self.main else idle

@@ -6,7 +6,7 @@ A folder gives what it has:
 
     of minibridge.influence    rollout_accuracy, influence, fluency
     of train_rl.py             training (metrics.jsonl)
-    of minibridge.reproduce    training and accuracy before and after RL, of all its arms, means over seeds
+    of minibridge.reproduce    training; accuracy before and after RL (ablation) and its gains, of all arms, means over seeds
 
 Folders of the first two kinds are an arm each, named as given or as the folder; a name before one of the third goes
 before those of its arms. matplotlib draws them: pip install -e ".[plot]". An arm has one colour in all figures, of those
@@ -91,9 +91,9 @@ def collected(kind: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Ca
 
 
 def by_arm(run: Folder, file: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> dict[str, Table]:
-    """A table that `reproduce` wrote, of all seeds, taken apart."""
+    """A table that `reproduce` wrote, taken apart."""
     parts, path = defaultdict(list), run[1] / file
-    for row in numeric(tables.read(path), path, ("arm", *texts), ("seed", *numbers)) if path.exists() else ():
+    for row in numeric(tables.read(path), path, ("arm", *texts), numbers) if path.exists() else ():
         parts[row["arm"] if run[0] is None else f"{run[0]}: {row['arm']}"].append(row)
     return parts
 
@@ -106,7 +106,7 @@ def training(runs: list[Folder]) -> Table:
         lines = [line for line in whole_lines(path) if "accuracy" in line] if path.exists() else []
         if lines:
             parts.append((run[0] or run[1].name, numeric(lines, path, (), ("step", *CURVES))))
-        for arm, rows in by_arm(run, "curves.csv", (), ("step", *CURVES)).items():
+        for arm, rows in by_arm(run, "curves.csv", (), ("seed", "step", *CURVES)).items():
             seeds = defaultdict(list)
             for row in rows:
                 seeds[row["step"]].append(row)
@@ -119,7 +119,7 @@ def ablation(runs: list[Folder]) -> Table:
     """Accuracy with its interval, over problems (Wilson) for one seed, over seeds for more."""
     parts = []
     for run in runs:
-        for arm, rows in by_arm(run, "results.csv", ("test", "decoding", "stage"), ("accuracy", "problems")).items():
+        for arm, rows in by_arm(run, "results.csv", ("test", "decoding", "stage"), ("seed", "accuracy", "problems")).items():
             same = defaultdict(list)
             for row in rows:
                 same[f"{row['test']}, {row['decoding']}", row["stage"]].append(row)
@@ -134,6 +134,13 @@ def spread(seeds: Table) -> dict[str, float]:
         return {"accuracy": shares[0], "low": low, "high": high}
     middle, reach = interval([[share] for share in shares])
     return {"accuracy": middle, "low": max(0.0, middle - reach), "high": min(1.0, middle + reach)}
+
+
+def gains(runs: list[Folder]) -> Table:
+    """RL gains with their intervals, and by how much they are larger than the first arm's (`results.gains`)."""
+    return together("gains", [(arm, [{"test": f"{row['test']}, {row['decoding']}", **{name: row[name] for name in GAINS}}
+                                     for row in rows])
+                              for run in runs for arm, rows in by_arm(run, "gains.csv", ("test", "decoding"), GAINS).items()])
 
 
 # --- from tables to figures ----------------------------------------------------------------------------------
@@ -254,6 +261,24 @@ def draw_ablation(figure, table: Table, arms: list[Arm]):
     figure.supylabel("accuracy")
 
 
+def draw_gains(figure, table: Table, arms: list[Arm]):
+    """In points, arms beside one another at each test; the first arm is not compared with itself."""
+    first = [arm.label for arm in arms if all(row["more"] != row["more"] for row in of(table, arm=arm.name))]  # NaN
+    tests = names_in(table, "test")
+    titles = {"gain": "RL gain (points)", "more": f"RL gain less that of {' or '.join(first)} (points)"}
+    for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+        compared = [arm for arm in arms if any(row[name] == row[name] for row in of(table, arm=arm.name))]  # not NaN
+        for arm in compared:
+            rows = of(table, arm=arm.name)
+            apart = min(0.12, 0.8 / len(compared)) * (compared.index(arm) - (len(compared) - 1) / 2)
+            axes.errorbar([100 * row[name] for row in rows], [tests.index(row["test"]) + apart for row in rows],
+                          xerr=[100 * row[f"{name} +-"] for row in rows], label=arm.label, **arm.point | {"linestyle": ""})
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.set_yticks(range(len(tests)), tests)
+        axes.set_ylim(len(tests) - 0.5, -0.5)
+        axes.set_title(title)
+
+
 def draw_fluency(figure, table: Table, arms: list[Arm]):
     texts = list(dict.fromkeys(row["text"] for row in table))
     labels = [text.removesuffix(" answers").replace(" ", "\n") for text in texts]
@@ -268,12 +293,14 @@ def draw_fluency(figure, table: Table, arms: list[Arm]):
         axes.set_ylim(bottom=least)
 
 
+GAINS = ("gain", "gain +-", "more", "more +-")
 INFLUENCE = ("K+ - K-", "K+ - K- +-", "influence", "influence +-")
 FIGURES = {  # name of the files: where the numbers come from, how they are drawn, inches
     "training": (training, draw_training, (6.5, 4.6)),
     "rollout_accuracy": (collected("rollout_accuracy", (), ("alpha", "share")), draw_rollout_accuracy, (6.5, 2.8)),
     "influence": (collected("influence", ("alpha",), INFLUENCE), draw_influence, (6.5, 2.8)),
     "ablation": (ablation, draw_ablation, (6.5, 2.8)),
+    "gains": (gains, draw_gains, (6.5, 2.4)),
     "fluency": (collected("fluency", ("text",), ("entropy", "perplexity")), draw_fluency, (6.5, 2.6)),
 }
 

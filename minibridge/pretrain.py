@@ -25,9 +25,10 @@ import torch
 
 import train_sft
 from minibridge import arms, checkpoint, igsm, splits, traces
-from minibridge.config import Run, option, run_main, same_settings, write_jsonl
+from minibridge.config import option, run_main, write_jsonl
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
+from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer, train_toy
 
 SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems

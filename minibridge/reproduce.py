@@ -16,9 +16,12 @@ interrupted run is continued by the same command; it may then name more arms or 
 import dataclasses
 import hashlib
 import itertools
+import re
 import signal
 import string
 import sys
+import time
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,14 +34,16 @@ import torch
 import train_rl
 import train_sft
 from minibridge import arms, checkpoint, evaluate, igsm, plan, results, splits, tables, traces
-from minibridge.config import InputError, Run, option, read_json, run_command, same_settings, write_jsonl
+from minibridge.config import InputError, option, read_json, run_command, write_jsonl
 from minibridge.dag import Problem
 from minibridge.optim import pick_device
 from minibridge.pretrain import SCALE
+from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 TESTS = {"id": "ops", "ood": "ood_ops"}  # the test sets, and the settings that hold their op ranges
+REPORTS = 60  # seconds between two, of jobs side by side
 MAY_CHANGE = ("out", "base", "workers", "arms", "seeds", "rows", "micro_tokens", "checkpointing", "plan")
 
 
@@ -143,7 +148,7 @@ def main(config: Experiment):
         side_by_side(jobs, config.workers)
     text = write_results(config)
     run.finish()
-    print(f"\n{text}\n\nwritten: table.md, results.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
+    print(f"\n{text}\n\nwritten: table.md, results.csv, gains.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
 
 
 def check(config: Experiment):
@@ -185,13 +190,7 @@ def print_plans(config: Experiment):
 
 
 def behaviors_of(arm: str) -> traces.Behaviors:
-    name, at, probability = arm.partition("@")
-    try:
-        chosen = {"reflection": float(probability), "strict": True} if at else {}
-        traces.Behaviors(**chosen)
-    except (ValueError, InputError):
-        raise InputError(f"arms: {arm!r}: {probability!r} is not a probability, as 0.2 is") from None
-    found = arms.behaviors_of(name, **chosen)
+    found = arms.behaviors_of(arm)
     if found is None:
         raise InputError(f"arms: {arm!r} has no answers to train on")
     return found
@@ -209,7 +208,10 @@ def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
                 process.start()
                 print(f"begun: seed {job[0].seed}, {job[1]}; what it says: {log_of(*job)}", flush=True)
                 running[process.sentinel] = process, job
-            for sentinel in connection.wait(running):
+            ended = connection.wait(running, timeout=REPORTS)
+            if not ended:
+                report(job for _, job in running.values())
+            for sentinel in ended:
                 process, (one, arm) = running.pop(sentinel)
                 process.join()
                 if process.exitcode:
@@ -220,6 +222,14 @@ def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
         for process, _ in running.values():
             process.terminate()
         signal.signal(signal.SIGTERM, before)
+
+
+def report(jobs: Iterable[tuple[Experiment, str]]) :
+    """Prints how far each job has come, by the last line of its log that says so."""
+    for one, arm in jobs:
+        said = log_of(one, arm).read_text(encoding="utf-8").splitlines() if log_of(one, arm).exists() else []
+        if newest := [line for line in said if re.match("step +[0-9]|=== ", line)][-1:]:
+            print(f"{time.strftime('%H:%M')}  seed {one.seed}, {arm}: {newest[0].removeprefix('=== ')}", flush=True)
 
 
 def log_of(config: Experiment, arm: str) -> Path:
@@ -317,12 +327,13 @@ def answer_tests(config: Experiment, out: Path, name: str):
 
 
 def write_results(config: Experiment) -> str:
-    """results.csv, curves.csv and table.md; returns the latter."""
+    """results.csv, gains.csv, curves.csv and table.md; returns the latter."""
     runs, out = [(one.seed, Path(one.out)) for one in config.one_seed_each], Path(config.out)
     tests = {test: results.title(test, getattr(config, ops)) for test, ops in TESTS.items()}
     found = [outcome for seed, folder in runs for outcome in results.outcomes(seed, folder, config.names, tests)]
     text = results.table(found)
     tables.write(out / "results.csv", [row for outcome in found for row in outcome.rows()])
+    tables.write(out / "gains.csv", results.gains(found))
     tables.write(out / "curves.csv", results.curves(runs, config.names))
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -79,23 +79,40 @@ def interval(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
 def table(found: list[Outcome]) -> str:
     """Of each arm and test: accuracy before and after RL, its gain, and by how much that is more than the gain of the first
     arm, on the same problems. The paper's accuracy is greedy; RL raises that of sampled answers."""
-    by = {(o.test, o.decoding, o.arm, o.seed): o for o in found}
-    tests, arms, seeds = (list(dict.fromkeys(getattr(o, name) for o in found)) for name in ("test", "arm", "seed"))
-    rows, lucky = [], []
-    for test in tests:
-        for decoding in DECODINGS:
-            for arm in arms:
-                rows.append({"arm": arm, "test": test, "answers": decoding,
-                             **row([by[test, decoding, arm, seed] for seed in seeds],
-                                   [by[test, decoding, arms[0], seed] for seed in seeds])})
-        constants = [evaluate.best_constant(by[test, DECODINGS[0], arms[0], seed].before) for seed in seeds]
-        lucky.append(f"{test}: {mean(share for _, share in constants):.1%}")
-    shown = [{"arm": arm, "after": stage.upper(), "answers": f"{tests[0]}, {decoding}", **averaged}
-             for decoding in DECODINGS for arm in arms for stage in STAGES
-             for averaged in [averages([by[tests[0], decoding, arm, seed] for seed in seeds], stage)]]
+    rows = [{"arm": outcomes[0].arm, "test": outcomes[0].test, "answers": outcomes[0].decoding, **row(outcomes, first)}
+            for outcomes, first in compared(found)]
+    tests = list(dict.fromkeys(outcome.test for outcome in found))
+    lucky = [f"{test}: {mean(evaluate.best_constant(o.before)[1] for o in found if o.test == test):.1%}" for test in tests]
+    shown = [{"arm": outcomes[0].arm, "after": stage.upper(), "answers": f"{tests[0]}, {outcomes[0].decoding}",
+              **averages(outcomes, stage)}
+             for outcomes, _ in compared(found) if outcomes[0].test == tests[0] for stage in STAGES]
     crossed = effects(found)
     return "\n".join([markdown(rows), "", f"Best constant answer, {'; '.join(lucky)}", "", markdown(shown),
                       *(["", markdown(crossed)] if crossed else [])])
+
+
+def gains(found: list[Outcome]) -> Table:
+    """What `table` says of RL gains, in numbers, for a CSV file; "+-" is half of a 95% interval."""
+    return [{"arm": outcomes[0].arm, "test": outcomes[0].test, "decoding": outcomes[0].decoding, "gain": gain,
+             "gain +-": reach, "more": more, "more +-": more_reach}
+            for outcomes, first in compared(found) for (gain, reach), (more, more_reach) in [gain_of(outcomes, first)]]
+
+
+def compared(found: list[Outcome]) -> list[tuple[list[Outcome], list[Outcome]]]:
+    """For each test, decoding and arm in turn: its outcomes, one a seed, and those of the first arm with the same seeds."""
+    by: dict[tuple[str, str], dict[str, list[Outcome]]] = {}
+    for outcome in found:
+        by.setdefault((outcome.test, outcome.decoding), {}).setdefault(outcome.arm, []).append(outcome)
+    return [(outcomes, next(iter(arms.values()))) for arms in by.values() for outcomes in arms.values()]
+
+
+def gain_of(outcomes: list[Outcome], first: list[Outcome]) -> tuple[tuple[float, float], tuple[float | None, float | None]]:
+    """Gain and half width, and the same of how much more that is than the gain of the first arm; None for that arm itself."""
+    more = None, None
+    if outcomes[0].arm != first[0].arm:
+        more = interval([[a - b for a, b in zip(one.changes, other.changes, strict=True)]
+                         for one, other in zip(outcomes, first, strict=True)])
+    return interval([outcome.changes for outcome in outcomes]), more
 
 
 def effects(found: list[Outcome]) -> Table:
@@ -125,18 +142,14 @@ def title(test: str, ops: tuple[int, int]) -> str:
 
 
 def row(outcomes: list[Outcome], first: list[Outcome]) -> dict[str, str]:
-    gain, reach = interval([outcome.changes for outcome in outcomes])
+    (gain, reach), (more, more_reach) = gain_of(outcomes, first)
     before, after = (mean(outcome.accuracy[stage] for outcome in outcomes) for stage in (0, 1))
-    cells = {"after SFT": f"{before:.1%}", "after RL": f"{after:.1%}", "RL gain": f"{gain:+.1%}",
-             "95% interval": around(gain, reach)}
-    if outcomes[0].arm != first[0].arm:
-        more, reach = interval([[a - b for a, b in zip(one.changes, other.changes, strict=True)]
-                                for one, other in zip(outcomes, first)])
-        cells |= {f"more than {first[0].arm}": f"{more:+.1%}", "interval": around(more, reach)}
-    else:
-        cells |= {f"more than {first[0].arm}": "", "interval": ""}
     tokens = (mean(outcome.tokens[stage] for outcome in outcomes) for stage in (0, 1))
-    return cells | {"tokens": " -> ".join(f"{count:.0f}" for count in tokens)}
+    return {"after SFT": f"{before:.1%}", "after RL": f"{after:.1%}", "RL gain": f"{gain:+.1%}",
+            "95% interval": around(gain, reach),
+            f"more than {first[0].arm}": "" if more is None else f"{more:+.1%}",
+            "interval": "" if more is None else around(more, more_reach),
+            "tokens": " -> ".join(f"{count:.0f}" for count in tokens)}
 
 
 def around(value: float, reach: float) -> str:

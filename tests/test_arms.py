@@ -41,6 +41,8 @@ def written(row):
     (("bridge", None, 0.0), Behaviors(True, 2, 0.0)), (("analysis", 0), VANILLA),
     (("bridge", None, .3, True), Behaviors(True, 2, .3, True)),
     (("reflection", None, None, True), Behaviors(False, 0, .1, True)),
+    (("bridge@0.3",), Behaviors(True, 2, .3, True)), (("subgoal+reflection@.2",), Behaviors(True, 0, .2, True)),
+    (("bridge@1", 4), Behaviors(True, 4, 1.0, True)), (("reflection@0",), Behaviors(False, 0, 0.0, True)),
 ])
 def test_behaviors_of_an_arm(arguments, behaviors):
     assert behaviors_of(*arguments) == behaviors
@@ -52,7 +54,9 @@ def test_behaviors_of_an_arm(arguments, behaviors):
     (("vanilla", 2), "analysis"), (("vanilla", None, .1), "reflection"), (("subgoal", 2), "analysis"),
     (("rc-aug", None, 0.0), "reflection"), (("vanilla", None, None, True), "strict"),
     (("subgoal+analysis", None, None, True), "strict"), (("prompts", 2), "analysis"), (("bridge", 7), "analysis"),
-    (("bridge", None, 2.0), "reflection"),
+    (("bridge", None, 2.0), "reflection"), (("bridge@2",), "'2' is not a probability"), (("bridge@",), "'' is not a prob"),
+    (("bridge@1e-1",), "not a probability"), (("bridge@0.1@0.2",), "not a probability"), (("bird@0.1",), "'bird' is none of"),
+    (("analysis@0.1",), "reflection"), (("bridge@0.1", None, .1), "says itself"), (("bridge@0.1", None, None, True), "says itself"),
 ])
 def test_settings_that_an_arm_does_not_have(arguments, named):
     with pytest.raises(InputError, match=named):

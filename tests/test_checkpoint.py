@@ -149,6 +149,9 @@ def test_broken_index(folder, content):
 
 
 def test_missing_folder_and_files(folder):
+    assert folder.name == "model"
+    with pytest.raises(InputError, match=f"^{folder.parent}: a run folder; its model is {folder}$"):
+        checkpoint.load(folder.parent)
     with pytest.raises(InputError, match="absent: no such folder"):
         checkpoint.load(folder / "absent")
     (folder / checkpoint.WEIGHTS).unlink()

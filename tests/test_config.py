@@ -10,7 +10,8 @@ from typing import Literal
 import pytest
 
 import minibridge.config
-from minibridge.config import REQUIRED, InputError, Run, option, parse, read_json, read_jsonl, run_main, write_jsonl
+from minibridge.config import REQUIRED, InputError, option, parse, read_json, read_jsonl, run_main, write_jsonl
+from minibridge.run_folder import Run
 
 
 @dataclass(frozen=True)

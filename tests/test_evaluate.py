@@ -225,9 +225,9 @@ LINE = {"group": 0, "answer": "6", "text": ""}
 
 @pytest.mark.parametrize("bad, message", [
     ("{", "not valid JSON"), ("[]", "not a JSON object"),
-    ('{"answer": "6", "text": ""}', "'group' must be a int"),
+    ('{"answer": "6", "text": ""}', "no saved answer: field 'group' must be of type int"),
     ('{"group": 0, "answer": 6, "text": ""}', "'answer' must be a str"),
-    ('{"group": true, "answer": "6", "text": ""}', "'group' must be a int"),
+    ('{"group": true, "answer": "6", "text": ""}', "no saved answer: field 'group' must be of type int"),
     ('{"group": 0, "answer": "6", "text": "", "tolerance": "x"}', "'tolerance' must be a number"),
     ('{"group": 0, "answer": "6"}', "'text'"),
     (json.dumps(LINE | {"problem": SIX | {"nodes": [NODE | {"expr": 7}]}}), "'answer' is 6, its problem's 7"),
@@ -255,7 +255,7 @@ def test_bad_saved_line_is_named(tmp_path, capsys, bad, message):
     ("--model {model} --data {rl} --out {out} --temperature 1e-40", "temperature: 1e-40 is too small"),
     ("--rescore {rl} --samples 2", "rescore: no other option"),
     ("--explain {rl} --rescore {rl}", "no other option"),
-    ("--explain {rl}", "{rl}:1: field 'text'"),
+    ("--explain {rl}", "{rl}:1: no saved answer: field 'text'"),
     ("--explain {empty}", "{empty}: no lines"),
     ("--model {model}/no --data {rl} --out {out}", "{model}/no: no such folder"),
     ("--model {model} --data {model}/no --out {out} --max-new-tokens 8", "{model}/no: No such file"),
@@ -278,5 +278,5 @@ def test_answers_never_replace_their_prompts(toy, tmp_path, capsys):
     data.write_bytes(Path(toy.rl).read_bytes())
     words = ["--model", toy.model, "--data", str(data), "--out", f"{tmp_path}/../{tmp_path.name}/data.jsonl"]
     assert run_main(evaluate.main, evaluate.Config, words) == 2
-    assert capsys.readouterr().err == "error: out: would replace the file of --data\n"
+    assert capsys.readouterr().err.endswith("data.jsonl is there already; remove it or choose another\n")
     assert data.read_bytes() == Path(toy.rl).read_bytes()

@@ -28,13 +28,14 @@ from safetensors.torch import load_file, save_file
 
 from minibridge import checkpoint, evaluate
 from minibridge.arms import read_rollouts
-from minibridge.config import InputError, Run, _lines_before, read_jsonl, write_jsonl
+from minibridge.config import InputError, read_jsonl, write_jsonl
 from minibridge.dag import read_problem
 from minibridge.data import Example, Prompt, load_prompts, load_sft
 from minibridge.model import Decoder
 from minibridge.model_config import SIZES, ModelConfig
 from minibridge.reproduce import TOY_BASE
 from minibridge.optim import adamw, fingerprint, resume_point, update
+from minibridge.run_folder import Run, _lines_before
 from minibridge.tokenizer import Tokenizer
 
 SECONDS, GIBIBYTES = 20, 3  # bounds of one reading: an undamaged file takes some hundredths of a second, and megabytes

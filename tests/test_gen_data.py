@@ -22,8 +22,9 @@ OWN = str(Path(gen_data.__file__).parent / "docs" / "own_problems.jsonl")
 
 @pytest.fixture
 def make(tmp_path, capsys):
-    """Runs the script and returns the rows it wrote."""
+    """Runs the script and returns the rows it wrote, to a file that no other command has written."""
     def make(*argv, out="rows.jsonl"):
+        (tmp_path / out).unlink(missing_ok=True)
         status = run_main(gen_data.main, gen_data.Config, [*argv, "--out", str(tmp_path / out)])
         assert status == 0, capsys.readouterr().err
         return read_jsonl(tmp_path / out)
@@ -204,7 +205,7 @@ def test_epochs_that_match_the_steps_of_the_plain_arm():
 
 def test_epochs_are_printed_for_the_augmented_arms(tmp_path, capsys):
     for arm, rows, printed in (("rc-aug", "none", True), ("rc-aug", "128", False), ("vanilla", "none", False)):
-        argv = ["--arm", arm, "--count", "128", "--rows", rows, "--scale", "toy", "--ops", "2", "--out", str(tmp_path / "x")]
+        argv = ["--arm", arm, "--count", "128", "--rows", rows, "--scale", "toy", "--ops", "2", "--out", str(tmp_path / f"{arm}_{rows}")]
         assert run_main(gen_data.main, gen_data.Config, argv) == 0
         assert ("--epochs 1.2500\n" in capsys.readouterr().out) == printed
 
@@ -230,6 +231,17 @@ def test_line_orders(make):
     ("--task arithmetic --depth 1", "depth"), ("--workers 0", "workers")])
 def test_options_that_would_do_nothing_or_never_end_are_refused(fails, argv, named):
     assert fails(*argv.split()).startswith(f"error: {named}: ")
+
+
+def test_rows_of_another_command_are_not_replaced(make, tmp_path, capsys):
+    argv = ["--scale", "toy", "--ops", "3", "--count", "2", "--out", str(tmp_path / "rows.jsonl")]
+    make(*argv[:-2])
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    assert run_main(gen_data.main, gen_data.Config, argv) == 0  # the same rows
+    capsys.readouterr()
+    assert run_main(gen_data.main, gen_data.Config, [*argv, "--seed", "1"]) == 2
+    assert f"out: {tmp_path / 'rows.jsonl'} holds other rows" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("option", ["--problems", "--rollouts"])

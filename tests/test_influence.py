@@ -244,7 +244,7 @@ def test_an_unreliable_ranking_is_called_so(arguments, tmp_path, capsys, monkeyp
     ("--model {model} --data {rl} --prompts 4", "needs two; 0% of the answers are right, 98% were cut off at --max-new"),
     ("--model {model} --data {rl} --prompts 4 --adam {model}", "{model}/training.json: No such file"),
     ("--model {model} --data {rl} --prompts 4 --reference {rl}", "{rl}:1: field 'messages'"),
-    ("--model {model} --data {rl} --prompts 4 --out {training}", "{training}/run.json: not the record of such a run"),
+    ("--model {model} --data {rl} --prompts 4 --out {training}", "{training}/run.json: not the record of such a run, but of another"),
     ("--model {model} --data {rl} --samples 1", "samples: must be at least 2"),
     ("--model {model} --data {sft}", "{sft}:1: field 'prompt'"),
 ])

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "minibridge"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 SCRIPTS = {path.stem for path in PACKAGE.parent.glob("*.py")} | {"gen_data", "train_sft", "train_rl"}
-RUNNABLE = {"evaluate", "pretrain", "influence", "plots", "reproduce", "bench", "splits", "compare_losses"}
+RUNNABLE = {"evaluate", "pretrain", "influence", "plots", "reproduce", "bench", "splits", "compare_losses", "show"}
 
 
 @functools.cache

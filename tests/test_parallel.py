@@ -33,6 +33,7 @@ DEADLINE = 120  # seconds, after which processes are taken to hang
 def child(name: str, words: list[str], port: int, rank: int, sabotage):
     """What torchrun would start: the script, as one of two."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
     for stream in (1, 2):
         os.dup2(os.open(f"{words[-1]}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",

@@ -41,6 +41,9 @@ def folders(tmp_path):
             {"seed": seed, "arm": arm, "test": "id", "decoding": "greedy", "stage": stage, "problems": 4, "accuracy": share}
             for seed in seeds for arm, stage, share in (("vanilla", "sft", 0.25), ("vanilla", "rl", 0.5 + seed / 4),
                                                         ("bridge", "sft", 0.25), ("bridge", "rl", 0.75))])
+        tables.write(tmp_path / name / "gains.csv", [
+            {"arm": arm, "test": test, "decoding": "greedy", "gain": gain, "gain +-": 0.02, "more": more, "more +-": more}
+            for test in ("id", "ood") for arm, gain, more in (("vanilla", 0.01, None), ("bridge", 0.04, 0.03))])
     return tmp_path
 
 
@@ -49,7 +52,8 @@ def test_numbers_of_every_figure(folders, capsys):
     runs = ",".join(f"{name}{folders / folder}" for name, folder in (
         ("bridge=", "b"), ("vanilla=", "a"), ("", "rl"), ("", "whole"), ("more=", "seeds")))
     assert run("--runs", runs, "--out", folders / "out") == 0
-    printed, names = capsys.readouterr().out, ["training", "rollout_accuracy", "influence", "ablation", "fluency"]
+    printed, names = capsys.readouterr().out, list(plots.FIGURES)
+    assert len(names) == 6
     assert all(f"{name}.png" in printed for name in names)
     assert sorted(path.name for path in (folders / "out").iterdir()) == sorted(
         f"{name}.{kind}" for name in names for kind in ("csv", "png"))
@@ -70,6 +74,9 @@ def test_numbers_of_every_figure(folders, capsys):
     assert shares["more: vanilla", "rl"] == (0.625, 0, 1) and shares["more: bridge", "rl"] == (0.75, 0.75, 0.75)
     for row in found["ablation"]:
         assert row["test"] == "id, greedy"
+    assert [(row["arm"], row["test"], row["gain"], row["more"]) for row in found["gains"][:4]] == [
+        (arm, f"{test}, greedy", gain, more) for arm, gain, more in (("vanilla", "0.01", ""), ("bridge", "0.04", "0.03"))
+        for test in ("id", "ood")]
     for name in names:
         assert (folders / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -83,7 +90,7 @@ def test_an_arm_looks_the_same_in_every_figure_and_no_two_alike(folders, monkeyp
     plots.draw([("vanilla", folders / "a"), ("bridge", folders / "b"), (None, folders / "whole")], folders / "out")
     assert {arm: {number for (_, name), number in seen.items() if name == arm} for arm in ("bridge", "vanilla")} == {
         "bridge": {1}, "vanilla": {0}}
-    assert len(seen) == 10
+    assert len(seen) == 12
     looks = [(arm.bar["color"], arm.bar["hatch"], arm.point["marker"]) for arm in map(plots.Arm, "abcdefgh", range(8))]
     for column in zip(*looks):
         assert len(set(column)) == 8
@@ -119,6 +126,12 @@ def test_what_is_drawn(folders, monkeypatch):
     assert [patch.get_height() for patch in before] == [0.25, 0.25]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["vanilla", "bridge"]
     assert {round(patch.get_x() + patch.get_width() / 2): patch.get_height() for patch in after} == {0: 0.5, 1: 0.75}
+    figure = Figure()
+    plots.draw_gains(figure, plots.gains([(None, folders / "whole")]), [plots.Arm("vanilla", 0), plots.Arm("bridge", 1)])
+    gain, more = ([(bars.get_label(), [*map(float, bars.lines[0].get_xdata())], [*map(round, bars.lines[0].get_ydata())])
+                   for bars in axes.containers] for axes in figure.axes)
+    assert gain == [("vanilla", [1, 1], [0, 1]), ("bridge", [4, 4], [0, 1])] and more == [("bridge", [3, 3], [0, 1])]
+    assert "less that of vanilla" in figure.axes[1].get_title()
 
 
 @pytest.mark.parametrize("argv, message", [

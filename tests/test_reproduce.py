@@ -93,6 +93,20 @@ def test_several_seeds_side_by_side(finished, tmp_path, capsys):
             assert json.loads((folder / f"{stage}_bridge" / "run.json").read_text())["config"]["seed"] == seed
 
 
+def test_jobs_side_by_side_say_how_far_they_are(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "REPORTS", 0.05)
+    job = dataclasses.replace(finished[0], out=str(tmp_path))
+    log = reproduce.log_of(job, "bridge")
+    reproduce.report([(job, "bridge")])  # no log yet
+    assert not capsys.readouterr().out
+    log.write_text("=== GRPO, bridge\nstep 1/2 | accuracy 0\n--- reward 0\nstep by step\n<think>\n")
+    reproduce.report([(job, "bridge"), (job, "vanilla")])
+    assert capsys.readouterr().out[5:] == "  seed 0, bridge: step 1/2 | accuracy 0\n"
+    config = dataclasses.replace(finished[0], out=str(tmp_path / "run"), arms="bridge", workers=2, rl_steps=1, test_problems=2)
+    reproduce.main(config)
+    assert "  seed 0, bridge: " in capsys.readouterr().out
+
+
 def test_a_process_that_fails_ends_the_whole_in_a_line(finished, tmp_path):
     config = dataclasses.replace(finished[0], out=str(tmp_path / "run"), arms="bridge", workers=2)
     broken = tmp_path / "run" / "seed_0" / "sft_bridge" / "run.json"
@@ -253,6 +267,10 @@ def test_the_gain_of_several_seeds_by_hand():
     reach = 12.7062 * 0.5 / 2**0.5 / 2**0.5  # of 0 and 1/2
     assert cells["more than a"] == "+25.0%" and cells["interval"] == f"{0.25 - reach:+.1%} to {0.25 + reach:+.1%}"
     assert results.row(firsts, firsts)["more than a"] == ""
+    assert results.gains([*firsts, *mine]) == [
+        {"arm": "a", "test": "id", "decoding": "greedy", "gain": 0.5, "gain +-": 0, "more": None, "more +-": None},
+        {"arm": "b", "test": "id", "decoding": "greedy", "gain": 0.75, "gain +-": pytest.approx(reach), "more": 0.25,
+         "more +-": pytest.approx(reach)}]
     still = [outcome("a", seed, [[1], [0]], [[1], [0]]) for seed in range(2)]
     assert (results.row(still, firsts)["RL gain"], results.row(still, firsts)["95% interval"]) == ("+0.0%", "")
 

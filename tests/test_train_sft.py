@@ -320,6 +320,16 @@ def test_validation_row_that_fits_no_micro_batch_is_found_before_training(toy, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_the_folder_of_another_command_is_not_taken(toy, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    record = '{"config": {"model": "x", "data": "y", "seed": 0}, "commit": "z"}'
+    (tmp_path / "run" / "run.json").write_text(record)
+    for flags in (SETTINGS, f"{SETTINGS} --resume"):
+        assert train(toy, tmp_path / "run", flags) == 2
+        assert "run.json: not the record of such a run, but of another command" in capsys.readouterr().err
+    assert (tmp_path / "run" / "run.json").read_text() == record and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_folder_with_checkpoints_is_not_begun_again(toy, whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)

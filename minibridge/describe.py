@@ -1,0 +1,54 @@
+"""What a step's rollouts look like, for the log of train_rl.py; docs/manual.md explains every figure."""
+from collections import Counter
+
+from minibridge import coinfluence, spans
+from minibridge.answer import extract
+from minibridge.rollout import Episode, dead
+
+VERIFIED = 128  # answers of a step whose behaviors are counted, if there are not more prompts
+
+
+def describe(groups: list[list[Episode]]) -> dict[str, float]:
+    """What the rollouts look like, before any training on them."""
+    episodes = [episode for group in groups for episode in group]
+
+    def mean(values) -> float:
+        return sum(values) / len(episodes)
+
+    learnable = coinfluence.mix(coinfluence.rewards(groups))
+    answers = Counter(text for episode in episodes if (text := extract(episode.text)) is not None)
+    return {
+        **learnable,
+        "reward": mean(episode.reward for episode in episodes),
+        "well_formed": mean(episode.well_formed for episode in episodes),
+        "length": mean(len(episode.completion.ids) for episode in episodes),
+        "truncated": mean(episode.completion.finish_reason == "length" for episode in episodes),
+        "common_answer": max(answers.values(), default=0) / len(episodes),
+        "dead_groups": sum(map(dead, groups)) / len(groups),
+    }
+
+
+def wasted(groups: list[list[Episode]], mask_truncated: bool = False) -> float:
+    """Share of the sampled tokens that no gradient of a reward comes from: answers of dead groups, and with
+    mask_truncated those cut off."""
+    def tokens(groups) -> int:
+        return sum(len(episode.completion.ids) for group in groups for episode in group
+                   if not (mask_truncated and episode.completion.finish_reason == "length"))
+
+    sampled = sum(len(episode.completion.ids) for group in groups for episode in group)
+    return 1 - tokens(group for group in groups if not dead(group)) / sampled
+
+
+def behaviors(groups: list[list[Episode]], data: str) -> dict[str, float]:
+    """What some answers to each prompt show: the verifier takes milliseconds for each. data: their file, to name it."""
+    some = max(1, VERIFIED // len(groups))
+    problems = [spans.problem_of(group[0].prompt, data) for group in groups]
+    return {} if None in problems else spans.behavior_rates([group[:some] for group in groups], problems)
+
+
+def show(groups: list[list[Episode]]):
+    """Two rollouts in full, a right and a wrong one if there are both."""
+    episodes = sorted((episode for group in groups for episode in group), key=lambda episode: -episode.correct)
+    for episode in (episodes[0], episodes[-1]):
+        question = episode.prompt.record["prompt"][-1]["content"]
+        print(f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}", flush=True)

@@ -1,0 +1,118 @@
+"""Run folders: what ran, with which settings and versions, and a line of numbers for every step. Only stdlib."""
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from minibridge.config import InputError, json_line, plain, read_json, whole_lines, write_whole
+
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
+
+
+def same_settings(folder: str | Path, config: Any, but: Sequence[str] = ()) -> None:
+    """Raise InputError if `folder`/run.json was made with other settings, naming those that differ; `but` may differ."""
+    before, now = settings_before(folder, config), json.loads(json_line(dataclasses.asdict(config)))
+    differing = [name for name in now if before is not None and name not in but and before[name] != now[name]]
+    if differing:
+        changes = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing)
+        raise InputError(f"{Path(folder) / 'run.json'}: made with other settings: {changes}; choose another --out")
+
+
+def settings_before(folder: str | Path, config: Any) -> dict | None:
+    """Those in `folder`/run.json, None without one. Raises InputError if a command without `config`'s options wrote it."""
+    path = Path(folder) / "run.json"
+    if not path.exists():
+        return None
+    before = read_json(path).get("config")
+    if not isinstance(before, dict) or {field.name for field in dataclasses.fields(config)} - before.keys():
+        raise InputError(f"{path}: not the record of such a run, but of another command; choose another --out")
+    return before
+
+
+class Run:
+    """A run folder: run.json (what ran), metrics.jsonl (an object a step), and what the script puts beside.
+
+    A new run starts metrics.jsonl afresh. With `resume_step=k`, k being the first step that will run (again),
+    the lines of steps before k stay and the later ones go, so that no step is logged twice. `facts` go into run.json.
+    `run.path` is the folder: `run.path / "checkpoints"`. `run.steps`, which may be set later, is the total on the console.
+    """
+
+    def __init__(self, folder: str | Path, config: Any, argv: Sequence[str] | None = None,
+                 device: str = "cpu", steps: int | None = None, resume_step: int | None = None, **facts: Any):
+        self.path, self.steps = Path(folder), steps
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.metrics = self.path / "metrics.jsonl"
+        write_whole(self.metrics, "" if resume_step is None else _lines_before(self.metrics, resume_step))
+        self.started = time.monotonic()
+        self.record = {
+            "config": dataclasses.asdict(config),
+            "argv": list(sys.argv if argv is None else argv),
+            "device": str(device),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "resume_step": resume_step,
+            "versions": _versions(),
+        } | _commit() | facts
+        self._save()
+
+    def _save(self) -> None:
+        text = json.dumps(plain(self.record), ensure_ascii=False, allow_nan=False, indent=2)
+        write_whole(self.path / "run.json", text + "\n")
+
+    def log(self, step: int, console: Sequence[str] | None = None, **numbers: Any) -> None:
+        """Append to metrics.jsonl; print the numbers named in `console` (default: all; empty: no line)."""
+        with open(self.metrics, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json_line({"step": step} | numbers))
+        names = [name for name in (numbers if console is None else console) if name in numbers]
+        if names:
+            width, total = (5, "") if self.steps is None else (len(str(self.steps)), f"/{self.steps}")
+            cells = [f"step {step:{width}d}{total}"]
+            cells += [f"{name} {_short(numbers[name]):<9}" for name in names]  # 9: a %.4g such as 1.234e-06
+            print(" | ".join(cells).rstrip(), flush=True)
+
+    def finish(self, **results: Any) -> None:
+        """Add the wall-clock seconds since this start, and the results given, to run.json."""
+        self.record |= {"seconds": round(time.monotonic() - self.started, 1)} | results
+        self._save()
+
+
+def _short(value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _lines_before(path: Path, step: int) -> str:
+    if not path.exists():
+        return ""
+    rows = whole_lines(path)
+    if not all(isinstance(row.get("step"), int) for row in rows):
+        raise InputError(f"{path}: a line without its step")
+    return "".join(json_line(row) for row in rows if row["step"] < step)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass  # data generation runs without torch
+    return versions
+
+
+def _commit() -> dict[str, str]:
+    """The commit of this source tree, "-dirty" if changed; nothing outside a work tree or without git."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, check=True, text=True,
+                              capture_output=True).stdout.strip()
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
