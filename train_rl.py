@@ -24,10 +24,10 @@ import torch
 from minibridge import checkpoint, coinfluence, parallel, plan, replay, spans
 from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts, prompt_stream, sample_seed
-from minibridge.describe import behaviors, describe, show, wasted
 from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
+from minibridge.monitor import behaviors, describe, show, wasted
 from minibridge.optim import (
     NonFinite, adamw, fingerprint, finished, learning_rate, open_model, pick_device, prompt_limit, resume_point,
     save_checkpoint, training_flops, update

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-import minibridge.config
+import minibridge.run_folder
 from minibridge.config import REQUIRED, InputError, option, parse, read_json, read_jsonl, run_main, write_jsonl
 from minibridge.run_folder import Run
 
@@ -275,8 +275,8 @@ def test_run_json_is_the_record_of_the_run(tmp_path):
 def test_commit_is_recorded_in_a_work_tree_only(tmp_path, monkeypatch):
     package = tmp_path / "package"
     package.mkdir()
-    (package / "config.py").write_text("a = 1\n")
-    monkeypatch.setattr(minibridge.config, "__file__", str(package / "config.py"))
+    (package / "run_folder.py").write_text("a = 1\n")
+    monkeypatch.setattr(minibridge.run_folder, "__file__", str(package / "run_folder.py"))
     assert "commit" not in Run(tmp_path / "run", Config(data="x")).record
 
     def git(*arguments):
@@ -287,11 +287,11 @@ def test_commit_is_recorded_in_a_work_tree_only(tmp_path, monkeypatch):
     git("init", "-q")
     git("commit", "-q", "-m", "of someone else", "--allow-empty")
     assert "commit" not in Run(tmp_path / "run", Config(data="x")).record  # in a repository, not of it
-    git("add", "config.py")
+    git("add", "run_folder.py")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD").stdout.strip()
     assert Run(tmp_path / "run", Config(data="x")).record["commit"] == commit
-    (package / "config.py").write_text("a = 2\n")
+    (package / "run_folder.py").write_text("a = 2\n")
     assert Run(tmp_path / "run", Config(data="x")).record["commit"] == commit + "-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
     assert "commit" not in Run(tmp_path / "run", Config(data="x")).record

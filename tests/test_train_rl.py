@@ -10,7 +10,7 @@ import torch
 
 import train_rl
 from conftest import make_model, metrics, weights, without_times
-from minibridge import cache, checkpoint, evaluate, logprob, policy
+from minibridge import cache, checkpoint, evaluate, logprob, monitor, policy
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts
 from minibridge.generate import Completion
@@ -315,7 +315,7 @@ def test_two_steps_and_their_files(toy, guesser, tmp_path, capsys):
 
 
 def test_behaviors_are_counted_where_problems_are_known(toy, guesser, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_rl, "VERIFIED", 6)  # of 3 groups of 16
+    monkeypatch.setattr(monitor, "VERIFIED", 6)  # of 3 groups of 16
     seen = []
     monkeypatch.setattr(train_rl.spans, "verify", lambda problem, text: seen.append(text) or verify(problem, text))
     plain = tmp_path / "plain.jsonl"
@@ -365,9 +365,9 @@ def test_validation_is_the_greedy_accuracy_and_leaves_sampling_alone(toy, guesse
     assert [row["step"] for row in metrics(one) if "val_accuracy" in row] == [0, 2, 3]
     assert weights(one / "model") == weights(other / "model")
     for folder, row in ((guesser, metrics(one)[0]), (one / "model", metrics(one)[-1])):
-        words = f"--model {folder} --data {toy.rl} --out {tmp_path}/eval --max-new-tokens 8 --device cpu"
+        words = f"--model {folder} --data {toy.rl} --out {folder}.jsonl --max-new-tokens 8 --device cpu"
         assert run_main(evaluate.main, evaluate.Config, words.split()) == 0
-        assert row["val_accuracy"] == evaluate.accuracy(evaluate.rescore(tmp_path / "eval")) < 1
+        assert row["val_accuracy"] == evaluate.accuracy(evaluate.rescore(f"{folder}.jsonl")) < 1
 
 
 def test_the_policy_learns(toy, guesser, tmp_path):
