@@ -59,12 +59,20 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: 
     shared = torch.cat(summed, -1).unflatten(2, (J, G)).transpose(1, 2).flatten(0, 1)[place]  # (B, K, G, D + 2)
     out, total, top = shared.split((q.shape[-1], 1, 1), -1)
 
-    scores = (q @ answers[0].mT).float() + answer_bias[:, None, None]  # (B, K, G, S)
+    scores = _met(q, answers[0]) + answer_bias[:, None, None]  # (B, K, G, S)
     itself = (q * k[:, :, None]).float().sum(-1, keepdim=True)  # (B, K, G, 1)
     highest = torch.maximum(torch.maximum(top, itself), scores.amax(-1, keepdim=True))
     scale, weights, weight = (top - highest).exp(), (scores - highest).exp(), (itself - highest).exp()
-    out = out * scale + (weights.to(q.dtype) @ answers[1]).float() + weight * v[:, :, None].float()
+    out = out * scale + _met(weights.to(q.dtype), answers[1].mT) + weight * v[:, :, None].float()
     return (out / (total * scale + weights.sum(-1, keepdim=True) + weight)).to(q.dtype)
+
+
+def _met(few: Tensor, many: Tensor) -> Tensor:
+    """few (B, K, G, X) times the transpose of many (B, K, Y, X): (B, K, G, Y) in fp32. Of one or two rows a matrix product is
+    slower on a CPU than the loop that torch.compile makes of the sum itself."""
+    if torch.compiler.is_compiling() and few.is_cpu and few.shape[2] <= 2:
+        return (few[:, :, :, None].float() * many[:, :, None].float()).sum(-1)
+    return (few @ many.mT).float()
 
 
 @dataclass
