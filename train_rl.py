@@ -138,7 +138,8 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
 
 def learn(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, groups: list[list[Episode]],
           step: int, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
-    """`improve` on a rollout batch, N prompts of G answers; what makes the loss or the gradient not finite is kept in a file."""
+    """`improve` on a rollout batch, N prompts of G answers; what makes the loss or the gradient not finite is kept in a
+    file."""
     recipe = recipe_of(config)
     rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
     advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)

@@ -68,8 +68,8 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: 
 
 
 def _met(few: Tensor, many: Tensor) -> Tensor:
-    """few (B, K, G, X) times the transpose of many (B, K, Y, X): (B, K, G, Y) in fp32. Of one or two rows a matrix product is
-    slower on a CPU than the loop that torch.compile makes of the sum itself."""
+    """few (B, K, G, X) times the transpose of many (B, K, Y, X): (B, K, G, Y) in fp32. Of one or two rows a matrix
+    product is slower on a CPU than the loop that torch.compile makes of the sum itself."""
     if torch.compiler.is_compiling() and few.is_cpu and few.shape[2] <= 2:
         return (few[:, :, :, None].float() * many[:, :, None].float()).sum(-1)
     return (few @ many.mT).float()
@@ -124,8 +124,8 @@ def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *
 
 @cache
 def compiled_form(function: Callable, cpu: bool) -> Callable:
-    """Without torch.compile's checks of its own buffers' sizes, and on a CPU called from C++ and not from Python: 5% and 7% of
-    a toy step."""
+    """Without torch.compile's checks of its own buffers' sizes, and on a CPU called from C++ and not from Python: 5%
+    and 7% of a toy step."""
     return torch.compile(function, options={"size_asserts": False, "cpp_wrapper": cpu})
 
 

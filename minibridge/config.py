@@ -14,7 +14,8 @@ A script has one frozen dataclass. It is the list of defaults, the command line 
     if __name__ == "__main__":
         sys.exit(run_main(main, Config))
 
-There are no config files, no overrides from the environment, no logging framework: `run_folder.Run.log` prints during training.
+There are no config files, no overrides from the environment, no logging framework: `run_folder.Run.log` prints during
+training.
 """
 
 import argparse

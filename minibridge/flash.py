@@ -28,9 +28,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, most:
            used: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What q (Q, H, D) finds in k and v (.., K, D), (Q, H, D), and the logsumexp of its scores, (H, Q) fp32.
 
-    Text i has the queries from queries[i] to queries[i + 1], and the keys from keys[i] on, to keys[i + 1] or `used[i]` of them
-    (int32 all); if `causal`, its last query meets all of them, the one before all but one. most: queries and keys of a text.
-    Without any keys it finds 0, with a logsumexp of +inf.
+    Text i has the queries from queries[i] to queries[i + 1], and the keys from keys[i] on, to keys[i + 1] or `used[i]`
+    of them (int32 all); if `causal`, its last query meets all of them, the one before all but one. most: queries and
+    keys of a text. Without any keys it finds 0, with a logsumexp of +inf.
     """
     return torch.ops.aten._flash_attention_forward(q, k, v, queries, keys, *most, 0.0, causal, False, seqused_k=used)[:2]
 
@@ -39,7 +39,8 @@ def varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
                     most: tuple[int, int], causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for q, k and v, given that for `out`. Of what was joined, `out` and `sums` are the joint ones."""
     seed, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # no dropout
-    return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, sums, queries, keys, *most, 0.0, causal, seed, unused)
+    return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, sums, queries, keys, *most, 0.0, causal, seed,
+                                                    unused)
 
 
 def decoding_cache(config, prompts: int, prompt_slots: int, rows: int, slots: int, dtype: torch.dtype, device: torch.device,
@@ -53,8 +54,8 @@ def decode_block(block, x: Tensor, cos: Tensor, sin: Tensor, prompts: Tensor, an
                  said: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's part of a decoding step on x (B, 1, C): its output, and the new keys and values (2, B, K, D).
 
-    Each row attends to its prompt, of prompts (2, N, P, K, D), to the `said` tokens of its answer, of answers (2, B, S, K, D),
-    and to itself. For the kernel the G queries of a key head are a text's, by prompt those of all its answers.
+    Each row attends to its prompt, of prompts (2, N, P, K, D), to the `said` tokens of its answer, of answers (2, B, S,
+    K, D), and to itself. For the kernel the G queries of a key head are a text's, by prompt those of all its answers.
     """
     new = []
 
@@ -77,19 +78,19 @@ def decode_block(block, x: Tensor, cos: Tensor, sin: Tensor, prompts: Tensor, an
 
 
 # Of `decode_block`'s inputs those that change in size, by place: rows, prompts, slots.
-SIZES = {1: (0,), 2: (0,), 3: (0,), 4: (1, 2), 5: (1, 2), 6: (0,), 7: (0,), 8: (0,), 9: (0,), 10: (0,), 11: (0,), 12: (0,), 13: (0,)}
+SIZES = {place: (0,) for place in range(1, 14)} | {4: (1, 2), 5: (1, 2)}
 
 
 class FlashCache:
-    """`KVCache` for `varlen`: `prompts` (L, 2, N, P, K, D) and `answers` (L, 2, B, S, K, D), of which the kernel reads what it
-    is told to.
+    """`KVCache` for `varlen`: `prompts` (L, 2, N, P, K, D) and `answers` (L, 2, B, S, K, D), of which the kernel reads
+    what it is told to.
 
-    If `compiled`, a step works on all rows, or on half of them, a quarter, ... as long as those hold the live ones; what it does
-    for the others nobody reads.
+    If `compiled`, a step works on all rows, or on half of them, a quarter, ... as long as those hold the live ones;
+    what it does for the others nobody reads.
     """
 
-    def __init__(self, config, prompts: int, prompt_slots: int, rows: int, slots: int, dtype: torch.dtype, device: torch.device,
-                 compiled: bool):
+    def __init__(self, config, prompts: int, prompt_slots: int, rows: int, slots: int, dtype: torch.dtype,
+                 device: torch.device, compiled: bool):
         layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         self.prompts = torch.zeros(layers, 2, prompts, prompt_slots, K, D, dtype=dtype, device=device)
         self.answers = torch.zeros(layers, 2, rows, slots, K, D, dtype=dtype, device=device)
@@ -136,7 +137,8 @@ class FlashCache:
         self.told.copy_(torch.tensor(order + place + asked + [*accumulate(answers, initial=0)] + lengths + spare))
 
     def turn(self, advance: Callable[[int, int], None], rows: int, longest: int):
-        """advance(rows, longest), which calls `step`: at first itself, which compiles what is not yet, then by a graph of it."""
+        """advance(rows, longest), which calls `step`: at first itself, which compiles what is not yet, then by a graph
+        of it."""
         if not self.compiled:
             return advance(rows, longest)
         size = self.answers.shape[2]

@@ -1,10 +1,10 @@
 """What a decoder layer computes beside attention: norm, rotation, MLP.
 
-On a CPU the backward passes that autograd puts together for them are chains of steps over whole arrays, each of which waits for
-memory, and most of which keep their result. Where there may be a backward pass they are written by hand here: they keep their
-inputs, and of the MLP the two first products; norm and MLP work on some rows at a time, so that less of an array's size is held.
-On a GPU, in compiled decoding and in forward-mode differentiation (`jvp`) autograd's own operations run. On a CPU a model has the
-same bits with and without a backward pass.
+On a CPU the backward passes that autograd puts together for them are chains of steps over whole arrays, each of which
+waits for memory, and most of which keep their result. Where there may be a backward pass they are written by hand here:
+they keep their inputs, and of the MLP the two first products; norm and MLP work on some rows at a time, so that less of
+an array's size is held. On a GPU, in compiled decoding and in forward-mode differentiation (`jvp`) autograd's own
+operations run. On a CPU a model has the same bits with and without a backward pass.
 
 Axes: B rows, T tokens, D head size, C hidden, I middle of the MLP.
 """
@@ -70,7 +70,8 @@ def rotary_frequencies(size: int, theta: float, scaling: dict | None = None) -> 
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With n = x / rms, g the gradient for the output and h = g weight: d weight = sum of g n, d x = (h - n mean(h n)) / rms."""
+    """With n = x / rms, g the gradient for the output and h = g weight: d weight = sum of g n, d x = (h - n mean(h n))
+    / rms."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -118,8 +119,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """With g = x gateᵀ, u = x upᵀ, a = silu(g) and y the output's gradient times down: the gradient is y for a u, y a for u, and
-    y u silu'(g) for g. Those of the weights are summed in fp32 at least."""
+    """With g = x gateᵀ, u = x upᵀ, a = silu(g) and y the output's gradient times down: the gradient is y for a u, y a
+    for u, and y u silu'(g) for g. Those of the weights are summed in fp32 at least."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ class _Pool:
             model.activation_dtype, device, compiled)
         self.live: list[_Row] = []
         self.prompts: list[_Prompt] = []  # those of live and of waiting rows, in the order of the cache
-        self.changed, self.turn = False, 0  # whether the rows are no longer those that the cache has been told of; steps so far
+        self.changed = False  # whether the rows are no longer those that the cache has been told of
+        self.turn = 0  # steps so far
         self.waiting = self._prefill(prompts, results)
         shape = self.rows, stop.max_new_tokens  # (B, T)
         self.ids, self.logprobs = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
@@ -225,7 +226,8 @@ class _Pool:
         said = self.said[rows]
         at = said.clamp(max=self.ids.shape[1] - 1)[:, None]  # (B, 1)
         uniform = self.numbers[rows].gather(1, at)[:, 0]
-        tokens, logprobs = run(draw, self.compiled and len(hidden) > 1, {1: (0,), 2: (0,)}, self.model, hidden, uniform, *self.how)  # (B,), (B,)
+        compiled, sizes = self.compiled and len(hidden) > 1, {1: (0,), 2: (0,)}
+        tokens, logprobs = run(draw, compiled, sizes, self.model, hidden, uniform, *self.how)  # (B,), (B,)
         self.ids[rows].scatter_(1, at, tokens[:, None])
         self.logprobs[rows].scatter_(1, at, logprobs[:, None])
         said += 1

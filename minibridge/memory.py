@@ -5,9 +5,10 @@
     highest     the same, of the way to pack a step's rows into micro-batches that takes most
     decoding    `generate.generate`: the cache, and the largest of what comes and goes beside it
 
-Each gives the bytes of the highest moment by what they are for. The counts follow model.py, functional.py, cache.py, policy.py,
-logprob.py, generate.py and sampling.py and must change with them; tests/test_memory.py holds them to what the allocator
-reports. Not counted: ids and masks, what the allocator loses between blocks, what libraries take for themselves.
+Each gives the bytes of the highest moment by what they are for. The counts follow model.py, functional.py, cache.py,
+policy.py, logprob.py, generate.py and sampling.py and must change with them; tests/test_memory.py holds them to what
+the allocator reports. Not counted: ids and masks, what the allocator loses between blocks, what libraries take for
+themselves.
 
 Axes: N prompts of P tokens, B answers of T tokens, C hidden, V vocabulary, L layers.
 """
@@ -30,8 +31,8 @@ ITEMS = ("this process", "parameters", "Adam's moments", "copy to sample with", 
 
 
 class Line(NamedTuple):
-    """A micro-batch as the model sees it: tokens end to end, and the rows of them that attention copies them to, where it does
-    (`packed.Packed`)."""
+    """A micro-batch as the model sees it: tokens end to end, and the rows of them that attention copies them to, where
+    it does (`packed.Packed`)."""
     tokens: int
     rows: int
     slots: int   # tokens of the longest row
@@ -87,7 +88,8 @@ def layer(s: Sizes, line: Line) -> int:
     """Bytes that autograd keeps of one layer for the backward pass."""
     c, width = s.config, s.config.num_attention_heads * s.config.head_dim
     each = 4 * s.size * c.hidden_size                     # input and output of both norms
-    each += (2 if s.mlp_by_hand else 4) * s.size * c.intermediate_size  # gate, up; and if autograd does it silu(gate), product
+    # gate, up; and if autograd does it silu(gate), product
+    each += (2 if s.mlp_by_hand else 4) * s.size * c.intermediate_size
     each += s.size * width                                # attention's output
     if c.model_type == "qwen3":
         each += s.size * (width + s.key_width)            # into the norms of queries and keys
@@ -119,7 +121,8 @@ def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
     grown = s.size * line.tokens * (c.hidden_size + 2 * c.intermediate_size)
     if s.mlp_by_hand:
         rows = min(line.tokens, MLP_ROWS)
-        grown = s.size * (2 * line.tokens * c.hidden_size + 3 * rows * c.intermediate_size) + 12 * c.hidden_size * c.intermediate_size
+        grown = (s.size * (2 * line.tokens * c.hidden_size + 3 * rows * c.intermediate_size)
+                 + 12 * c.hidden_size * c.intermediate_size)
     shared = s.size * line.tokens * c.hidden_size if s.checkpointing and (s.cuda or not s.cast) else 0  # the layer's input
     again = layer(s, line) - shared + s.cast * s.body // c.num_hidden_layers
     tied = c.tie_word_embeddings

@@ -90,7 +90,8 @@ def resume_point(config: Any, mark: str) -> Path | None:
             print(f"{config.out}: goes on from {saved.name}", flush=True)
         if not saved and not finished(config):
             begun = (Path(config.out) / "run.json").exists()
-            print(f"{config.out}: {'no checkpoint yet, so the run begins anew' if begun else 'no run yet, so one begins'}", flush=True)
+            what = "no checkpoint yet, so the run begins anew" if begun else "no run yet, so one begins"
+            print(f"{config.out}: {what}", flush=True)
     elif saved or model.exists():
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
     else:

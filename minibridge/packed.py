@@ -13,21 +13,21 @@ from torch.autograd.function import once_differentiable
 from minibridge import flash
 from minibridge.cache import Attend, causal_attention
 
-# How many places of `Packed` rows a micro-batch may have for each of its tokens, since rows copy their prompt. It holds where
-# there are no rows too, so that a step's micro-batches are the same on every device.
+# How many places of `Packed` rows a micro-batch may have for each of its tokens, since rows copy their prompt. It holds
+# where there are no rows too, so that a step's micro-batches are the same on every device.
 PLACES = 2
 
 
 class Packed:
     """Attention in texts whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding.
 
-    Text i has lengths[i] tokens, and goes on from all those of text after[i] where that is not None, as answers do from their
-    prompt, which so stands in the line once. What others go on from goes on from none itself.
+    Text i has lengths[i] tokens, and goes on from all those of text after[i] where that is not None, as answers do from
+    their prompt, which so stands in the line once. What others go on from goes on from none itself.
 
-    `in_pieces`, each text meets itself, and answers side by side meet their prompt together: nothing is copied. Elsewhere rows
-    (B, L) say where the tokens of a text, and before it of what it goes on from, stand in the line. In each layer q, k and v
-    are copied to them, and what attention finds is read back, of shared tokens from the first row that has them; behind a row's
-    end is anything, and best not the same for all.
+    `in_pieces`, each text meets itself, and answers side by side meet their prompt together: nothing is copied.
+    Elsewhere rows (B, L) say where the tokens of a text, and before it of what it goes on from, stand in the line. In
+    each layer q, k and v are copied to them, and what attention finds is read back, of shared tokens from the first row
+    that has them; behind a row's end is anything, and best not the same for all.
     """
 
     def __init__(self, lengths: list[int], after: list[int | None]):
@@ -60,28 +60,30 @@ class Packed:
         numbers = torch.tensor([[before.start, before.stop, own.start, own.stop] for before, own in last], device=device)
         begins, ends, start, stop = numbers.T[..., None]  # (B, 1) each
         given, slots = ends - begins, ends - begins + stop - start
-        longest = max(before.stop - before.start + own.stop - own.start for before, own in last)  # known without asking the device
+        # known without asking the device
+        longest = max(before.stop - before.start + own.stop - own.start for before, own in last)
         slot = torch.arange(longest, device=device)  # (L,)
         self.rows = (slot + torch.where(slot < given, begins, start - given)).clamp(max=tokens - 1)  # (B, L)
         real, places = slot < slots, torch.arange(self.rows.numel(), device=device).view_as(self.rows)
-        self.first = places.new_full((tokens,), places.numel()).scatter_reduce(0, self.rows[real], places[real], "amin")  # (S,)
+        never = places.new_full((tokens,), places.numel())
+        self.first = never.scatter_reduce(0, self.rows[real], places[real], "amin")  # (S,)
 
 
 def in_pieces(device: torch.device, dtype: torch.dtype, key_heads: int, head_dim: int) -> bool:
-    """Whether training attention goes by pieces. On a GPU where `flash.varlen` can; on a CPU unless the fused kernels are
-    switched off (`sdpa_kernel`; its switch is named after CUDA, but is for all), or there are more threads than key heads, since
-    the kernel's backward pass has one thread for each of these in a piece."""
+    """Whether training attention goes by pieces. On a GPU where `flash.varlen` can; on a CPU unless the fused kernels
+    are switched off (`sdpa_kernel`; its switch is named after CUDA, but is for all), or there are more threads than key
+    heads, since the kernel's backward pass has one thread for each of these in a piece."""
     if device.type == "cuda":
         return flash.usable(device, dtype, head_dim)
     return torch.backends.cuda.flash_sdp_enabled() and torch.get_num_threads() <= key_heads
 
 
 class _PieceAttention(torch.autograd.Function):
-    """Attention (S, H, D) of q (S, H, D) over k and v (S, K, D): of each text over itself, causally, and of `shared`, pairs of
-    slices, of the first over all of the second.
+    """Attention (S, H, D) of q (S, H, D) over k and v (S, K, D): of each text over itself, causally, and of `shared`,
+    pairs of slices, of the first over all of the second.
 
-    What a query finds in two places is joined by the logsumexp of its scores in each. Given the joint one, a kernel's backward
-    pass finds each place's share of the gradient by itself.
+    What a query finds in two places is joined by the logsumexp of its scores in each. Given the joint one, a kernel's
+    backward pass finds each place's share of the gradient by itself.
     """
 
     @staticmethod
@@ -121,7 +123,8 @@ class _OnGPU:
         out, sums = flash.varlen(q, k, v, self.starts, self.starts, self.most, causal=True)
         return out, sums.T.contiguous()
 
-    def texts_backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+    def texts_backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+                       total: Tensor) -> tuple[Tensor, ...]:
         sums = total.T.contiguous()
         return flash.varlen_backward(grad, q, k, v, out, sums, self.starts, self.starts, self.most, causal=True)
 
@@ -129,7 +132,8 @@ class _OnGPU:
         out, sums = flash.varlen(q, k, v, self.ends[len(q)], self.ends[len(k)], (len(q), len(k)))
         return out, sums.T
 
-    def whole_backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+    def whole_backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+                       total: Tensor) -> tuple[Tensor, ...]:
         sums, ends = total.T.contiguous(), (self.ends[len(q)], self.ends[len(k)])
         return flash.varlen_backward(grad, q, k, v, out, sums, *ends, (len(q), len(k)))
 
@@ -159,7 +163,8 @@ class _OnCPU:
     def _views(self, *arrays: Tensor) -> list[list[Tensor]]:
         """Views (B, H, T, ...) of each array (S, H, ...): neighbours of one length are rows of one view."""
         sizes = [length * count for length, count in self.runs]
-        return [[part.unflatten(0, (count, length)).transpose(1, 2) for part, (length, count) in zip(x.split(sizes), self.runs)]
+        return [[part.unflatten(0, (count, length)).transpose(1, 2)
+                 for part, (length, count) in zip(x.split(sizes), self.runs)]
                 for x in arrays]
 
 

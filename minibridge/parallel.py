@@ -98,8 +98,8 @@ class Ranks:
         return [(item, 1.0) for item in items] + [(items[-1], 0.0)] * (most - len(items))
 
     def sampler(self, model: Decoder) -> Decoder:
-        """What to sample with: `model`, or if a step would have to narrow its weights anew a copy with narrow ones, or if it is
-        sharded a whole copy, since no rank knows when the others end."""
+        """What to sample with: `model`, or if a step would have to narrow its weights anew a copy with narrow ones, or
+        if it is sharded a whole copy, since no rank knows when the others end."""
         narrow = model.activation_dtype != model.lm_head_weight.dtype
         return sharding.sampling_copy(model) if self.sharded or narrow else model
 

@@ -60,8 +60,8 @@ class Transformers:
 class TRL:
     """GRPO steps of TRL on the prompts `texts`, with a KL term, one at a time and each when it is asked for.
 
-    They run in a process of their own, as they do for whoever uses TRL: what one side leaves behind (memory given back to the
-    system, or kept) is not the other's to begin with. While one works, the other waits.
+    They run in a process of their own, as they do for whoever uses TRL: what one side leaves behind (memory given back
+    to the system, or kept) is not the other's to begin with. While one works, the other waits.
     checkpointing: activations are computed a second time in the backward pass, as they are by TRL's default.
     """
 

@@ -9,32 +9,22 @@ A folder gives what it has:
     of minibridge.reproduce    training; accuracy before and after RL (ablation) and its gains, of all arms, means over seeds
 
 Folders of the first two kinds are an arm each, named as given or as the folder; a name before one of the third goes
-before those of its arms. matplotlib draws them: pip install -e ".[plot]". An arm has one colour in all figures, of those
-that Okabe and Ito chose for colour-blind readers; line styles, markers and hatchings tell arms apart in print.
+before those of its arms. matplotlib draws them (`drawing`): pip install -e ".[plot]".
 """
 import io
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
 from statistics import mean
 
-from minibridge import tables
+from minibridge import drawing, tables
 from minibridge.config import REQUIRED, InputError, option, run_main, whole_lines, write_whole
 from minibridge.evaluate import wilson
 from minibridge.results import interval
 from minibridge.tables import Table, number
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # jfly.uni-koeln.de/color
-LINES, MARKERS, HATCHES = ("-", "--", "-.", ":"), "osD^vP*X", ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "**")
-CURVES = {"accuracy": "accuracy of sampled answers", "dead_groups": "share of dead groups",
-          "entropy": "entropy (nats per token)", "length": "tokens per answer"}
-BIN_LABELS = [name.replace("0.", ".").replace("-", "–") for name in tables.BINS]
-LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.5}
-SMOOTHED = 5  # steps of the running mean in training curves
 MISSING = 'no figures without matplotlib: pip install -e ".[plot]"'
 
 Folder = tuple[str | None, Path]  # the name given to it, if one was
@@ -105,12 +95,12 @@ def training(runs: list[Folder]) -> Table:
         path = run[1] / "metrics.jsonl"
         lines = [line for line in whole_lines(path) if "accuracy" in line] if path.exists() else []
         if lines:
-            parts.append((run[0] or run[1].name, numeric(lines, path, (), ("step", *CURVES))))
-        for arm, rows in by_arm(run, "curves.csv", (), ("seed", "step", *CURVES)).items():
+            parts.append((run[0] or run[1].name, numeric(lines, path, (), ("step", *drawing.CURVES))))
+        for arm, rows in by_arm(run, "curves.csv", (), ("seed", "step", *drawing.CURVES)).items():
             seeds = defaultdict(list)
             for row in rows:
                 seeds[row["step"]].append(row)
-            parts.append((arm, [{"step": step} | {curve: mean(row[curve] for row in same) for curve in CURVES}
+            parts.append((arm, [{"step": step} | {curve: mean(row[curve] for row in same) for curve in drawing.CURVES}
                                 for step, same in seeds.items()]))
     return together("training", parts)
 
@@ -138,170 +128,23 @@ def spread(seeds: Table) -> dict[str, float]:
 
 def gains(runs: list[Folder]) -> Table:
     """RL gains with their intervals, and by how much they are larger than the first arm's (`results.gains`)."""
-    return together("gains", [(arm, [{"test": f"{row['test']}, {row['decoding']}", **{name: row[name] for name in GAINS}}
-                                     for row in rows])
-                              for run in runs for arm, rows in by_arm(run, "gains.csv", ("test", "decoding"), GAINS).items()])
-
-
-# --- from tables to figures ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What tells one arm from the others, by its number among them, in every figure alike."""
-    name: str
-    number: int
-
-    @property
-    def label(self) -> str:  # matplotlib reads "$" as mathematics and hides what begins with "_"
-        return f"{'' if not self.name.startswith('_') else ' '}{self.name}".replace("$", r"\$")
-
-    @property
-    def turn(self) -> int:  # colours begin anew after eight arms, with other hatchings and lines than before
-        return self.number + self.number // len(COLOURS)
-
-    @property
-    def line(self) -> dict:
-        return {"color": COLOURS[self.number % len(COLOURS)], "linestyle": LINES[self.turn % len(LINES)]}
-
-    @property
-    def point(self) -> dict:
-        return {**self.line, "marker": MARKERS[self.turn % len(MARKERS)], "markersize": 4, "capsize": 2}
-
-    @property
-    def bar(self) -> dict:
-        return {"color": COLOURS[self.number % len(COLOURS)], "hatch": HATCHES[self.turn % len(HATCHES)]}
-
-
-def of(table: Table, **wanted: str) -> Table:
-    return [row for row in table if all(row[name] == value for name, value in wanted.items())]
-
-
-def column(table: Table, name: str) -> list[float]:
-    return [row[name] for row in table]
-
-
-def names_in(table: Table, column: str) -> list[str]:
-    return list(dict.fromkeys(row[column] for row in table))
-
-
-def bars(axes, place: int, count: int, ticks: list[float], heights: list[float], **look):
-    """The bars of one among `count`, beside those of the others, around whole numbers."""
-    width = 0.8 / count
-    axes.bar([tick + (place - (count - 1) / 2) * width for tick in ticks], heights, width, edgecolor="white", linewidth=0.5,
-             error_kw={"elinewidth": 0.8, "capsize": 2}, **look)
-    axes.grid(axis="x", visible=False)
-
-
-def draw_training(figure, table: Table, arms: list[Arm]):
-    for axes, (curve, title) in zip(figure.subplots(2, 2, sharex=True).flat, CURVES.items()):
-        for arm in arms:
-            rows = of(table, arm=arm.name)
-            steps, values = column(rows, "step"), column(rows, curve)
-            means = [mean(values[max(0, i - SMOOTHED + 1):i + 1]) for i in range(len(values))]
-            axes.plot(steps, values, color=arm.line["color"], alpha=0.25, linewidth=0.7)
-            axes.plot(steps, means, label=arm.label, marker="o" if len(rows) == 1 else None, **arm.line)
-        axes.set_title(title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in figure.axes[2:]:
-        axes.set_xlabel(f"step (bold: mean of the last {SMOOTHED})")
-
-
-def draw_rollout_accuracy(figure, table: Table, arms: list[Arm]):
-    """Shares of prompts by bin, so that arms with other numbers of answers can stand beside each other."""
-    axes, ticks = figure.subplots(), list(range(len(tables.BINS)))
-    for place, arm in enumerate(arms):
-        rows = of(table, arm=arm.name)
-        shares = [sum(row["share"] for row in rows if bin_of(row["alpha"]) == b) for b in ticks]
-        bars(axes, place, len(arms), ticks, shares, label=f"{arm.label}: {sum(shares[1:-1]):.0%} between 0 and 1", **arm.bar)
-    axes.set_xticks(ticks, BIN_LABELS)
-    axes.set_xlabel("share α of right answers to a prompt")
-    axes.set_ylabel("share of prompts")
-
-
-def bin_of(alpha: float) -> int:
-    return 0 if alpha == 0 else len(tables.BINS) - 1 if alpha == 1 else 1 + int(alpha * (len(tables.BINS) - 2))
-
-
-def draw_influence(figure, table: Table, arms: list[Arm]):
-    """Means over the prompts of each bin, with 95% intervals where there are two; lines break where there are none."""
-    columns = {"K+ - K-": "contrast of co-influence, K⁺ − K⁻", "influence": "influence of a step, I(q)"}
-    apart = min(0.12, 0.8 / len(arms))
-    for axes, (name, title) in zip(figure.subplots(1, 2), columns.items()):
-        for arm in arms:
-            rows = {row["alpha"]: row for row in of(table, arm=arm.name)}
-            bins = [rows.get(name, {}) for name in tables.BINS]
-            ticks = [tick + apart * (arms.index(arm) - (len(arms) - 1) / 2) for tick in range(len(bins))]
-            axes.errorbar(ticks, [row.get(name, nan) for row in bins], [row.get(f"{name} +-", nan) for row in bins],
-                          label=arm.label, **arm.point)
-        axes.axhline(0, color="0.4", linewidth=0.8)
-        axes.set_xticks(range(len(tables.BINS)), BIN_LABELS)
-        axes.set_xlim(-0.5, len(tables.BINS) - 0.5)
-        axes.set_xlabel("share α of right answers to a prompt")
-        axes.set_title(title)
-
-
-def draw_ablation(figure, table: Table, arms: list[Arm]):
-    """Greys and not the arms' colours, because bars here differ by stage."""
-    tests, ticks = list(dict.fromkeys(row["test"] for row in table)), {arm.name: tick for tick, arm in enumerate(arms)}
-    looks = {"sft": {"label": "after SFT", "color": "0.75"}, "rl": {"label": "after RL", "color": "0.4", "hatch": "///"}}
-    columns = len(tests) if len(arms) < 4 else 2 if len(arms) < 9 else 1
-    lines = -(-len(tests) // columns)
-    figure.set_size_inches(6.5, 1.0 + 1.8 * lines)
-    for axes, test in zip(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat, tests):
-        for place, (stage, look) in enumerate(looks.items()):
-            rows = of(table, test=test, stage=stage)
-            reach = [[abs(row[end] - row["accuracy"]) for row in rows] for end in ("low", "high")]
-            bars(axes, place, 2, [ticks[row["arm"]] for row in rows], column(rows, "accuracy"), yerr=reach, **look)
-        crowded = len(arms) * max(len(arm.label) for arm in arms) > 21  # letters, beside one another
-        axes.set_xticks(range(len(arms)), [arm.label for arm in arms], rotation=30 * crowded, rotation_mode="anchor",
-                        horizontalalignment="right" if crowded else "center")
-        axes.set_xlim(-0.5, len(arms) - 0.5)
-        axes.set_title(test)
-    figure.supylabel("accuracy")
-
-
-def draw_gains(figure, table: Table, arms: list[Arm]):
-    """In points, arms beside one another at each test; the first arm is not compared with itself."""
-    first = [arm.label for arm in arms if all(row["more"] != row["more"] for row in of(table, arm=arm.name))]  # NaN
-    tests = names_in(table, "test")
-    titles = {"gain": "RL gain (points)", "more": f"RL gain less that of {' or '.join(first)} (points)"}
-    for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
-        compared = [arm for arm in arms if any(row[name] == row[name] for row in of(table, arm=arm.name))]  # not NaN
-        for arm in compared:
-            rows = of(table, arm=arm.name)
-            apart = min(0.12, 0.8 / len(compared)) * (compared.index(arm) - (len(compared) - 1) / 2)
-            axes.errorbar([100 * row[name] for row in rows], [tests.index(row["test"]) + apart for row in rows],
-                          xerr=[100 * row[f"{name} +-"] for row in rows], label=arm.label, **arm.point | {"linestyle": ""})
-        axes.axvline(0, color="0.4", linewidth=0.8)
-        axes.set_yticks(range(len(tests)), tests)
-        axes.set_ylim(len(tests) - 0.5, -0.5)
-        axes.set_title(title)
-
-
-def draw_fluency(figure, table: Table, arms: list[Arm]):
-    texts = list(dict.fromkeys(row["text"] for row in table))
-    labels = [text.removesuffix(" answers").replace(" ", "\n") for text in texts]
-    titles = {"entropy": ("entropy (nats per token)", 0), "perplexity": ("perplexity", 1)}
-    for axes, (name, (title, least)) in zip(figure.subplots(1, 2), titles.items()):
-        for place, arm in enumerate(arms):
-            rows = of(table, arm=arm.name)
-            ticks = [texts.index(row["text"]) for row in rows]
-            bars(axes, place, len(arms), ticks, column(rows, name), label=arm.label, **arm.bar)
-        axes.set_xticks(range(len(texts)), labels)
-        axes.set_title(title)
-        axes.set_ylim(bottom=least)
+    parts = []
+    for run in runs:
+        for arm, rows in by_arm(run, "gains.csv", ("test", "decoding"), GAINS).items():
+            parts.append((arm, [{"test": f"{row['test']}, {row['decoding']}", **{name: row[name] for name in GAINS}}
+                                for row in rows]))
+    return together("gains", parts)
 
 
 GAINS = ("gain", "gain +-", "more", "more +-")
 INFLUENCE = ("K+ - K-", "K+ - K- +-", "influence", "influence +-")
 FIGURES = {  # name of the files: where the numbers come from, how they are drawn, inches
-    "training": (training, draw_training, (6.5, 4.6)),
-    "rollout_accuracy": (collected("rollout_accuracy", (), ("alpha", "share")), draw_rollout_accuracy, (6.5, 2.8)),
-    "influence": (collected("influence", ("alpha",), INFLUENCE), draw_influence, (6.5, 2.8)),
-    "ablation": (ablation, draw_ablation, (6.5, 2.8)),
-    "gains": (gains, draw_gains, (6.5, 2.4)),
-    "fluency": (collected("fluency", ("text",), ("entropy", "perplexity")), draw_fluency, (6.5, 2.6)),
+    "training": (training, drawing.training, (6.5, 4.6)),
+    "rollout_accuracy": (collected("rollout_accuracy", (), ("alpha", "share")), drawing.rollout_accuracy, (6.5, 2.8)),
+    "influence": (collected("influence", ("alpha",), INFLUENCE), drawing.influence, (6.5, 2.8)),
+    "ablation": (ablation, drawing.ablation, (6.5, 2.8)),
+    "gains": (gains, drawing.gains, (6.5, 2.4)),
+    "fluency": (collected("fluency", ("text",), ("entropy", "perplexity")), drawing.fluency, (6.5, 2.6)),
 }
 
 
@@ -320,9 +163,10 @@ def draw(runs: list[Folder], out: Path) -> list[str]:
         _, draw_one, size = FIGURES[name]
         tables.write(out / f"{name}.csv", [{"arm": row["arm"]} | {key: "" if value != value else value  # NaN
                                                                   for key, value in row.items()} for row in table])
-        with matplotlib.rc_context(LOOK):
+        with matplotlib.rc_context(drawing.LOOK):
             figure = Figure(size, layout="constrained")
-            draw_one(figure, table, [Arm(arm, place) for arm, place in order.items() if of(table, arm=arm)])
+            draw_one(figure, table, [drawing.Arm(arm, place) for arm, place in order.items()
+                                     if drawing.of(table, arm=arm)])
             handles, labels = figure.axes[0].get_legend_handles_labels()
             columns = max(1, min(4, 90 // (6 + max(map(len, labels), default=1))))  # letters of a line
             figure.legend(handles, labels, loc="outside upper center", ncols=columns)

@@ -121,7 +121,8 @@ def answer_hidden(model: Decoder, batch: MicroBatch) -> Tensor:
     lengths = torch.cat((asked, said))  # (N + B,) of prompts and answers in the line
     hidden = model(ids[None], positions[None], Packed(lengths.tolist(), [None] * N + batch.owner.tolist()))[0]  # (S, C)
     ends = lengths.cumsum(0)
-    before = torch.where(columns[:T] == 0, ends[batch.owner, None] - 1, (ends[N:] - said)[:, None] + columns[:T] - 1)  # (B, T)
+    own = (ends[N:] - said)[:, None] + columns[:T] - 1
+    before = torch.where(columns[:T] == 0, ends[batch.owner, None] - 1, own)  # (B, T)
     return hidden.index_select(0, before[batch.trained])
 
 

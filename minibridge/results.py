@@ -107,7 +107,8 @@ def compared(found: list[Outcome]) -> list[tuple[list[Outcome], list[Outcome]]]:
 
 
 def gain_of(outcomes: list[Outcome], first: list[Outcome]) -> tuple[tuple[float, float], tuple[float | None, float | None]]:
-    """Gain and half width, and the same of how much more that is than the gain of the first arm; None for that arm itself."""
+    """Gain and half width, and the same of how much more that is than the gain of the first arm; None for that arm
+    itself."""
     more = None, None
     if outcomes[0].arm != first[0].arm:
         more = interval([[a - b for a, b in zip(one.changes, other.changes, strict=True)]
@@ -116,23 +117,29 @@ def gain_of(outcomes: list[Outcome], first: list[Outcome]) -> tuple[tuple[float,
 
 
 def effects(found: list[Outcome]) -> Table:
-    """What each behavior adds to the RL gain, if every combination of the three is an arm: the mean gain of the four arms that
-    have it less that of the four that do not, so that each training serves all three comparisons (a 2 x 2 x 2 design)."""
+    """What each behavior adds to the RL gain, if every combination of the three is an arm: the mean gain of the four
+    arms that have it less that of the four that do not, so that each training serves all three comparisons (a 2 x 2 x 2
+    design)."""
     parts = {outcome.arm: frozenset(parts_of(outcome.arm)) for outcome in found if outcome.arm not in AUGMENTED}
     arms = {behaviors: arm for arm, behaviors in parts.items() if behaviors <= set(INJECTED)}
     if len(arms) < 2 ** len(INJECTED):
         return []
     changes = {(o.test, o.decoding, o.seed, o.arm): o.changes for o in found}
     tests, seeds = dict.fromkeys((o.test, o.decoding) for o in found), dict.fromkeys(o.seed for o in found)
+
+    def gains_of(chosen: list[str], test: str, decoding: str) -> list[list[float]]:
+        """Of each seed, the mean change of each problem over some arms."""
+        return [[mean(problem) for problem in zip(*(changes[test, decoding, seed, arm] for arm in chosen))]
+                for seed in seeds]
+
     rows = []
     for behavior in INJECTED:
+        having, lacking = ([arm for parts, arm in arms.items() if (behavior in parts) == has] for has in (True, False))
         for test, decoding in tests:
-            sides = [[[mean(problem) for problem in zip(*(changes[test, decoding, seed, arm] for behaviors, arm in arms.items()
-                                                          if (behavior in behaviors) == having))] for seed in seeds]
-                     for having in (True, False)]
-            more, reach = interval([[a - b for a, b in zip(*both)] for both in zip(*sides)])
+            with_it, without = gains_of(having, test, decoding), gains_of(lacking, test, decoding)
+            more, reach = interval([[a - b for a, b in zip(*both)] for both in zip(with_it, without)])
             rows.append({"behavior": behavior, "test": test, "answers": decoding,
-                         **{name: f"{interval(side)[0]:+.1%}" for name, side in zip(("gain with", "without"), sides)},
+                         "gain with": f"{interval(with_it)[0]:+.1%}", "without": f"{interval(without)[0]:+.1%}",
                          "more": f"{more:+.1%}", "95% interval": around(more, reach)})
     return rows
 

@@ -118,5 +118,11 @@ def test_modules_stay_short(module):
     assert lines < 350, f"{module}.py has {lines} lines"
 
 
+@pytest.mark.parametrize("path", sorted([*PACKAGE.glob("*.py"), *PACKAGE.parent.glob("*.py")]), ids=lambda path: path.stem)
+def test_lines_fit_on_a_screen(path):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 125, f"{path.name}:{number} has {len(line)} characters"
+
+
 def test_the_package_itself_is_empty():
     assert (PACKAGE / "__init__.py").read_text() == ""

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from minibridge import plots, tables
+from minibridge import drawing, plots, tables
 from minibridge.config import run_main, write_jsonl
 from minibridge.evaluate import wilson
 
@@ -91,43 +91,43 @@ def test_an_arm_looks_the_same_in_every_figure_and_no_two_alike(folders, monkeyp
     assert {arm: {number for (_, name), number in seen.items() if name == arm} for arm in ("bridge", "vanilla")} == {
         "bridge": {1}, "vanilla": {0}}
     assert len(seen) == 12
-    looks = [(arm.bar["color"], arm.bar["hatch"], arm.point["marker"]) for arm in map(plots.Arm, "abcdefgh", range(8))]
+    looks = [(arm.bar["color"], arm.bar["hatch"], arm.point["marker"]) for arm in map(drawing.Arm, "abcdefgh", range(8))]
     for column in zip(*looks):
         assert len(set(column)) == 8
-    many = [plots.Arm("x", place) for place in range(24)]
+    many = [drawing.Arm("x", place) for place in range(24)]
     assert len({(arm.bar["color"], arm.bar["hatch"]) for arm in many}) == 24
-    assert (plots.Arm("$x_", 0).label, plots.Arm("_x", 0).label) == (r"\$x_", " _x")
+    assert (drawing.Arm("$x_", 0).label, drawing.Arm("_x", 0).label) == (r"\$x_", " _x")
 
 
 def test_bins_of_alpha_are_those_of_the_tables():
-    assert [plots.bin_of(n / 10) for n in range(11)] == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
+    assert [drawing.bin_of(n / 10) for n in range(11)] == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
     for samples in (5, 7, 16, 32):
-        assert [plots.bin_of(n / samples) for n in range(1, samples)] == [1 + 5 * n // samples for n in range(1, samples)]
+        assert [drawing.bin_of(n / samples) for n in range(1, samples)] == [1 + 5 * n // samples for n in range(1, samples)]
 
 
 def test_what_is_drawn(folders, monkeypatch):
     """A bin of one prompt has no interval; shares of a bin add up; bars stand at their arm."""
     Figure = pytest.importorskip("matplotlib.figure").Figure
-    arms = [plots.Arm("bridge", 0), plots.Arm("vanilla", 1)]
+    arms = [drawing.Arm("bridge", 0), drawing.Arm("vanilla", 1)]
     runs = [("bridge", folders / "b"), ("vanilla", folders / "a")]
     figure = Figure()
-    plots.draw_influence(figure, plots.FIGURES["influence"][0](runs), arms)
+    drawing.influence(figure, plots.FIGURES["influence"][0](runs), arms)
     contrast, influence = ([container for container in axes.containers] for axes in figure.axes)
     assert [sum(y == y for y in container.lines[0].get_ydata()) for container in contrast] == [5, 5]  # NaN breaks the line
     assert [sum(y == y for y in container.lines[0].get_ydata()) for container in influence] == [7, 7]
     figure = Figure()
-    plots.draw_rollout_accuracy(figure, plots.FIGURES["rollout_accuracy"][0](runs), arms)
+    drawing.rollout_accuracy(figure, plots.FIGURES["rollout_accuracy"][0](runs), arms)
     heights = [[patch.get_height() for patch in container] for container in figure.axes[0].containers]
     assert heights[0] == pytest.approx([0, 1 / 55, 5 / 55, 9 / 55, 13 / 55, 17 / 55, 10 / 55])
     figure = Figure()
-    plots.draw_ablation(figure, plots.ablation([(None, folders / "whole")]), arms[::-1])
+    drawing.ablation(figure, plots.ablation([(None, folders / "whole")]), arms[::-1])
     stages = {container.get_label(): container for container in figure.axes[0].containers}
     before, after = (stages[name].patches for name in ("after SFT", "after RL"))
     assert [patch.get_height() for patch in before] == [0.25, 0.25]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["vanilla", "bridge"]
     assert {round(patch.get_x() + patch.get_width() / 2): patch.get_height() for patch in after} == {0: 0.5, 1: 0.75}
     figure = Figure()
-    plots.draw_gains(figure, plots.gains([(None, folders / "whole")]), [plots.Arm("vanilla", 0), plots.Arm("bridge", 1)])
+    drawing.gains(figure, plots.gains([(None, folders / "whole")]), [drawing.Arm("vanilla", 0), drawing.Arm("bridge", 1)])
     gain, more = ([(bars.get_label(), [*map(float, bars.lines[0].get_xdata())], [*map(round, bars.lines[0].get_ydata())])
                    for bars in axes.containers] for axes in figure.axes)
     assert gain == [("vanilla", [1, 1], [0, 1]), ("bridge", [4, 4], [0, 1])] and more == [("bridge", [3, 3], [0, 1])]
