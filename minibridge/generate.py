@@ -2,8 +2,8 @@
 
 Each prompt is prefilled once and its samples share its keys and values. Live rows are always the first ones of the
 cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end, so no
-step computes anything for a finished row. What is drawn stays on the device till its row is at its end; of a step the host
-asks no more than which rows are. Not here: chat format, rewards, penalties, beam search.
+step computes anything for a finished row, but one step on a GPU, which is under way before the host has heard of the end.
+What is drawn stays on the device till its row is over; of a step the host asks no more than which rows are. Not here: chat format, rewards, penalties, beam search.
 
 Axes: N prompts of P tokens, B rows, C hidden, V vocabulary.
 """
@@ -146,11 +146,13 @@ class _Pool:
         self.changed = False  # whether the rows are no longer those that the cache has been told of
         self.turn = 0  # steps so far
         self.waiting = self._prefill(prompts, results)
-        shape = self.rows, stop.max_new_tokens  # (B, T)
+        shape = self.rows, stop.max_new_tokens + 1  # (B, T + 1): rows that are over draw into the place after their last
         self.ids, self.logprobs = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
         self.numbers = torch.zeros(shape, dtype=torch.float64, device=device)
         self.asked, self.said = torch.zeros(2, self.rows, dtype=torch.long, device=device)  # tokens of prompt and answer
         self.over = torch.zeros(self.rows, dtype=torch.bool, device=device)
+        self.ahead = runs_ahead(device) and not stop.strings
+        self.heard: Callable[[], list[bool]] = list  # of the step before the last, if we run ahead, which rows were over
         self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
         self.ends[[id_ for id_ in stop.ids if id_ < len(self.ends)]] = True
 
@@ -168,7 +170,7 @@ class _Pool:
                              for n, length in enumerate(lengths)]
             del filled, hidden  # while samples wait, only the ends and what the cache holds are needed
             for prompt, group, seed in zip(self.prompts[first:], results[start:], self.seeds[start:]):
-                shape, stream = (len(group), self.numbers.shape[1]), torch.Generator().manual_seed(seed)
+                shape, stream = (len(group), self.stop.max_new_tokens), torch.Generator().manual_seed(seed)
                 numbers = torch.rand(shape, dtype=torch.float64, generator=stream).to(self.model.device)
                 for completion, row in zip(group, numbers):
                     yield _Row(completion, prompt, row)
@@ -182,15 +184,18 @@ class _Pool:
             for row in new:
                 row.born = self.turn
             self.live += new
-            self.numbers[rows] = torch.stack([row.numbers for row in new])
+            self.numbers[rows, :-1] = torch.stack([row.numbers for row in new])
             self.asked[rows] = torch.tensor([row.prompt.length for row in new], device=self.asked.device)
-            self.said[rows] = 0
+            self.said[rows], self.over[rows] = 0, False
             self._draw(rows, torch.stack([row.prompt.hidden for row in new]))
         return bool(self.live)
 
     def retire(self) -> bool:
         """Let go of the rows that have come to their end, and of prompts whose last sample has; whether there were any."""
-        over = self.over[: len(self.live)].tolist()  # the step's one wait
+        ask = asked_later(self.over[: len(self.live)])
+        if self.ahead:
+            ask, self.heard = self.heard, ask
+        over = ask()  # the step's one wait
         if self.stop.strings:
             over = [ends or found for ends, found in zip(over, self._strings())]
         ended = [b for b, ends in enumerate(over) if ends]
@@ -205,6 +210,7 @@ class _Pool:
         _close_gaps(self.prompts, over, self.cache.move_prompts)
         for n, prompt in enumerate(self.prompts):
             prompt.place = n
+        self.heard = asked_later(self.over[: len(self.live)])  # the rows are others now
         return True
 
     def advance(self):
@@ -217,21 +223,20 @@ class _Pool:
 
     def _advance(self, rows: int, longest: int):
         """Of the first `rows`; longest: tokens that the longest of the answers had before its newest."""
-        last = (self.said[:rows] - 1).clamp(max=self.ids.shape[1] - 1)  # (B,); rows that are over may have run on
+        last = self.said[:rows] - 1  # (B,)
         newest = self.ids[:rows].gather(1, last[:, None])[:, 0]
         self._draw(slice(rows), self.cache.step(self.model, newest, self.asked[:rows] + last, longest))
 
     def _draw(self, rows: slice, hidden: Tensor):
-        """The next token of each of the rows, from hidden (B, C)."""
-        said = self.said[rows]
-        at = said.clamp(max=self.ids.shape[1] - 1)[:, None]  # (B, 1)
+        """The next token of each of the rows, from hidden (B, C); those of rows that are over count for nothing."""
+        said, over, at = self.said[rows], self.over[rows], self.said[rows, None]  # (B,), (B,), (B, 1)
         uniform = self.numbers[rows].gather(1, at)[:, 0]
         compiled, sizes = self.compiled and len(hidden) > 1, {1: (0,), 2: (0,)}
         tokens, logprobs = run(draw, compiled, sizes, self.model, hidden, uniform, *self.how)  # (B,), (B,)
         self.ids[rows].scatter_(1, at, tokens[:, None])
         self.logprobs[rows].scatter_(1, at, logprobs[:, None])
-        said += 1
-        self.over[rows] = self.ends[tokens] | (said >= self.ids.shape[1]) | ~logprobs.isfinite()
+        said += ~over
+        over |= self.ends[tokens] | (said >= self.stop.max_new_tokens) | ~logprobs.isfinite()
 
     def _strings(self) -> list[bool]:
         """Whether each live row's newest token completes a stop string."""
@@ -245,6 +250,26 @@ class _Pool:
         self.cache.move_rows(sources, places)
         for tensor in (self.ids, self.logprobs, self.numbers, self.asked, self.said, self.over):
             tensor[places] = tensor[sources]
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the next step is begun before it is known which rows the last one has ended: where a step goes on by itself."""
+    return device.type == "cuda"
+
+
+def asked_later(flags: Tensor) -> Callable[[], list[bool]]:
+    """To be called for what `flags` are now; on a GPU it waits for what is under way now, and for nothing begun since."""
+    copied = flags.to("cpu", non_blocking=True, copy=True)
+    if not flags.is_cuda:
+        return copied.tolist
+    now = torch.cuda.Event()
+    now.record()
+
+    def ask() -> list[bool]:
+        now.synchronize()
+        return copied.tolist()
+
+    return ask
 
 
 def _close_gaps(items: list, gone: set[int], move: Callable[[list[int], list[int]], None]):

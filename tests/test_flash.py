@@ -90,8 +90,8 @@ def test_there_is_always_room_for_one_more_prompt(config):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_sampling_is_that_of_the_other_cache(model, monkeypatch, rows, recorded):
+@pytest.mark.parametrize("recorded, ahead", [(False, False), (True, False), (True, True)])
+def test_sampling_is_that_of_the_other_cache(model, monkeypatch, rows, recorded, ahead):
     """Also by steps that are recorded for certain sizes and played again, in which rows that are over run on."""
     sizes = []
 
@@ -103,6 +103,7 @@ def test_sampling_is_that_of_the_other_cache(model, monkeypatch, rows, recorded)
         return flat(generate.generate(model, PROMPTS, 7, 12, stop_ids=(0, 1), generator=seeded(), rows=rows))
 
     expected = samples()
+    monkeypatch.setattr(generate, "runs_ahead", lambda device: ahead)
     monkeypatch.setattr(flash, "FEWEST_ROWS", 2)
     monkeypatch.setattr(flash, "run", lambda function, compiled, sizes, *inputs: function(*inputs))
     monkeypatch.setattr(flash.FlashCache, "_recorded", record)

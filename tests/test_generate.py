@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import minibridge.generate as generate_module
 from minibridge.cache import KVCache
 from minibridge.config import InputError
 from minibridge.generate import generate
@@ -42,6 +43,31 @@ def naive_greedy(model: Decoder, prompt: list[int], tokens: int) -> list[int]:
 
 
 # What is sampled
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+@pytest.mark.parametrize("longest, stop_ids", [(9, (0, 1, 2)), (9, ()), (1, (0,)), (2, (0, 1)), (12, range(12))])
+def test_a_step_begun_before_the_ends_are_known_changes_nothing(model, monkeypatch, rows, longest, stop_ids):
+    """As on a GPU: rows that are over run once more, and what is drawn then is in no answer."""
+    steps, step = [], KVCache.step
+    monkeypatch.setattr(KVCache, "step", lambda cache, model, ids, *rest: steps.append(len(ids)) or step(cache, model, ids, *rest))
+    expected = generate(model, PROMPTS, 3, longest, stop_ids=stop_ids, generator=seeded(), rows=rows)
+    work, steps[:] = sum(steps), []
+    monkeypatch.setattr(generate_module, "runs_ahead", lambda device: True)
+    found = generate(model, PROMPTS, 3, longest, stop_ids=stop_ids, generator=seeded(), rows=rows)
+    assert [(a.ids, a.finish_reason) for a in flat(found)] == [(b.ids, b.finish_reason) for b in flat(expected)]
+    for a, b in zip(flat(found), flat(expected)):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert work < sum(steps) <= work + len(flat(found))
+
+
+def test_stop_strings_are_asked_for_at_once(model, monkeypatch):
+    monkeypatch.setattr(generate_module, "runs_ahead", lambda device: True)
+    asked = dict(stop_strings=("b",), tokenizer=Letters(), generator=seeded(), rows=4)
+    found = flat(generate(model, PROMPTS, 3, 9, **asked))
+    assert any(completion.finish_reason == "stop" for completion in found)
+    for completion in found:
+        assert "b" not in Letters().decode(completion.ids[:-1])
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 64])
