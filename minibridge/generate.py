@@ -2,8 +2,9 @@
 
 Each prompt is prefilled once and its samples share its keys and values. Live rows are always the first ones of the
 cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end, so no
-step computes anything for a finished row, but one step on a GPU, which is under way before the host has heard of the end.
-What is drawn stays on the device till its row is over; of a step the host asks no more than which rows are. Not here: chat format, rewards, penalties, beam search.
+step computes anything for a finished row, but one step on a GPU, which is under way before the host has heard of the
+end. What is drawn stays on the device till its row is over; of a step the host asks no more than which rows are. Not
+here: chat format, rewards, penalties, beam search.
 
 Axes: N prompts of P tokens, B rows, C hidden, V vocabulary.
 """
@@ -253,7 +254,8 @@ class _Pool:
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the next step is begun before it is known which rows the last one has ended: where a step goes on by itself."""
+    """Whether the next step is begun before it is known which rows the last one has ended: where a step goes on by
+    itself."""
     return device.type == "cuda"
 
 
