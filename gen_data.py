@@ -123,6 +123,8 @@ def main(config: Config):
     check_fit(config)
     arm = (config.arm or "bridge") if config.split in ANSWERED else "prompts"
     behaviors = behaviors_of(arm, config.analysis, config.reflection, config.strict)
+    if Path(config.out).is_dir():
+        raise InputError(f"out: {config.out} is a folder")
     rollouts = {} if config.rollouts is None else read_rollouts(config.rollouts)
     drawn = chosen_problems(config)
     if config.rollouts is not None:

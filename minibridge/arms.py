@@ -2,7 +2,7 @@
 
     vanilla, bridge               plain answers; all three behaviors
     subgoal+reflection, ...       the behaviors named: any one, or several joined by "+"
-    bridge@0.3, reflection@0.1    bridge or behaviors in their strict form (`traces.Behaviors`) with this probability
+    bridge@0.3, reflection@0.1    arms with reflection in their strict form (`traces.Behaviors`) with this probability
     pp-aug                        premises permuted: the plain row, and 3 with the conditions of the question reshuffled
     rc-aug                        reasoning chain: the plain row, and 3 answers in other topological orders, in fresh words
     own-answers                   right answers that a model has given itself (rejection sampling), at most 4 a problem
@@ -35,6 +35,8 @@ def behaviors_of(arm: str, analysis: int | None = None, reflection: float | None
     and probability 0.1. Raises InputError for an unknown arm, and for a setting of a behavior it does not have."""
     name, at, probability = arm.partition("@")
     if at:
+        if behaviors_of(name) is None or "reflection" not in parts_of(name):
+            raise InputError(f"arm: {arm!r}: a probability is for arms with reflection, as bridge@0.2")
         if reflection is not None or strict:
             raise InputError(f"arm: {arm!r} says itself that it is strict and how probable")
         return behaviors_of(name, analysis, _probability(arm, probability), strict=True)

@@ -157,9 +157,13 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
     except OSError as error:  # no permission, disk full: an open knows its filename, a write does not
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         message, status = f"error: {reason}", 2
-    shown = (letter if letter.isprintable() else repr(letter)[1:-1] for letter in message[:500])  # may quote a file
-    print("".join(shown), file=sys.stderr)
+    print(printable(message[:500]).replace("\n", r"\n"), file=sys.stderr)  # it may quote a file
     return status
+
+
+def printable(text: str) -> str:
+    """What is no letter, sign or line end as an escape: a terminal obeys some of it."""
+    return "".join(letter if letter == "\n" or letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def run_command(commands: dict[str, tuple[Callable[[Any], Any], type]]) -> int:
@@ -220,6 +224,7 @@ def jsonl(rows: Iterable[dict]) -> str:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
+    path = os.path.realpath(path)  # a link stays one
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path}: not a file that can be replaced")

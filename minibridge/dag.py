@@ -283,11 +283,14 @@ def _json(expr: Expr):
 
 
 def read_problem(line: dict, where: str) -> Problem:
-    """The problem of a JSONL line. Raises InputError("where: what")."""
+    """The problem of a JSONL line, whose "answer", if it has one, is the problem's. Raises InputError("where: what")."""
     try:
-        return Problem.from_dict(line.get("problem"))
+        problem = Problem.from_dict(line.get("problem"))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    if line.get("answer", str(problem.answer)) != str(problem.answer):
+        raise InputError(f"{where}: field 'answer' is {line['answer']}, its problem's {problem.answer}")
+    return problem
 
 
 PROBLEM_FIELDS = {"task": str, "num_ops": int, "nodes": list, "order": list, "redundant": list, "tolerance": float,

@@ -20,6 +20,11 @@ LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spi
 SMOOTHED = 5  # steps of the running mean in training curves
 
 
+def literal(text: str) -> str:
+    """matplotlib reads "$" as mathematics."""
+    return text.replace("$", r"\$")
+
+
 @dataclass(frozen=True)
 class Arm:
     """What tells one arm from the others, by its number among them, in every figure alike."""
@@ -27,8 +32,8 @@ class Arm:
     number: int
 
     @property
-    def label(self) -> str:  # matplotlib reads "$" as mathematics and hides what begins with "_"
-        return f"{'' if not self.name.startswith('_') else ' '}{self.name}".replace("$", r"\$")
+    def label(self) -> str:  # matplotlib hides what begins with "_"
+        return f"{'' if not self.name.startswith('_') else ' '}{literal(self.name)}"
 
     @property
     def turn(self) -> int:  # colours begin anew after eight arms, with other hatchings and lines than before
@@ -131,7 +136,7 @@ def ablation(figure, table: Table, arms: list[Arm]):
         axes.set_xticks(range(len(arms)), [arm.label for arm in arms], rotation=30 * crowded, rotation_mode="anchor",
                         horizontalalignment="right" if crowded else "center")
         axes.set_xlim(-0.5, len(arms) - 0.5)
-        axes.set_title(test)
+        axes.set_title(literal(test))
     figure.supylabel("accuracy")
 
 
@@ -139,8 +144,10 @@ def gains(figure, table: Table, arms: list[Arm]):
     """In points, arms beside one another at each test; the first arm is not compared with itself."""
     first = [arm.label for arm in arms if all(row["more"] != row["more"] for row in of(table, arm=arm.name))]  # NaN
     tests = names_in(table, "test")
-    titles = {"gain": "RL gain (points)", "more": f"RL gain less that of {' or '.join(first)} (points)"}
-    for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+    other = first[0] if len(first) == 1 else "the first arm"
+    titles = {"gain": "RL gain (points)", "more": f"RL gain less that of {other} (points)"}
+    shown = ["gain", *(["more"] if any(row["more"] == row["more"] for row in table) else [])]
+    for name, axes in zip(shown, figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]):
         compared = [arm for arm in arms if any(row[name] == row[name] for row in of(table, arm=arm.name))]  # not NaN
         for arm in compared:
             rows = of(table, arm=arm.name)
@@ -148,14 +155,14 @@ def gains(figure, table: Table, arms: list[Arm]):
             axes.errorbar([100 * row[name] for row in rows], [tests.index(row["test"]) + apart for row in rows],
                           xerr=[100 * row[f"{name} +-"] for row in rows], label=arm.label, **arm.point | {"linestyle": ""})
         axes.axvline(0, color="0.4", linewidth=0.8)
-        axes.set_yticks(range(len(tests)), tests)
+        axes.set_yticks(range(len(tests)), [literal(test) for test in tests])
         axes.set_ylim(len(tests) - 0.5, -0.5)
-        axes.set_title(title)
+        axes.set_title(titles[name])
 
 
 def fluency(figure, table: Table, arms: list[Arm]):
     texts = list(dict.fromkeys(row["text"] for row in table))
-    labels = [text.removesuffix(" answers").replace(" ", "\n") for text in texts]
+    labels = [literal(text.removesuffix(" answers").replace(" ", "\n")) for text in texts]
     titles = {"entropy": ("entropy (nats per token)", 0), "perplexity": ("perplexity", 1)}
     for axes, (name, (title, least)) in zip(figure.subplots(1, 2), titles.items()):
         for place, arm in enumerate(arms):

@@ -25,7 +25,7 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
-from minibridge.dag import Problem, read_problem
+from minibridge.dag import read_problem
 from minibridge.data import load_prompts
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
@@ -160,18 +160,11 @@ def _saved(path: str, fields: dict[str, type]) -> Iterator[tuple[str, dict, Verd
         for field, kind in fields.items():
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{where}: no saved answer: field {field!r} must be of type {kind.__name__}")
-        yield where, line, None if line.get("problem") is None else verify(_problem(line, where), line["text"])
+        yield where, line, None if line.get("problem") is None else verify(read_problem(line, where), line["text"])
 
 
 def _scoring(line: dict) -> tuple[str, str, float]:
     return line["text"], line["answer"], line.get("tolerance", 0.0)
-
-
-def _problem(line: dict, where: str) -> Problem:
-    problem = read_problem(line, where)
-    if str(problem.answer) != line["answer"]:
-        raise InputError(f"{where}: field 'answer' is {line['answer']}, its problem's {problem.answer}")
-    return problem
 
 
 def sample(config: Config) -> list[dict]:
@@ -187,7 +180,7 @@ def sample(config: Config) -> list[dict]:
     graphs = [graph if isinstance(graph, dict) else None for graph in graphs]  # elsewhere "problem" is often a text
     for number, (prompt, graph) in enumerate(zip(prompts, graphs), 1):
         if graph is not None:  # what is wrong is said before the answers are sampled
-            _problem(prompt.record, f"{config.data}:{number}")
+            read_problem(prompt.record, f"{config.data}:{number}")
     generator = torch.Generator().manual_seed(config.seed)
     episodes = rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
                        temperature=config.temperature, rows=config.rows, generator=generator)
@@ -206,6 +199,7 @@ def main(config: Config):
             raise InputError("give --model, --data and --out, or --rescore, or --explain")
         if Path(config.out).exists():
             raise InputError(f"out: {config.out} is there already; remove it or choose another")
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it is said before hours of sampling
         write_jsonl(config.out, sample(config))
     problems = rescore(config.rescore or config.out)
     print(table(problems))

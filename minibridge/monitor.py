@@ -3,6 +3,7 @@ from collections import Counter
 
 from minibridge import coinfluence, spans
 from minibridge.answer import extract
+from minibridge.config import printable
 from minibridge.rollout import Episode, dead
 
 VERIFIED = 128  # answers of a step whose behaviors are counted, if there are not more prompts
@@ -51,4 +52,5 @@ def show(groups: list[list[Episode]]):
     episodes = sorted((episode for group in groups for episode in group), key=lambda episode: -episode.correct)
     for episode in (episodes[0], episodes[-1]):
         question = episode.prompt.record["prompt"][-1]["content"]
-        print(f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}", flush=True)
+        told = f"--- reward {episode.reward:g}, right answer {episode.prompt.answer}\n{question}\n{episode.text}"
+        print(printable(told), flush=True)

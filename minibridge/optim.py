@@ -79,9 +79,11 @@ def resume_point(config: Any, mark: str) -> Path | None:
     """The checkpoint a script goes on from, None to begin. InputError if --resume meets other settings, data or weights
     (`mark`, the run's fingerprint), or if without it the run folder holds an earlier run, whose results would be lost or
     be taken for this one's."""
-    saved, model = checkpoint.latest(Path(config.out) / "checkpoints"), Path(config.out) / "model"
-    if (saved or config.resume and model.exists()) and not (Path(config.out) / "run.json").exists():
-        raise InputError(f"{config.out}: holds checkpoints or a model, but no run.json to say of which run")
+    out = Path(config.out)
+    saved, metrics = checkpoint.latest(out / "checkpoints"), out / "metrics.jsonl"
+    begun = settings_before(out, config) is not None
+    if saved and not begun:
+        raise InputError(f"{out}: holds checkpoints, but no run.json to say of which run")
     if config.resume:
         same_settings(config.out, config, but=MAY_CHANGE)
         if saved and checkpoint.read_state(saved).get("fingerprint") != mark:
@@ -89,13 +91,10 @@ def resume_point(config: Any, mark: str) -> Path | None:
         if saved and not finished(config):
             print(f"{config.out}: goes on from {saved.name}", flush=True)
         if not saved and not finished(config):
-            begun = (Path(config.out) / "run.json").exists()
             what = "no checkpoint yet, so the run begins anew" if begun else "no run yet, so one begins"
             print(f"{config.out}: {what}", flush=True)
-    elif saved or model.exists():
+    elif begun and (saved or (out / "model").exists() or metrics.exists() and metrics.stat().st_size):
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")
-    else:
-        settings_before(config.out, config)  # InputError if another command's record would be lost
     return saved
 
 

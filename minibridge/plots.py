@@ -12,6 +12,7 @@ Folders of the first two kinds are an arm each, named as given or as the folder;
 before those of its arms. matplotlib draws them (`drawing`): pip install -e ".[plot]".
 """
 import io
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from minibridge.evaluate import wilson
 from minibridge.results import interval
 from minibridge.tables import Table, number
 
+RANGES = {"accuracy": (0, 1), "share": (0, 1), "alpha": (0, 1), "problems": (1, 1e9)}
 MISSING = 'no figures without matplotlib: pip install -e ".[plot]"'
 
 Folder = tuple[str | None, Path]  # the name given to it, if one was
@@ -65,6 +67,10 @@ def numeric(table: Table, path: Path, texts: tuple[str, ...], numbers: tuple[str
         if missing := [name for name in texts if not isinstance(row.get(name), str)]:
             raise InputError(f"{path}: row {line}: no field {missing[0]!r}")
         found = {name: number(row, name, f"{path}: row {line}") for name in numbers}
+        for name, value in found.items():
+            low, high = RANGES.get(name, (0.0 if name.endswith("+-") else -math.inf, math.inf))
+            if not low <= value <= high and not (math.isnan(value) and name != "problems"):
+                raise InputError(f"{path}: row {line}: field {name!r} is {value:g}")
         rows.append({name: row[name] for name in texts} | found)
     if not rows:
         raise InputError(f"{path}: no rows")
@@ -180,6 +186,8 @@ def main(config: Config):
     runs, out = named_folders(config.runs), Path(config.out)
     if (out / "run.json").exists():
         raise InputError(f"out: {out} is a run folder; its own tables would be replaced")
+    if any(out.resolve() == folder.resolve() for _, folder in runs):
+        raise InputError(f"out: {out} is one of --runs; its own tables would be replaced")
     drawn = draw(runs, out)
     if not drawn:
         raise InputError(f"runs: no numbers for a figure in {config.runs}")

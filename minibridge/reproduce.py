@@ -34,7 +34,7 @@ import torch
 import train_rl
 import train_sft
 from minibridge import arms, checkpoint, evaluate, igsm, plan, results, splits, tables, traces
-from minibridge.config import InputError, option, read_json, run_command, write_jsonl
+from minibridge.config import InputError, option, read_json, run_command, write_jsonl, write_whole
 from minibridge.dag import Problem
 from minibridge.optim import pick_device
 from minibridge.pretrain import SCALE
@@ -157,9 +157,7 @@ def check(config: Experiment):
     pick_device(config.device)
     if config.base is None:
         raise InputError("base: give the folder of a base model")
-    for arm in config.names:
-        behaviors_of(arm)
-    if len(set(config.names)) < len(config.names):
+    if len({(arm.partition("@")[0], behaviors_of(arm)) for arm in config.names}) < len(config.names):
         raise InputError(f"arms: {config.arms} names one twice")
     if config.sft_batch > config.sft_rows:
         raise InputError(f"sft_batch: {config.sft_batch} examples of a step, but sft_rows is {config.sft_rows}")
@@ -215,8 +213,8 @@ def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
                 process, (one, arm) = running.pop(sentinel)
                 process.join()
                 if process.exitcode:
-                    said = log_of(one, arm).read_text(encoding="utf-8").splitlines() if process.exitcode > 0 else ["killed"]
-                    raise InputError(f"seed {one.seed}, {arm}: {said[-1]}")
+                    said = lines_of_log(one, arm) if process.exitcode > 0 else ["killed"]
+                    raise InputError(f"seed {one.seed}, {arm}: {said[-1] if said else 'failed'}")
                 print(f"done: seed {one.seed}, {arm}", flush=True)
     finally:
         for process, _ in running.values():
@@ -227,13 +225,17 @@ def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
 def report(jobs: Iterable[tuple[Experiment, str]]) :
     """Prints how far each job has come, by the last line of its log that says so."""
     for one, arm in jobs:
-        said = log_of(one, arm).read_text(encoding="utf-8").splitlines() if log_of(one, arm).exists() else []
-        if newest := [line for line in said if re.match("step +[0-9]|=== ", line)][-1:]:
+        if newest := [line for line in lines_of_log(one, arm) if re.match("step +[0-9]|=== ", line)][-1:]:
             print(f"{time.strftime('%H:%M')}  seed {one.seed}, {arm}: {newest[0].removeprefix('=== ')}", flush=True)
 
 
 def log_of(config: Experiment, arm: str) -> Path:
     return Path(config.out) / f"{arm}.log"
+
+
+def lines_of_log(config: Experiment, arm: str) -> list[str]:
+    path = log_of(config, arm)
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def run_logged(config: Experiment, arm: str, threads: int):
@@ -335,7 +337,7 @@ def write_results(config: Experiment) -> str:
     tables.write(out / "results.csv", [row for outcome in found for row in outcome.rows()])
     tables.write(out / "gains.csv", results.gains(found))
     tables.write(out / "curves.csv", results.curves(runs, config.names))
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(out / "table.md", text + "\n")
     return text
 
 

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from minibridge import evaluate
 from minibridge.arms import AUGMENTED, parts_of
 from minibridge.arms import BEHAVIORS as INJECTED
-from minibridge.config import read_jsonl
+from minibridge.config import InputError, read_jsonl
 from minibridge.tables import Table, markdown, t_quantile
 
 STAGES, DECODINGS = ("sft", "rl"), ("greedy", "sampled")
@@ -54,9 +54,20 @@ def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: dict[str, str]
         for test, said in tests.items():
             for decoding in DECODINGS:
                 paths = [folder / f"{stage}_{arm}_{test}_{decoding}.jsonl" for stage in STAGES]
-                tokens = tuple(mean(len(line["ids"]) for line in read_jsonl(path)) for path in paths)
-                found.append(Outcome(seed, arm, said, decoding, *(evaluate.rescore(str(path)) for path in paths), tokens))
+                (before, tokens), (after, tokens_after) = map(answers, paths)
+                if [problem.answer for problem in before] != [problem.answer for problem in after]:
+                    raise InputError(f"{paths[0]} and {paths[1]} are not of the same problems")
+                found.append(Outcome(seed, arm, said, decoding, before, after, (tokens, tokens_after)))
     return found
+
+
+def answers(path: Path) -> tuple[list[evaluate.Scored], float]:
+    """Saved answers, scored, and their mean length in tokens. InputError for lines that are not whole."""
+    scored, lines = evaluate.rescore(str(path)), read_jsonl(path)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("ids"), list) or line.get("problem") is None:
+            raise InputError(f"{path}:{number}: an answer without its ids or its problem")
+    return scored, mean(len(line["ids"]) for line in lines)
 
 
 def accuracy_of(scored: list[evaluate.Scored]) -> float | None:
@@ -172,6 +183,6 @@ def averages(outcomes: list[Outcome], stage: str) -> dict[str, float]:
 
 def curves(runs: Sequence[tuple[int, Path]], arms: Sequence[str]) -> Table:
     """The training curves, one row a step."""
-    return [{"seed": seed, "arm": arm, "step": line["step"], **{name: line[name] for name in CURVES}}
+    return [{"seed": seed, "arm": arm, "step": line.get("step"), **{name: line.get(name) for name in CURVES}}
             for seed, folder in runs for arm in arms for line in read_jsonl(folder / f"rl_{arm}" / "metrics.jsonl")
             if "accuracy" in line]  # not what the validation before the first step found

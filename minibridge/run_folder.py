@@ -13,6 +13,8 @@ from typing import Any
 
 from minibridge.config import InputError, json_line, plain, read_json, whole_lines, write_whole
 
+WRITTEN = ("metrics.jsonl", "rollouts", "model", "seed_*", "table.md", "*.csv", "rollouts.jsonl", "validation.jsonl",
+           "ranked.jsonl")  # by the commands that have a run folder
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
 
 
@@ -29,11 +31,21 @@ def settings_before(folder: str | Path, config: Any) -> dict | None:
     """Those in `folder`/run.json, None without one. Raises InputError if a command without `config`'s options wrote it."""
     path = Path(folder) / "run.json"
     if not path.exists():
+        if found := next(iter(strangers(Path(folder))), None):
+            raise InputError(f"{folder}: holds {found}, but no run.json to say of which run; choose another --out")
         return None
     before = read_json(path).get("config")
-    if not isinstance(before, dict) or {field.name for field in dataclasses.fields(config)} - before.keys():
-        raise InputError(f"{path}: not the record of such a run, but of another command; choose another --out")
+    missing = {field.name for field in dataclasses.fields(config)} - (before.keys() if isinstance(before, dict) else set())
+    if missing:
+        raise InputError(f"{path}: not the record of such a run, but of another command (it has no {min(missing)}); "
+                         "choose another --out")
     return before
+
+
+def strangers(folder: Path) -> list[str]:
+    """What a folder holds that a run might replace or take for its own; nothing that is empty."""
+    found = [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
+    return [path.name for path in found if (any(path.iterdir()) if path.is_dir() else path.stat().st_size)]
 
 
 class Run:

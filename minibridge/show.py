@@ -6,16 +6,16 @@
 Files of one seed hold the same problems in the same order, so the same line of two arms shows one problem, whose question
 and graph are printed once. The marks are the verifier's (`verify`): a line without a "problem" has none.
 """
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minibridge import answer
-from minibridge.config import REQUIRED, InputError, option, read_jsonl, run_main
+from minibridge.config import REQUIRED, InputError, option, printable, read_jsonl, run_main
 from minibridge.dag import Problem, read_problem
 from minibridge.traces import formula
-from minibridge.verify import Step, verify
+from minibridge.verify import ANALYSIS, SUBGOAL, Step, verify
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Config:
 
 
 def line_of(path: str, number: int) -> dict:
+    if not path:
+        raise InputError("data: a file without a name")
     records = read_jsonl(path)
     if number > len(records):
         raise InputError(f"line: {number}, but {path} has {len(records)}")
@@ -37,11 +39,13 @@ def turns(record: dict, where: str) -> tuple[str | None, str | None]:
     if not isinstance(messages, list) or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str)
                                                  and isinstance(turn.get("content"), str) for turn in messages):
         raise InputError(f"{where}: no conversation in it")
-    said = {turn["role"]: turn["content"] for turn in messages}
-    text = record.get("text", said.get("assistant", "").removeprefix(answer.OPENING) or None)
-    if text is not None and not isinstance(text, str) or text is None and "user" not in said:
+    question = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), None)
+    text = record.get("text")
+    if text is None and messages and messages[-1]["role"] == "assistant":
+        text = messages[-1]["content"].removeprefix(answer.OPENING)
+    if text is not None and not isinstance(text, str) or text is None and question is None:
         raise InputError(f"{where}: neither a question nor an answer in it")
-    return said.get("user"), text
+    return question, text
 
 
 def graph(problem: Problem) -> str:
@@ -59,31 +63,29 @@ def graph(problem: Problem) -> str:
 def mark(step: Step) -> str:
     """What a step is, and what else is in it: "step, 2 subgoals"."""
     parts = Counter(part.kind for part in step.parts)
-    return ", ".join([step.kind, *(kind if count == 1 else f"{count} {kind}s" for kind, count in parts.items())])
+    return ", ".join([step.kind, *(kind if count == 1 else f"{count} {PLURALS[kind]}" for kind, count in parts.items())])
 
 
-def marked(problem: Problem, text: str) -> Iterator[str]:
+def marked(problem: Problem, text: str) -> str:
     """The answer's lines behind the marks of what begins in them; a wrong step is followed by what is wrong in it."""
-    steps, end = list(verify(problem, text).steps), 0
-    width = max(len(mark(step)) for step in steps)
-    for line in text.splitlines(keepends=True):
-        end += len(line)
-        here = []
-        while steps and first_letter(text, steps[0]) < end:
-            here.append(steps.pop(0))
-        if line.strip() or here:
-            yield f"{', '.join(map(mark, here)):{width}}  {line.strip()}".rstrip()
-        yield from faults(here, width)
-    yield from faults(steps, width)
+    steps = sorted(((first_letter(text, step), step) for step in verify(problem, text).steps), key=lambda pair: pair[0])
+    rows, end, done = [], 0, 0
+    for line in text.split("\n"):
+        end, first = end + len(line) + 1, done
+        while done < len(steps) and steps[done][0] < end:
+            done += 1
+        here = steps[first:done]
+        shown = ", ".join(mark(step) for place, step in here if place < len(text))
+        rows += [(shown, line.strip())] * bool(shown or line.strip())
+        rows += [("", f"^ {step.error}: {step.reason}") for _, step in here if step.error]
+    width = max(len(shown) for shown, _ in rows)
+    return "\n".join(f"{shown:{width}}  {line}".rstrip() for shown, line in rows)
 
 
 def first_letter(text: str, step: Step) -> int:
-    """Where a step's text begins; that of an empty one is the end of the answer."""
-    return next((place for place in range(step.start, step.end) if not text[place].isspace()), len(text))
-
-
-def faults(steps: list[Step], width: int) -> Iterator[str]:
-    return (f"{'':{width}}  ^ {step.error}: {step.reason}" for step in steps if step.error)
+    """Where a step's text begins; an empty one stands at the end of the answer."""
+    found = re.compile(r"\S").search(text, step.start, step.end)
+    return found.start() if found else len(text)
 
 
 def main(config: Config):
@@ -92,17 +94,18 @@ def main(config: Config):
         record, where = line_of(path, config.line), f"{path}:{config.line}"
         question, text = turns(record, where)
         problem = read_problem(record, where) if isinstance(record.get("problem"), dict) else None
-        print(f"=== {where}\n")
-        if (question, problem) != before:
-            print("".join(part + "\n\n" for part in (question, problem and graph(problem)) if part), end="")
-        before = question, problem
+        told = [question, graph(problem)] if problem else [question]
+        parts = [f"=== {where}", *(part for part in told if part and told != before)]
+        before = told
         if text is not None:
-            print("\n".join(marked(problem, text)) if problem else text)
-            if "answer" in record:
-                answer.check_scoring(record, where)
-                print("\n" + answer.explain(text, record["answer"], record.get("tolerance", 0.0)))
-            print()
+            parts.append(marked(problem, text) if problem else text)
+        if text is not None and "answer" in record:
+            answer.check_scoring(record, where)
+            parts.append(answer.explain(text, record["answer"], record.get("tolerance", 0.0)))
+        print(printable("\n\n".join(parts)), end="\n\n")
 
+
+PLURALS = {ANALYSIS: "analyses", SUBGOAL: "subgoals"}
 
 if __name__ == "__main__":
     sys.exit(run_main(main, Config))

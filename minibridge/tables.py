@@ -49,7 +49,7 @@ def number(row: dict, column: str, where: str) -> float:
     value = row.get(column, "missing")
     try:
         found = math.nan if value in ("", None) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.inf
     if math.isinf(found):
         raise InputError(f"{where}: field {column!r} must be a number, not {value!r}")

@@ -132,6 +132,12 @@ def test_what_is_drawn(folders, monkeypatch):
                    for bars in axes.containers] for axes in figure.axes)
     assert gain == [("vanilla", [1, 1], [0, 1]), ("bridge", [4, 4], [0, 1])] and more == [("bridge", [3, 3], [0, 1])]
     assert "less that of vanilla" in figure.axes[1].get_title()
+    reaches = [[bars.lines[2][0].get_segments()[0][:, 0].tolist() for bars in axes.containers] for axes in figure.axes]
+    assert reaches == [[pytest.approx([-1, 3]), pytest.approx([2, 6])], [pytest.approx([0, 6])]]
+    figure = Figure()
+    plots.FIGURES["gains"][1](figure, [row for row in plots.gains([(None, folders / "whole")]) if row["arm"] == "vanilla"],
+                              [drawing.Arm("vanilla", 0)])
+    assert len(figure.axes) == 1  # with nothing to compare
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -139,6 +145,7 @@ def test_what_is_drawn(folders, monkeypatch):
     ("--runs x={folder}/no --out {folder}/out", "runs: {folder}/no: no such folder"),
     ("--runs {folder}/a, --out {folder}/out", "runs: nothing: no such folder"),
     ("--runs {folder}/empty --out {folder}/out", "runs: no numbers for a figure in {folder}/empty"),
+    ("--runs {folder}/a --out {folder}/a/../a", "out: {folder}/a/../a is one of --runs; its own tables would be replaced"),
     ("--runs {folder}/a --out {folder}/mine", "out: {folder}/mine is a run folder; its own tables would be replaced"),
     ("--runs x={folder}/a,x={folder}/b --out {folder}/out",
      "runs: two folders have a table 'rollout_accuracy' for 'x'; give NAME= before them"),
@@ -163,6 +170,9 @@ def test_wrong_input_is_one_line(folders, capsys, argv, message):
     ("a/rollout_accuracy.csv", "alpha,share\n0,1\n1,x\n", "row 2: field 'share' must be a number, not 'x'"),
     ("rl/metrics.jsonl", '{"step": 1, "accuracy": 1}\n', "row 1: field 'dead_groups' must be a number, not 'missing'"),
     ("whole/results.csv", "arm,seed\nx,1\n", "row 1: no field 'test'"),
+    ("whole/results.csv", "arm,seed,test,decoding,stage,problems,accuracy\nx,1,a,b,sft,,0.5\n", "row 1: field 'problems' is nan"),
+    ("whole/results.csv", "arm,seed,test,decoding,stage,problems,accuracy\nx,1,a,b,sft,9,5\n", "row 1: field 'accuracy' is 5"),
+    ("whole/gains.csv", "arm,test,decoding,gain,gain +-,more,more +-\nx,a,b,1,-1,,\n", "row 1: field 'gain +-' is -1"),
 ])
 def test_damaged_tables_are_named(folders, capsys, file, text, message):
     pytest.importorskip("matplotlib")

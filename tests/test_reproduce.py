@@ -12,7 +12,7 @@ import torch
 
 from minibridge import reproduce, results, tables
 from minibridge.checkpoint import load, save
-from minibridge.config import InputError, read_jsonl, run_command, run_main
+from minibridge.config import InputError, read_jsonl, run_command, run_main, write_jsonl
 from minibridge.dag import Problem
 from minibridge.evaluate import Scored
 from minibridge.model import Decoder
@@ -159,6 +159,29 @@ def test_a_second_run_repeats_no_stage(finished, monkeypatch):
     assert (out / "table.md").read_text() == before
 
 
+@pytest.mark.parametrize("damage, message", [
+    (lambda lines: lines[:-1], "not of the same problems"), (lambda lines: [], "no lines in it"),
+    (lambda lines: [lines[0] | {"ids": None}, *lines[1:]], "jsonl:1: an answer without its ids or its problem"),
+    (lambda lines: [lines[0] | {"problem": None}, *lines[1:]], "jsonl:1: an answer without its ids or its problem")])
+def test_damaged_answers_are_named(finished, damage, message):
+    path = finished[1] / "seed_0" / "rl_bridge_id_greedy.jsonl"
+    before = path.read_bytes()
+    write_jsonl(path, damage(read_jsonl(path)))
+    try:
+        with pytest.raises(InputError, match=message):
+            reproduce.write_results(finished[0])
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_log_of_anything_is_reported(finished, tmp_path, capsys):
+    job = dataclasses.replace(finished[0], out=str(tmp_path))
+    reproduce.log_of(job, "bridge").write_bytes(b"step 3/4 | \xff\n\xe2\x82")
+    reproduce.log_of(job, "vanilla").mkdir()
+    reproduce.report([(job, "bridge"), (job, "vanilla")])
+    assert capsys.readouterr().out.endswith("seed 0, bridge: step 3/4 | \ufffd\n")
+
+
 def test_other_settings_are_refused_by_name(finished):
     config, out = finished
     with pytest.raises(InputError, match="seed"):
@@ -168,7 +191,7 @@ def test_other_settings_are_refused_by_name(finished):
 
 @pytest.mark.parametrize("change, message", [
     ({"arms": "vanilla,bird"}, "arm: 'bird' is none of"), ({"arms": "bridge@x"}, "'x' is not a probability"),
-    ({"arms": "bridge@2"}, "'bridge@2': '2' is not a probability"),
+    ({"arms": "bridge@2"}, "'bridge@2': '2' is not a probability"), ({"arms": "bridge@.3,bridge@0.3"}, "names one twice"),
     ({"arms": "vanilla,prompts"}, "'prompts' has no answers"), ({"arms": "bridge,bridge"}, "names one twice"),
     ({"sft_batch": 34}, "sft_batch: 34 examples"), ({"device": "cuda:99"}, "device"),
     ({"max_length": 2000}, "max_length: 2000 tokens"),

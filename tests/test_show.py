@@ -72,6 +72,35 @@ def test_what_is_wrong_stands_below_its_line(files, shown, tmp_path):
     assert shown(tmp_path / "wrong", 3).split("\n")[2:] == ["plain", "", "no \\boxed{}; format: no </think>", "", ""]
 
 
+def test_marks_stand_at_what_they_mark(shown, tmp_path):
+    """Also where there is no closing sentence, or where the box comes early; and what a terminal obeys is not sent to it."""
+    node = {"owner": "a", "item": "", "expr": ["+", 1, 2, 3], "stated": False}
+    spare = {"owner": "b", "item": "", "expr": 5, "stated": True}
+    problem = {"task": "own", "num_ops": 2, "nodes": [node, spare], "order": ["a"], "redundant": ["b"]}
+    row = {"problem": problem, "answer": "6", "text": "- a = 1 + 2 + 3 = 3 + 3 = 6.\n</think>\n<answer>\n\\boxed{7}\n</answer>"}
+    early = "- a = 1 + 2 + 3 = 6. So \\boxed{6}.\nThat gives 6.\n</think>\n\x1b[2K\rend"
+    turns = [{"role": role, "content": said} for role, said in (("user", "q1"), ("assistant", "a1"), ("user", "q2"))]
+    write_jsonl(tmp_path / "rows", [row, row | {"text": early}, {"prompt": turns, "answer": "6"}, row | {"answer": "7"}])
+    first = shown(tmp_path / "rows", 1).splitlines()
+    assert first[2:4] == ["a  = 1 + 2 + 3  = 6  asked", "b  = 5          = 5  not needed"]
+    assert first[5].startswith("step, subgoal  - a") and first[8].startswith("box ") and "^ wrong box" in first[9]
+    assert first[10].strip() == "</answer>"
+    second = shown(tmp_path / "rows", 2)
+    assert "\x1b" not in second and "\\x1b[2K\\rend" in second
+    assert [line.split("  ")[0] for line in second.splitlines()[5:8]] == ["step, box", "", "closing"]
+    assert "unreadable" in second.splitlines()[6]
+    third = shown(tmp_path / "rows", 3)
+    assert "q2" in third and "q1" not in third and "a1" not in third and "format" not in third
+    assert shown(tmp_path / "rows", 4).endswith(":4: field 'answer' is 7, its problem's 6\n")
+
+
+def test_marks_take_linear_time(files, tmp_path, capsys):
+    row = read_jsonl(files["vanilla"])[0]
+    write_jsonl(tmp_path / "rows", [row | {"text": "- a = 1.\n" * 2000 + "\n" * 300_000}])
+    assert run_main(show.main, show.Config, ["--data", str(tmp_path / "rows")]) == 0
+    assert capsys.readouterr().out.count("^ ") > 2000
+
+
 @pytest.mark.parametrize("line, message", [
     ('{"a": 1}', ":1: neither a question nor an answer"), ('{"messages": "x"}', ":1: no conversation"),
     ('{"messages": [{"role": "user"}]}', ":1: no conversation"), ('{"text": 3}', ":1: neither a question"),

@@ -372,7 +372,7 @@ def test_validation_is_the_greedy_accuracy_and_leaves_sampling_alone(toy, guesse
 
 def test_the_policy_learns(toy, guesser, tmp_path):
     """Where 6 is always the answer, a model that guesses among ten digits comes to say 6."""
-    write_jsonl(tmp_path / "rl.jsonl", [line | {"answer": "6"} for line in read_jsonl(toy.rl)])
+    write_jsonl(tmp_path / "rl.jsonl", [{"prompt": line["prompt"], "answer": "6"} for line in read_jsonl(toy.rl)])
     assert train(guesser, tmp_path / "rl.jsonl", tmp_path, "--steps 15 --prompts 4 --samples 16",
                  "--learning-rate 0.03") == 0
     rewards = [row["reward"] for row in metrics(tmp_path)]
@@ -520,6 +520,14 @@ def test_refilled_batches_are_trained_on_live_groups_and_resumed_exactly(toy, gu
     shutil.rmtree(tmp_path / "run" / "model")
     assert train(guesser, toy.rl, tmp_path / "run", flags, "--resume") == 0
     assert same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_answers_cut_off_are_wasted_where_they_are_masked():
+    def episode(tokens, reward, reason):
+        return Episode(Prompt([1], "6", {}), Completion([1] * tokens, [0.0] * tokens, reason), "", bool(reward), True, reward)
+
+    groups = [[episode(3, 1.0, "stop"), episode(5, 0.0, "length")], [episode(2, 0.0, "stop"), episode(6, 0.0, "length")]]
+    assert (monitor.wasted(groups), monitor.wasted(groups, mask_truncated=True)) == (0.5, pytest.approx(13 / 16))
 
 
 @pytest.fixture(scope="module")

@@ -303,7 +303,7 @@ def test_checkpoints_without_the_record_of_their_run_are_refused(toy, whole, tmp
     shutil.copytree(whole, out)
     (out / "run.json").unlink()
     assert train(toy, out, SETTINGS, "--resume --seed 7") == 2
-    assert f"{out}: holds checkpoints or a model, but no run.json" in capsys.readouterr().err
+    assert f"{out}: holds metrics.jsonl, but no run.json" in capsys.readouterr().err
 
 
 def test_validation_row_that_fits_no_micro_batch_is_found_before_training(toy, tmp_path, capsys):
@@ -328,6 +328,28 @@ def test_the_folder_of_another_command_is_not_taken(toy, tmp_path, capsys):
         assert train(toy, tmp_path / "run", flags) == 2
         assert "run.json: not the record of such a run, but of another command" in capsys.readouterr().err
     assert (tmp_path / "run" / "run.json").read_text() == record and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "gains.csv", "seed_3/x", "rollouts/step_0001.jsonl"])
+def test_a_folder_with_results_of_unknown_runs_is_not_taken(toy, tmp_path, capsys, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    (tmp_path / "run" / "a.log").write_text("a log")
+    assert train(toy, tmp_path / "run", SETTINGS) == 2
+    assert f"{tmp_path / 'run'}: holds {name.split('/')[0]}, but no run.json to say of which run" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_a_run_without_a_checkpoint_is_not_begun_again_unasked(toy, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "model")
+    before = metrics(out)
+    assert train(toy, out, SETTINGS, "--seed 5") == 2
+    assert "holds an earlier run; give --resume or choose another --out" in capsys.readouterr().err
+    assert metrics(out) == before
 
 
 def test_a_folder_with_checkpoints_is_not_begun_again(toy, whole, tmp_path, capsys):
