@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,7 @@ def test_a_process_that_fails_ends_the_whole_in_a_line(finished, tmp_path):
     config = dataclasses.replace(finished[0], out=str(tmp_path / "run"), arms="bridge", workers=2)
     broken = tmp_path / "run" / "seed_0" / "sft_bridge" / "run.json"
     broken.parent.mkdir(parents=True)
+    shutil.copy(finished[1] / "run.json", tmp_path / "run")
     broken.write_text("{")
     with pytest.raises(InputError, match=f"^seed 0, bridge: {broken}"):
         reproduce.main(config)
