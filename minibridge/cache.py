@@ -95,10 +95,10 @@ class _Step:
         B, _, H, D = q.shape
         k, v = k[:, 0], v[:, 0]
         self.new.append(torch.stack((k, v)))
-        q = q.view(B, k.shape[1], -1, D)
+        q = q.reshape(B, k.shape[1], -1, D)
         out = shared_attention(q, k, v, self.prompts[layer], self.answers[layer], self.grid, self.place, self.prompt_bias,
                                self.answer_bias)
-        return out.view(B, 1, H, D)
+        return out.reshape(B, 1, H, D)
 
 
 def decode_step(model, ids: Tensor, positions: Tensor, *read: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a decoder layer computes beside attention: norm, rotation, MLP.
+"""What a decoder layer computes beside attention: products with weights, norm, rotation, MLP.
 
 On a CPU the backward passes that autograd puts together for them are chains of steps over whole arrays, each of which
 waits for memory, and most of which keep their result. Where there may be a backward pass they are written by hand here:
@@ -31,12 +31,23 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias of x (..., C), with weight (O, C) and bias (O,).
+
+    Compiled decoding on a CPU has few rows of x for a large weight: there the product's transpose, with the weight on the
+    left, takes a tenth to two thirds less time."""
+    if not x.is_cpu or torch.is_grad_enabled() or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    out = (weight @ x.flatten(0, -2).mT).mT.unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias
+
+
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """(silu(x gateᵀ) * x upᵀ) downᵀ of x (..., C), with gate and up (I, C) and down (C, I) (arXiv 2002.05202)."""
     if x.is_cpu and torch.is_grad_enabled():
         return _SwiGLU.apply(x, gate, up, down)
     if not x.is_cpu or torch.compiler.is_compiling():
-        return F.linear(gated(F.linear(x, gate), F.linear(x, up)), down)
+        return linear(gated(linear(x, gate), linear(x, up)), down)
     parts = [F.linear(gated(F.linear(rows, gate), F.linear(rows, up)), down) for rows, in _parts(MLP_ROWS, x)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
 

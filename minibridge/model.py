@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minibridge.cache import Attend, Cache, causal_attention
-from minibridge.functional import gated, rms_norm, rotary_frequencies, rotate, swiglu
+from minibridge.functional import gated, linear, rms_norm, rotary_frequencies, rotate, swiglu
 from minibridge.model_config import ModelConfig
 
 
@@ -30,7 +30,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (..., V) of hidden (..., C)."""
-        return F.linear(hidden, self.lm_head_weight.to(hidden.dtype)).float()
+        return linear(hidden, self.lm_head_weight.to(hidden.dtype)).float()
 
     def _rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         self.frequencies = self.frequencies.to(positions.device)
