@@ -157,8 +157,14 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
     except OSError as error:  # no permission, disk full: an open knows its filename, a write does not
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         message, status = f"error: {reason}", 2
-    print(printable(message[:500]).replace("\n", r"\n"), file=sys.stderr)  # it may quote a file
+    print(printable(shortened(message)).replace("\n", r"\n"), file=sys.stderr)  # it may quote a file
     return status
+
+
+def shortened(text: str, most: int = 500) -> str:
+    """A long text without its middle: a message's beginning says what is wrong, its end what to do."""
+    kept = (most - 5) // 2
+    return text if len(text) <= most else f"{text[:kept]} ... {text[-kept:]}"
 
 
 def printable(text: str) -> str:
@@ -208,7 +214,7 @@ def _read_object(data: bytes, where: str) -> dict:
 def whole_lines(path: Path) -> list[dict]:
     """As `read_jsonl`, without a last line that lacks its newline: a process was killed while appending it."""
     lines = _contents(path).split(b"\n")[:-1]
-    return [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return [_read_object(line + b"\n", f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:

@@ -222,7 +222,7 @@ def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
         signal.signal(signal.SIGTERM, before)
 
 
-def report(jobs: Iterable[tuple[Experiment, str]]) :
+def report(jobs: Iterable[tuple[Experiment, str]]):
     """Prints how far each job has come, by the last line of its log that says so."""
     for one, arm in jobs:
         if newest := [line for line in lines_of_log(one, arm) if re.match("step +[0-9]|=== ", line)][-1:]:

@@ -103,8 +103,9 @@ def _lines_before(path: Path, step: int) -> str:
     if not path.exists():
         return ""
     rows = whole_lines(path)
-    if not all(isinstance(row.get("step"), int) for row in rows):
-        raise InputError(f"{path}: a line without its step")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("step"), int):
+            raise InputError(f"{path}:{number}: has no step")
     return "".join(json_line(row) for row in rows if row["step"] < step)
 
 

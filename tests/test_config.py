@@ -132,6 +132,14 @@ def test_input_error_is_one_line(capsys):
     assert one_line_error(capsys, "--data", "x", main=main) == "error: problems.jsonl:3: no answer\n"
 
 
+def test_a_long_message_keeps_its_beginning_and_its_end(capsys):
+    def main(config: Config):
+        raise InputError("begins " + "x" * 5000 + " and ends")
+
+    error = one_line_error(capsys, "--data", "x", main=main)
+    assert error.startswith("error: begins xx") and error.endswith("xx and ends\n") and 400 < len(error) <= 501
+
+
 def test_interruption_is_130_and_says_that_the_checkpoint_is_whole(capsys):
     def main(config):
         raise KeyboardInterrupt
@@ -329,6 +337,13 @@ def test_resume_repeats_no_step_and_loses_none(tmp_path):
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 2, 3]
     assert read_jsonl(run.metrics)[-1] == {"step": 3, "new": 3}
     assert resumed.record["resume_step"] == 3
+
+
+@pytest.mark.parametrize("second, reason", [("", "blank line"), ('{"loss": 1}', "has no step"), ("[]", "not a JSON object")])
+def test_a_damaged_line_of_metrics_is_named(tmp_path, second, reason):
+    Run(tmp_path, Config(data="x")).metrics.write_text(f'{{"step": 0}}\n{second}\n')
+    with pytest.raises(InputError, match=f"metrics.jsonl:2: {reason}"):
+        Run(tmp_path, Config(data="x"), resume_step=3)
 
 
 def test_metrics_that_cannot_be_read_stop_a_resumed_run(tmp_path):
