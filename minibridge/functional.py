@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias of x (..., C), with weight (O, C) and bias (O,).
 
     Compiled decoding on a CPU has few rows of x for a large weight: there the product's transpose, with the weight on the
-    left, takes a tenth to two thirds less time."""
+    left, takes a tenth to two thirds less time (fp32 and bf16, on an AMD EPYC)."""
     if not x.is_cpu or torch.is_grad_enabled() or not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     out = (weight @ x.flatten(0, -2).mT).mT.unflatten(0, x.shape[:-1])
