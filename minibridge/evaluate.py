@@ -134,7 +134,7 @@ def rescore(path: str) -> list[Scored]:
 
 
 def explain(path: str) -> list[str]:
-    """How often each reason is given in a file of saved answers, then a line on each of them."""
+    """A line on each of a file's saved answers, then how often each reason was given: in a terminal the end is seen."""
     text, boxes, formats = [], Counter(), Counter()
     for where, line, verdict in _saved(path, {"text": str}):
         boxes[(answer.box_fault(*_scoring(line)) or "right").partition(":")[0]] += 1
@@ -145,8 +145,8 @@ def explain(path: str) -> list[str]:
         if verdict is not None and verdict.error not in (None, WRONG_BOX):
             step = verdict.steps[verdict.first_wrong_step]
             text[-1] += f"; {step.error} in step {verdict.first_wrong_step + 1}: {step.reason!a}"
-    return [f"{name}: " + ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-            for name, counts in (("answers", boxes), ("formats", formats))] + text
+    return text + [f"{name}: " + ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+                   for name, counts in (("answers", boxes), ("formats", formats))]
 
 
 def _saved(path: str, fields: dict[str, type]) -> Iterator[tuple[str, dict, Verdict | None]]:

@@ -171,14 +171,14 @@ def test_explain_gives_the_reasons_and_their_counts(tmp_path, capsys):
     write_jsonl(tmp_path / "x", [whole, slip, cut, decimal, decimal | {"text": "\\boxed{0.30001}"}])
     assert run("--explain", tmp_path / "x") == 0
     assert capsys.readouterr().out.replace(f"{tmp_path / 'x'}:", "").splitlines() == [
-        "answers: right 3, wrong answer 2",
-        "formats: no </think> 3, good 2",
         f"1: right: '{whole['answer']}'; format: good",
         f"2: right: '{slip['answer']}'; format: good; unreadable in step 1: '\\x1b[31mHm'",
         f"3: wrong answer: '\\u22127' is not '{cut['answer']}'; format: no </think>; cut off at the longest length allowed; "
         "unfinished in step 1: \"Heron Harbour's Ship has no value\"",
         "4: wrong answer: 0.5 is not 0.3, give or take 0.0001 of it (2 boxes, the first counts); format: no </think>",
         "5: right: '0.30001'; format: no </think>",
+        "answers: right 3, wrong answer 2",
+        "formats: no </think> 3, good 2",
     ]
 
 
@@ -187,7 +187,7 @@ def test_explain_counts_what_rescoring_counts(toy, guesser, tmp_path, capsys):
                "--out", tmp_path / "x", "--device", "cpu") == 0
     lines, printed = read_jsonl(tmp_path / "x"), capsys.readouterr().out
     assert run("--explain", tmp_path / "x") == 0
-    explained = capsys.readouterr().out.splitlines()[2:]
+    explained = capsys.readouterr().out.splitlines()[:-2]
     right = [": right: " in line for line in explained]
     assert right == [line["correct"] for line in lines] and f"{sum(right) / len(right):.1%}" in printed
 
