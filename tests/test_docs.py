@@ -1,0 +1,59 @@
+"""What README.md, docs/manual.md and docs/lesson.md say of the program: commands that it takes, names it has, files that exist."""
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from minibridge.config import run_main
+from test_layers import MODULES, siblings
+
+ROOT = Path(__file__).parent.parent
+TEXTS = {path.name: path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", ROOT / "docs" / "manual.md", ROOT / "docs" / "lesson.md") if path.exists()}
+pytestmark = pytest.mark.skipif(len(TEXTS) < 3, reason="the documents are not installed with the package")
+
+
+def commands() -> list[str]:
+    """Of all fenced blocks the lines that run a script or a module of this project."""
+    lines = [line.split("&&")[-1].strip() for text in TEXTS.values() for block in text.split("```sh\n")[1:]
+             for line in block.split("```")[0].splitlines()]
+    return [line for line in lines if re.match(r"(python|torchrun --nproc-per-node \d+) (-m minibridge|\w+\.py)", line)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_has_the_options_that_it_is_given(command, capsys):
+    words = shlex.split(command, comments=True)
+    first = next(n for n, word in enumerate(words) if word.startswith("minibridge.") or word.endswith(".py"))
+    module, options = importlib.import_module(words[first].removesuffix(".py")), words[first + 1 :]
+    config = module.COMMANDS[options.pop(0)][1] if hasattr(module, "COMMANDS") else module.Config
+    assert run_main(lambda config: None, config, options) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_name_in_the_text_is_one_in_the_code(name):
+    """`module.name`, be it of a function, a class or a constant."""
+    named = re.findall(r"`(\w+)\.(\w+)`", TEXTS[name])
+    wrong = [f"{module}.{attribute}" for module, attribute in named if module in MODULES and attribute not in ("py", "safetensors")
+             and not hasattr(importlib.import_module(f"minibridge.{module}"), attribute)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_link_leads_to_a_file_and_a_heading(name):
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXTS[name]):
+        path, _, anchor = link.partition("#")
+        assert (folder / path).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (folder / path).read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], link
+
+
+def test_the_reading_order_names_every_module_before_those_that_import_it():
+    part = TEXTS["README.md"].split("## To learn from it")[1].split("Each equation")[0]
+    order = [name for name in re.findall(r"`(\w+)\.py`", part) if name in MODULES]
+    assert sorted(order) == MODULES
+    for place, name in enumerate(order):
+        assert siblings(name) <= set(order[:place]), name
