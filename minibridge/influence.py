@@ -209,7 +209,7 @@ def report(out: Path, prompts: list[Prompt], groups: list[list[Episode]], found:
     show(out, "fluency", fluency)
     summary = summarise(found, correct, kappa, columns)
     print(tables.markdown([{"of the run": name, "": value} for name, value in summary.items()]), flush=True)
-    print("", *doubts(summary, len(live_prompts(correct))), sep="\n", flush=True)
+    print("", *doubts(summary, len(live_prompts(correct))), "", sep="\n", flush=True)
     write_prompts(out, prompts, correct, columns)
     write_jsonl(out / "rollouts.jsonl", [
         {**line, "kappa": answer[1].mean(), "token_kappa": [float(f"{value:.4g}") for value in answer[1].tolist()]}
