@@ -247,7 +247,7 @@ def check_answers(found, folder: Path):
     right = ["\\boxed{" + line["answer"] + "}" in line["text"] for line in lines]
     assert sum(sum(group.correct) for group in groups) == sum(right)
     assert sum(line["correct"] for rows in rollouts.values() for line in rows) == sum(right)
-    assert [": right: " in line for line in why[2:]] == right
+    assert [": right: " in line for line in why[:-2]] == right
     assert [str(problem.answer) for problem in problems] == [line["answer"] for line in lines]
 
 
