@@ -109,7 +109,8 @@ def behaviors(verdicts: list[Verdict]) -> str:
     boxed = [verdict for verdict in verdicts if verdict.boxed]
     text = ["| behavior | all answers |", "|---|---|",
             f"| with a failed attempt | {mean(verdict.attempts > 0 for verdict in verdicts):.1%} |"]
-    for name, field in (("failed attempts", "attempts"), ("restatements", "analyses"), ("subgoals", "subgoals"),
+    for name, field in (("failed attempts", "attempts"), ("right failed attempts", "right_attempts"),
+                        ("restatements", "analyses"), ("subgoals", "subgoals"),
                         ("steps with a value", "solved"), ("steps without need", "unneeded")):
         text.append(f"| {name} per answer | {mean(getattr(verdict, field) for verdict in verdicts):.2f} |")
     text.append(f"| right in every step | {mean(verdict.correct for verdict in verdicts):.1%} |")

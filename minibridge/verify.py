@@ -106,6 +106,11 @@ class Verdict:
         return sum(step.kind == FAILED_ATTEMPT for step in self.steps)
 
     @property
+    def right_attempts(self) -> int:
+        """Failed attempts that name a locked quantity and what it waits for, right in every word."""
+        return sum(step.kind == FAILED_ATTEMPT and step.error is None for step in self.steps)
+
+    @property
     def analyses(self) -> int:
         return sum(part.kind == ANALYSIS for step in self.steps for part in step.parts)
 

@@ -10,7 +10,9 @@ import pytest
 
 from minibridge import evaluate, igsm, traces
 from minibridge.config import read_jsonl, run_main, write_jsonl
+from minibridge.dag import read_problem
 from minibridge.evaluate import Config, Scored, best_constant, pass_at_k, rescore, table, wilson
+from minibridge.verify import verify
 
 HEAD = "| problems | count | accuracy | 95% interval |"
 
@@ -161,6 +163,22 @@ def test_behaviors_and_first_errors(tmp_path, capsys):
     assert rows["steps with a value per answer"] == [f"{sum(solved) / 4:.2f}"]
     assert rows["right result, but a wrong step"] == ["33.3% of right results"]
     assert printed.endswith("first errors: unreadable: 1, unfinished: 1\n")
+
+
+def test_a_failed_attempt_where_nothing_is_locked_is_counted_and_not_a_right_one(tmp_path, capsys):
+    """Its sentence again, once the answer has solved what it waited for."""
+    line = worked(0)
+    steps = verify(read_problem(line, ""), line["text"]).steps
+    attempt = next(step for step in steps if step.kind == "failed attempt")
+    closing = next(step for step in steps if step.kind == "closing")
+    again = "\n" + line["text"][attempt.start : attempt.end]
+    line["text"] = line["text"][: closing.start] + again + line["text"][closing.start :]
+    write_jsonl(tmp_path / "x", [line])
+    assert run("--rescore", tmp_path / "x") == 0
+    rows = cells(capsys.readouterr().out)
+    right = sum(step.kind == "failed attempt" for step in steps)
+    assert rows["failed attempts per answer"] == [f"{right + 1:.2f}"]
+    assert rows["right failed attempts per answer"] == [f"{right:.2f}"]
 
 
 def test_explain_gives_the_reasons_and_their_counts(tmp_path, capsys):
