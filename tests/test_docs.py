@@ -45,9 +45,10 @@ def test_a_link_leads_to_a_file_and_a_heading(name):
     folder = ROOT if name == "README.md" else ROOT / "docs"
     for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXTS[name]):
         path, _, anchor = link.partition("#")
-        assert (folder / path).exists(), link
+        target = folder / (path or name)
+        assert target.exists(), link
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", (folder / path).read_text(encoding="utf-8"), re.MULTILINE)
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], link
 
 
