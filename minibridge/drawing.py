@@ -14,6 +14,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES, MARKERS, HATCHES = ("-", "--", "-.", ":"), "osD^vP*X", ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "**")
 CURVES = {"accuracy": "accuracy of sampled answers", "dead_groups": "share of dead groups",
           "entropy": "entropy (nats per token)", "length": "tokens per answer"}
+ALPHA = "share α of right answers to a prompt (.2–.4: from .2, below .4; 0 and 1 apart)"
 BIN_LABELS = [name.replace("0.", ".").replace("-", "–") for name in tables.BINS]
 LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.5}
@@ -83,7 +84,7 @@ def training(figure, table: Table, arms: list[Arm]):
         axes.set_title(title)
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in figure.axes[2:]:
-        axes.set_xlabel(f"step (bold: mean of the last {SMOOTHED})")
+        axes.set_xlabel(f"step (thin: each; bold: mean of the last {SMOOTHED})")
 
 
 def rollout_accuracy(figure, table: Table, arms: list[Arm]):
@@ -94,7 +95,7 @@ def rollout_accuracy(figure, table: Table, arms: list[Arm]):
         shares = [sum(row["share"] for row in rows if bin_of(row["alpha"]) == b) for b in ticks]
         bars(axes, place, len(arms), ticks, shares, label=f"{arm.label}: {sum(shares[1:-1]):.0%} between 0 and 1", **arm.bar)
     axes.set_xticks(ticks, BIN_LABELS)
-    axes.set_xlabel("share α of right answers to a prompt")
+    axes.set_xlabel(ALPHA)
     axes.set_ylabel("share of prompts")
 
 
@@ -116,11 +117,11 @@ def influence(figure, table: Table, arms: list[Arm]):
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xticks(range(len(tables.BINS)), BIN_LABELS)
         axes.set_xlim(-0.5, len(tables.BINS) - 0.5)
-        axes.set_xlabel("share α of right answers to a prompt")
         axes.set_title(title)
+    figure.supxlabel(ALPHA, fontsize="medium")
 
 
-def ablation(figure, table: Table, arms: list[Arm]):
+def accuracy(figure, table: Table, arms: list[Arm]):
     """Greys and not the arms' colours, because bars here differ by stage."""
     tests, ticks = list(dict.fromkeys(row["test"] for row in table)), {arm.name: tick for tick, arm in enumerate(arms)}
     looks = {"sft": {"label": "after SFT", "color": "0.75"}, "rl": {"label": "after RL", "color": "0.4", "hatch": "///"}}
@@ -137,7 +138,7 @@ def ablation(figure, table: Table, arms: list[Arm]):
                         horizontalalignment="right" if crowded else "center")
         axes.set_xlim(-0.5, len(arms) - 0.5)
         axes.set_title(literal(test))
-    figure.supylabel("accuracy")
+    figure.supylabel("accuracy, with its 95% interval", fontsize="medium")
 
 
 def gains(figure, table: Table, arms: list[Arm]):
@@ -145,19 +146,20 @@ def gains(figure, table: Table, arms: list[Arm]):
     first = [arm.label for arm in arms if all(row["more"] != row["more"] for row in of(table, arm=arm.name))]  # NaN
     tests = names_in(table, "test")
     other = first[0] if len(first) == 1 else "the first arm"
-    titles = {"gain": "RL gain (points)", "more": f"RL gain less that of {other} (points)"}
+    titles = {"gain": "RL gain (points)", "more": f"more than {other} (points)"}
     shown = ["gain", *(["more"] if any(row["more"] == row["more"] for row in table) else [])]
     for name, axes in zip(shown, figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]):
-        compared = [arm for arm in arms if any(row[name] == row[name] for row in of(table, arm=arm.name))]  # not NaN
-        for arm in compared:
-            rows = of(table, arm=arm.name)
-            apart = min(0.12, 0.8 / len(compared)) * (compared.index(arm) - (len(compared) - 1) / 2)
+        for arm in arms:
+            if not (rows := [row for row in of(table, arm=arm.name) if row[name] == row[name]]):  # not NaN
+                continue
+            apart = min(0.12, 0.8 / len(arms)) * (arms.index(arm) - (len(arms) - 1) / 2)
             axes.errorbar([100 * row[name] for row in rows], [tests.index(row["test"]) + apart for row in rows],
                           xerr=[100 * row[f"{name} +-"] for row in rows], label=arm.label, **arm.point | {"linestyle": ""})
         axes.axvline(0, color="0.4", linewidth=0.8)
         axes.set_yticks(range(len(tests)), [literal(test) for test in tests])
         axes.set_ylim(len(tests) - 0.5, -0.5)
         axes.set_title(titles[name])
+    figure.supxlabel("lines: 95% intervals", fontsize="medium")
 
 
 def fluency(figure, table: Table, arms: list[Arm]):

@@ -110,7 +110,7 @@ def behaviors(verdicts: list[Verdict]) -> str:
     text = ["| behavior | all answers |", "|---|---|",
             f"| with a failed attempt | {mean(verdict.attempts > 0 for verdict in verdicts):.1%} |"]
     for name, field in (("failed attempts", "attempts"), ("right failed attempts", "right_attempts"),
-                        ("restatements", "analyses"), ("subgoals", "subgoals"),
+                        ("restatements", "restatements"), ("subgoals", "subgoals"),
                         ("steps with a value", "solved"), ("steps without need", "unneeded")):
         text.append(f"| {name} per answer | {mean(getattr(verdict, field) for verdict in verdicts):.2f} |")
     text.append(f"| right in every step | {mean(verdict.correct for verdict in verdicts):.1%} |")
@@ -138,7 +138,8 @@ def explain(path: str) -> list[str]:
     """A line on each of a file's saved answers, then how often each reason was given: in a terminal the end is seen."""
     text, boxes, formats = [], Counter(), Counter()
     for where, line, verdict in _saved(path, {"text": str}):
-        boxes[(answer.box_fault(*_scoring(line)) or "right").partition(":")[0]] += 1
+        right = "right" if verdict is None or verdict.correct else "right, but a wrong step"
+        boxes[(answer.box_fault(*_scoring(line)) or right).partition(":")[0]] += 1
         formats[answer.format_fault(line["text"]) or "good"] += 1
         text.append(f"{where}: {answer.explain(*_scoring(line))}")
         if line.get("finish_reason") == "length":

@@ -6,7 +6,8 @@ The equations are in `coinfluence`. Printed, and written to the folder --out as 
 
     rollout_accuracy   how many prompts got which share alpha of right answers
     influence          I(q) and its factors, grouped by alpha; every prompt's in prompts.csv
-    behaviors          what failed attempts, analyses and subgoals bring to I(q), token by token, where problems are known
+    behaviors          what failed attempts, restatements and subgoals bring to I(q), token by token, where problems are
+                       known
     fluency            entropy and perplexity on the model's own answers, and on --reference
     steps              with --check: I(q) against the growth seen when the step is really taken
 

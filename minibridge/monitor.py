@@ -5,6 +5,7 @@ from minibridge import coinfluence, spans
 from minibridge.answer import extract
 from minibridge.config import printable
 from minibridge.rollout import Episode, dead
+from minibridge.verify import verify
 
 VERIFIED = 128  # answers of a step whose behaviors are counted, if there are not more prompts
 
@@ -44,7 +45,10 @@ def behaviors(groups: list[list[Episode]], data: str) -> dict[str, float]:
     """What some answers to each prompt show: the verifier takes milliseconds for each. data: their file, to name it."""
     some = max(1, VERIFIED // len(groups))
     problems = [spans.problem_of(group[0].prompt, data) for group in groups]
-    return {} if None in problems else spans.behavior_rates([group[:some] for group in groups], problems)
+    if None in problems:
+        return {}
+    verdicts = [verify(problem, episode.text) for group, problem in zip(groups, problems) for episode in group[:some]]
+    return {name.replace(" ", "_"): rate for name, rate in spans.behavior_rates(verdicts).items()}
 
 
 def show(groups: list[list[Episode]]):

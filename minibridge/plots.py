@@ -6,7 +6,7 @@ A folder gives what it has:
 
     of minibridge.influence    rollout_accuracy, influence, fluency
     of train_rl.py             training (metrics.jsonl)
-    of minibridge.reproduce    training; accuracy before and after RL (ablation) and its gains, of all arms, means over seeds
+    of minibridge.reproduce    training; accuracy before and after RL, and gains, of all arms, means over seeds
 
 Folders of the first two kinds are an arm each, named as given or as the folder; a name before one of the third goes
 before those of its arms. matplotlib draws them (`drawing`): pip install -e ".[plot]".
@@ -111,7 +111,7 @@ def training(runs: list[Folder]) -> Table:
     return together("training", parts)
 
 
-def ablation(runs: list[Folder]) -> Table:
+def accuracy(runs: list[Folder]) -> Table:
     """Accuracy with its interval, over problems (Wilson) for one seed, over seeds for more."""
     parts = []
     for run in runs:
@@ -120,7 +120,7 @@ def ablation(runs: list[Folder]) -> Table:
             for row in rows:
                 same[f"{row['test']}, {row['decoding']}", row["stage"]].append(row)
             parts.append((arm, [{"test": test, "stage": stage, **spread(seeds)} for (test, stage), seeds in same.items()]))
-    return together("ablation", parts)
+    return together("accuracy", parts)
 
 
 def spread(seeds: Table) -> dict[str, float]:
@@ -148,7 +148,7 @@ FIGURES = {  # name of the files: where the numbers come from, how they are draw
     "training": (training, drawing.training, (6.5, 4.6)),
     "rollout_accuracy": (collected("rollout_accuracy", (), ("alpha", "share")), drawing.rollout_accuracy, (6.5, 2.8)),
     "influence": (collected("influence", ("alpha",), INFLUENCE), drawing.influence, (6.5, 2.8)),
-    "ablation": (ablation, drawing.ablation, (6.5, 2.8)),
+    "accuracy": (accuracy, drawing.accuracy, (6.5, 2.8)),
     "gains": (gains, drawing.gains, (6.5, 2.4)),
     "fluency": (collected("fluency", ("text",), ("entropy", "perplexity")), drawing.fluency, (6.5, 2.6)),
 }

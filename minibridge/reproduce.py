@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import itertools
 import re
+import shlex
 import signal
 import string
 import sys
@@ -149,6 +150,8 @@ def main(config: Experiment):
     text = write_results(config)
     run.finish()
     print(f"\n{text}\n\nwritten: table.md, results.csv, gains.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
+    answers = Path(config.one_seed_each[0].out) / f"rl_{config.names[-1]}_id_greedy.jsonl"
+    print(f"an answer, step by step: python -m minibridge.show --data {shlex.quote(str(answers))}\nwhat to try: docs/lesson.md")
 
 
 def check(config: Experiment):

@@ -9,13 +9,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from minibridge import evaluate
-from minibridge.arms import AUGMENTED, parts_of
-from minibridge.arms import BEHAVIORS as INJECTED
+from minibridge.arms import AUGMENTED, BEHAVIORS, parts_of
 from minibridge.config import InputError, read_jsonl
+from minibridge.spans import behavior_rates
 from minibridge.tables import Table, markdown, t_quantile
 
 STAGES, DECODINGS = ("sft", "rl"), ("greedy", "sampled")
-BEHAVIORS = {"attempts": "attempts", "restated": "analyses", "subgoals": "subgoals", "every step right": "correct"}
 CURVES = ("accuracy", "length", "common_answer", "dead_groups", "root_of_alpha_1_minus_alpha", "entropy", "grad_norm")
 
 
@@ -43,7 +42,7 @@ class Outcome:
         where = {"seed": self.seed, "arm": self.arm, "test": self.test, "decoding": self.decoding}
         return [{**where, "stage": stage, "problems": len(scored), "accuracy": share, "tokens": tokens,
                  "accuracy, answer not 0": accuracy_of([problem for problem in scored if problem.answer != "0"]),
-                 **behaviors(scored)}
+                 **shown(scored)}
                 for stage, scored, share, tokens in zip(STAGES, (self.before, self.after), self.accuracy, self.tokens)]
 
 
@@ -74,10 +73,9 @@ def accuracy_of(scored: list[evaluate.Scored]) -> float | None:
     return evaluate.accuracy(scored) if scored else None
 
 
-def behaviors(scored: list[evaluate.Scored]) -> dict[str, float]:
-    """What the answers show, per answer, by the verifier."""
-    verdicts = [verdict for problem in scored for verdict in problem.verdicts]
-    return {name: mean(getattr(verdict, attribute) for verdict in verdicts) for name, attribute in BEHAVIORS.items()}
+def shown(scored: list[evaluate.Scored]) -> dict[str, float]:
+    """Behaviors in the answers, by the verifier."""
+    return behavior_rates([verdict for problem in scored for verdict in problem.verdicts])
 
 
 def interval(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -94,12 +92,13 @@ def table(found: list[Outcome]) -> str:
             for outcomes, first in compared(found)]
     tests = list(dict.fromkeys(outcome.test for outcome in found))
     lucky = [f"{test}: {mean(evaluate.best_constant(o.before)[1] for o in found if o.test == test):.1%}" for test in tests]
-    shown = [{"arm": outcomes[0].arm, "after": stage.upper(), "answers": f"{tests[0]}, {outcomes[0].decoding}",
-              **averages(outcomes, stage)}
-             for outcomes, _ in compared(found) if outcomes[0].test == tests[0] for stage in STAGES]
+    behaviors = [{"arm": outcomes[0].arm, "after": stage.upper(), "answers": f"{tests[0]}, {outcomes[0].decoding}",
+                  **averages(outcomes, stage)}
+                 for outcomes, _ in compared(found) if outcomes[0].test == tests[0] for stage in STAGES]
     crossed = effects(found)
-    return "\n".join([markdown(rows), "", f"Best constant answer, {'; '.join(lucky)}", "", markdown(shown),
-                      *(["", markdown(crossed)] if crossed else [])])
+    return "\n".join([markdown(rows), "", f"Best constant answer, {'; '.join(lucky)}", "",
+                      "What answers show, each per answer, and the share of them that is right in every step:", "",
+                      markdown(behaviors), *(["", markdown(crossed)] if crossed else [])])
 
 
 def gains(found: list[Outcome]) -> Table:
@@ -132,8 +131,8 @@ def effects(found: list[Outcome]) -> Table:
     arms that have it less that of the four that do not, so that each training serves all three comparisons (a 2 x 2 x 2
     design)."""
     parts = {outcome.arm: frozenset(parts_of(outcome.arm)) for outcome in found if outcome.arm not in AUGMENTED}
-    arms = {behaviors: arm for arm, behaviors in parts.items() if behaviors <= set(INJECTED)}
-    if len(arms) < 2 ** len(INJECTED):
+    arms = {behaviors: arm for arm, behaviors in parts.items() if behaviors <= set(BEHAVIORS)}
+    if len(arms) < 2 ** len(BEHAVIORS):
         return []
     changes = {(o.test, o.decoding, o.seed, o.arm): o.changes for o in found}
     tests, seeds = dict.fromkeys((o.test, o.decoding) for o in found), dict.fromkeys(o.seed for o in found)
@@ -144,7 +143,7 @@ def effects(found: list[Outcome]) -> Table:
                 for seed in seeds]
 
     rows = []
-    for behavior in INJECTED:
+    for behavior in BEHAVIORS:
         having, lacking = ([arm for parts, arm in arms.items() if (behavior in parts) == has] for has in (True, False))
         for test, decoding in tests:
             with_it, without = gains_of(having, test, decoding), gains_of(lacking, test, decoding)
@@ -177,8 +176,8 @@ def around(value: float, reach: float) -> str:
 
 def averages(outcomes: list[Outcome], stage: str) -> dict[str, float]:
     """Behaviors per answer, over all seeds."""
-    shown = [behaviors(outcome.before if stage == STAGES[0] else outcome.after) for outcome in outcomes]
-    return {name: mean(each[name] for each in shown) for name in BEHAVIORS}
+    rates = [shown(outcome.before if stage == STAGES[0] else outcome.after) for outcome in outcomes]
+    return {name: mean(each[name] for each in rates) for name in rates[0]}
 
 
 def curves(runs: Sequence[tuple[int, Path]], arms: Sequence[str]) -> Table:

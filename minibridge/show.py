@@ -15,7 +15,7 @@ from minibridge import answer
 from minibridge.config import REQUIRED, InputError, option, printable, read_jsonl, run_main
 from minibridge.dag import Problem, read_problem
 from minibridge.traces import formula
-from minibridge.verify import ANALYSIS, SUBGOAL, Step, verify
+from minibridge.verify import Step, verify
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ def graph(problem: Problem) -> str:
     names = {key: key for key in problem.nodes}
     rows = [(key, formula(problem.nodes[key].expr, names), str(problem.values[key]))
             for key in (*problem.order, *problem.redundant)]
-    notes = {problem.target: "asked"} | dict.fromkeys(problem.redundant, "not needed")
-    notes |= {key: "not stated" for key, node in problem.nodes.items() if not node.stated and key not in notes}
+    notes = {key: ", ".join(["asked"] * (key == problem.target) + ["not needed"] * (key in problem.redundant)
+                            + ["not stated"] * (not node.stated)) for key, node in problem.nodes.items()}
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"{key:{widths[0]}}  = {expr:{widths[1]}}  = {value:>{widths[2]}}  {notes.get(key, '')}".rstrip()
+    return "\n".join(f"{key:{widths[0]}}  = {expr:{widths[1]}}  = {value:>{widths[2]}}  {notes[key]}".rstrip()
                      for key, expr, value in rows)
 
 
 def mark(step: Step) -> str:
     """What a step is, and what else is in it: "step, 2 subgoals"."""
     parts = Counter(part.kind for part in step.parts)
-    return ", ".join([step.kind, *(kind if count == 1 else f"{count} {PLURALS[kind]}" for kind, count in parts.items())])
+    return ", ".join([step.kind, *(kind if count == 1 else f"{count} {kind}s" for kind, count in parts.items())])
 
 
 def marked(problem: Problem, text: str) -> str:
@@ -104,8 +104,6 @@ def main(config: Config):
             parts.append(answer.explain(text, record["answer"], record.get("tolerance", 0.0)))
         print(printable("\n\n".join(parts)), end="\n\n")
 
-
-PLURALS = {ANALYSIS: "analyses", SUBGOAL: "subgoals"}
 
 if __name__ == "__main__":
     sys.exit(run_main(main, Config))

@@ -8,10 +8,13 @@ from minibridge.data import Prompt
 from minibridge.dag import Problem, read_problem
 from minibridge.rollout import Episode
 from minibridge.tokenizer import Tokenizer
-from minibridge.verify import ANALYSIS, FAILED_ATTEMPT, SUBGOAL, verify
+from minibridge.verify import FAILED_ATTEMPT, RESTATEMENT, SUBGOAL, Verdict, verify
 
-KINDS = (FAILED_ATTEMPT, ANALYSIS, SUBGOAL, "rest")
+KINDS = (FAILED_ATTEMPT, RESTATEMENT, SUBGOAL, "rest")
 REST = KINDS.index("rest")
+# What is counted of behaviors in answers, by its name in every table: the property of `Verdict`.
+COUNTED = {"failed attempts": "attempts", "restatements": "restatements", "subgoals": "subgoals",
+           "right in every step": "correct"}
 
 
 def token_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
@@ -28,7 +31,7 @@ def token_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 def token_kinds(tokenizer: Tokenizer, episode: Episode, problem: Problem) -> Tensor:
     """(T,) indices into KINDS: what the last character that a token has a part in belongs to. A restatement within a failed
-    attempt is an analysis; what has no text, such as the stop token, is the rest."""
+    attempt is a restatement; what has no text, such as the stop token, is the rest."""
     kinds = [REST] * len(episode.text)
     for part in verify(problem, episode.text).spans():  # the parts of a step come after it
         if part.kind in KINDS:
@@ -43,8 +46,6 @@ def problem_of(prompt: Prompt, where: str) -> Problem | None:
     return read_problem(prompt.record, where) if isinstance(prompt.record.get("problem"), dict) else None
 
 
-def behavior_rates(groups: list[list[Episode]], problems: list[Problem]) -> dict[str, float]:
-    """What the answers to each problem show, per answer, for a training log."""
-    verdicts = [verify(problem, episode.text) for group, problem in zip(groups, problems) for episode in group]
-    fields = {"attempts": "attempts", "analyses": "analyses", "subgoals": "subgoals", "right_in_every_step": "correct"}
-    return {name: sum(getattr(verdict, field) for verdict in verdicts) / len(verdicts) for name, field in fields.items()}
+def behavior_rates(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """What answers show, per answer, and the share of them that is right in every step."""
+    return {name: sum(getattr(verdict, field) for verdict in verdicts) / len(verdicts) for name, field in COUNTED.items()}

@@ -30,7 +30,7 @@ FAILED_ATTEMPT = "failed attempt"  # says that the node must wait for others
 MENTION = "mention"                # a line that does neither: names a node, or cannot be read
 CLOSING = "closing"                # what stands between the last step and the end of the think block
 BOX = "box"
-ANALYSIS = "analysis"              # part: the node's condition restated
+RESTATEMENT = "restatement"        # part: the node's condition restated
 SUBGOAL = "subgoal"                # part: a formula in numbers, partly reduced
 
 # Kinds of error, in `Step.error`; and, from `formula`:
@@ -42,7 +42,7 @@ SUBSTITUTION = "wrong substitution"  # the formula, with numbers put in for lett
 UNDEFINED = "undefined name"         # a letter nobody introduced, or a node the problem does not have
 NAMING = "wrong letter"              # a letter, or name before "=", that belongs to another node
 LOCK = "wrong lock"                  # the nodes said to be unknown are not those that are
-RESTATEMENT = "wrong restatement"    # the restated condition is not the problem's
+WRONG_RESTATEMENT = "wrong restatement"  # the restated condition is not the problem's
 UNFINISHED = "unfinished"            # the answer closes before the question's node has a value
 WRONG_CLOSING = "wrong closing"      # the closing sentence gives another number than the steps
 WRONG_BOX = "wrong box"              # no box, or not the right answer in it
@@ -111,8 +111,8 @@ class Verdict:
         return sum(step.kind == FAILED_ATTEMPT and step.error is None for step in self.steps)
 
     @property
-    def analyses(self) -> int:
-        return sum(part.kind == ANALYSIS for step in self.steps for part in step.parts)
+    def restatements(self) -> int:
+        return sum(part.kind == RESTATEMENT for step in self.steps for part in step.parts)
 
     @property
     def subgoals(self) -> int:
@@ -220,7 +220,7 @@ class _Ledger:
         for pattern, method in GRAMMAR:
             if match := pattern.fullmatch(sentence):
                 if method in ("_restate", "_quote"):
-                    self.parts.append(Part(ANALYSIS, at, at + len(words)))
+                    self.parts.append(Part(RESTATEMENT, at, at + len(words)))
                 return getattr(self, method)(**match.groupdict())
         raise Wrong(UNREADABLE, sentence[:80])
 
@@ -252,7 +252,7 @@ class _Ledger:
         """Right when it has the words of the question, and its nodes, in any order where that is free."""
         node = self.problem.nodes.get(self.node)
         if node is None or not node.stated:
-            raise Wrong(RESTATEMENT, "the problem states no condition of it")
+            raise Wrong(WRONG_RESTATEMENT, "the problem states no condition of it")
         stated = traces.describe(node.expr, self.problem.nodes)
         if plain(expression) == plain(stated):
             return  # also where names hold an "and" or a comma, and cannot be told apart
@@ -260,12 +260,12 @@ class _Ledger:
         if formula.commutes(node.expr):
             names, parents = sorted(names), sorted(parents)
         if (said, names) != (words, parents):
-            raise Wrong(RESTATEMENT, expression[:80])
+            raise Wrong(WRONG_RESTATEMENT, expression[:80])
 
     def _quote(self, text: str):
         """Right when it is the question's own sentence about the node."""
         if text != self.texts.get(self.node, "").rstrip(" ."):
-            raise Wrong(RESTATEMENT, text[:80])
+            raise Wrong(WRONG_RESTATEMENT, text[:80])
 
     def _lock(self, nodes: str):
         if self.kind == MENTION:

@@ -195,7 +195,7 @@ def test_explain_gives_the_reasons_and_their_counts(tmp_path, capsys):
         "unfinished in step 1: \"Heron Harbour's Ship has no value\"",
         "4: wrong answer: 0.5 is not 0.3, give or take 0.0001 of it (2 boxes, the first counts); format: no </think>",
         "5: right: '0.30001'; format: no </think>",
-        "answers: right 3, wrong answer 2",
+        "answers: right 2, wrong answer 2, right, but a wrong step 1",
         "formats: no </think> 3, good 2",
     ]
 

@@ -8,7 +8,7 @@ from minibridge import evaluate, influence, plots, reproduce, show
 from minibridge.config import read_jsonl, run_main
 
 LESSON = Path(__file__).parent.parent / "docs" / "lesson.md"
-FEW = {"reproduce": "--workers 1 --sft-rows 32 --rl-steps 1 --rl-prompts 8 --rl-samples 2 --test-problems 2",
+FEW = {"reproduce": "--workers 1 --sft-rows 32 --rl-steps 1 --rl-prompts 8 --rl-samples 2 --test-problems 4",
        "influence": "--prompts 2 --val-prompts 6 --samples 8", "evaluate": "", "plots": "", "show": ""}
 
 
@@ -40,5 +40,5 @@ def test_the_lesson(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "lesson"
     assert (folder / "table.md").read_text().count("| analysis |") == 8
     assert {path.name for path in (tmp_path / "runs" / "lesson_figures").glob("*.png")} == {
-        f"{name}.png" for name in ("training", "rollout_accuracy", "influence", "ablation", "gains", "fluency")}
+        f"{name}.png" for name in ("training", "rollout_accuracy", "influence", "accuracy", "gains", "fluency")}
     assert read_jsonl(folder / "seed_0" / "rl.jsonl")

@@ -1,4 +1,4 @@
-"""Worked answers beside those of the code published with the paper: steps, failed attempts, analyses, lengths.
+"""Worked answers beside those of the code published with the paper: steps, failed attempts, restatements, lengths.
 
 Their figures are means and standard deviations over problems of the same filters (|answer| < 1000, zeros not thinned). What
 the two have in common is counted in nodes, sentences and operations; wordings are each one's own, so lengths are compared
@@ -21,9 +21,9 @@ COUNT = {PAPER: 500, LONG: 300}  # of problems, theirs and ours
 
 # mean, standard deviation
 BRIDGE_MEANS = {
-    PAPER: {"steps": (13.21, 2.57), "failed": (.89, .95), "analyses": (3.88, 1.63), "redundant picks": (.178, .5),
+    PAPER: {"steps": (13.21, 2.57), "failed": (.89, .95), "restatements": (3.88, 1.63), "redundant picks": (.178, .5),
             "redundant solved": (.116, .4), "early": (.074, .3)},
-    LONG: {"steps": (16.44, 3.27), "failed": (1.15, .98), "analyses": (5.34, 1.96), "redundant picks": (.193, .5),
+    LONG: {"steps": (16.44, 3.27), "failed": (1.15, .98), "restatements": (5.34, 1.96), "redundant picks": (.193, .5),
            "redundant solved": (.107, .4), "early": (.120, .4)},
 }
 # failed attempts per answer, and the share of answers without any, by probability
@@ -62,7 +62,7 @@ def counted(problem, text) -> dict:
     solved = [step.node for step in verdict.steps if step.kind == "step"]
     redundant, place = set(problem.redundant), {key: i for i, key in enumerate(problem.order)}
     turns = [place[key] for key in solved if key in place]
-    return {"steps": len(tried), "failed": verdict.attempts, "analyses": verdict.analyses,
+    return {"steps": len(tried), "failed": verdict.attempts, "restatements": verdict.restatements,
             "redundant picks": sum(key in redundant for key in tried),
             "redundant solved": sum(key in redundant for key in solved),
             "early": sum(any(later < turn for later in turns[i + 1:]) for i, turn in enumerate(turns))}

@@ -65,14 +65,14 @@ def test_numbers_of_every_figure(folders, capsys):
     assert [row["arm"] for row in found["influence"]] == ["bridge"] * 8 + ["vanilla"] * 8
     assert [row["influence"] for row in found["influence"]] == ["0.1"] * 8 + ["0.05"] * 8
     shares = {(row["arm"], row["stage"]): tuple(float(row[name]) for name in ("accuracy", "low", "high"))
-              for row in found["ablation"]}
+              for row in found["accuracy"]}
     assert {key: share[0] for key, share in shares.items()} == {
         ("vanilla", "sft"): 0.25, ("bridge", "sft"): 0.25, ("vanilla", "rl"): 0.5, ("bridge", "rl"): 0.75,
         ("more: vanilla", "sft"): 0.25, ("more: bridge", "sft"): 0.25, ("more: vanilla", "rl"): 0.625,
         ("more: bridge", "rl"): 0.75}
     assert shares["vanilla", "rl"] == pytest.approx((0.5, *wilson(0.5, 4)))
     assert shares["more: vanilla", "rl"] == (0.625, 0, 1) and shares["more: bridge", "rl"] == (0.75, 0.75, 0.75)
-    for row in found["ablation"]:
+    for row in found["accuracy"]:
         assert row["test"] == "id, greedy"
     assert [(row["arm"], row["test"], row["gain"], row["more"]) for row in found["gains"][:4]] == [
         (arm, f"{test}, greedy", gain, more) for arm, gain, more in (("vanilla", "0.01", ""), ("bridge", "0.04", "0.03"))
@@ -120,7 +120,7 @@ def test_what_is_drawn(folders, monkeypatch):
     heights = [[patch.get_height() for patch in container] for container in figure.axes[0].containers]
     assert heights[0] == pytest.approx([0, 1 / 55, 5 / 55, 9 / 55, 13 / 55, 17 / 55, 10 / 55])
     figure = Figure()
-    drawing.ablation(figure, plots.ablation([(None, folders / "whole")]), arms[::-1])
+    drawing.accuracy(figure, plots.accuracy([(None, folders / "whole")]), arms[::-1])
     stages = {container.get_label(): container for container in figure.axes[0].containers}
     before, after = (stages[name].patches for name in ("after SFT", "after RL"))
     assert [patch.get_height() for patch in before] == [0.25, 0.25]
@@ -131,7 +131,7 @@ def test_what_is_drawn(folders, monkeypatch):
     gain, more = ([(bars.get_label(), [*map(float, bars.lines[0].get_xdata())], [*map(round, bars.lines[0].get_ydata())])
                    for bars in axes.containers] for axes in figure.axes)
     assert gain == [("vanilla", [1, 1], [0, 1]), ("bridge", [4, 4], [0, 1])] and more == [("bridge", [3, 3], [0, 1])]
-    assert "less that of vanilla" in figure.axes[1].get_title()
+    assert "more than vanilla" in figure.axes[1].get_title()
     reaches = [[bars.lines[2][0].get_segments()[0][:, 0].tolist() for bars in axes.containers] for axes in figure.axes]
     assert reaches == [[pytest.approx([-1, 3]), pytest.approx([2, 6])], [pytest.approx([0, 6])]]
     figure = Figure()

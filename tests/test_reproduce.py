@@ -88,7 +88,9 @@ def test_several_seeds_side_by_side(finished, tmp_path, capsys):
     assert not {row["id"] for row in read_jsonl(a / "rl.jsonl")} & {row["id"] for row in read_jsonl(b / "rl.jsonl")}
     assert (a / "sft_bridge.jsonl").read_bytes() == (finished[1] / "seed_0" / "sft_bridge.jsonl").read_bytes()
     assert {row["seed"] for row in tables.read(tmp_path / "run" / "results.csv")} == {"0", "1"}
-    assert "=== GRPO, bridge" in (b / "bridge.log").read_text() and "===" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "=== GRPO, bridge" in (b / "bridge.log").read_text() and "===" not in printed
+    assert read_jsonl(next(line for line in printed.splitlines() if "minibridge.show" in line).split()[-1])
     for folder, seed in ((a, 0), (b, 1)):
         for stage in results.STAGES:
             assert json.loads((folder / f"{stage}_bridge" / "run.json").read_text())["config"]["seed"] == seed
@@ -320,7 +322,7 @@ def test_the_effect_of_a_behavior_by_hand(monkeypatch):
     reach = 12.7062 * 0.5**0.5 / 2**0.5  # of 0 and 1
     assert one["reflection"]["95% interval"] == f"{0.5 - reach:+.1%} to {0.5 + reach:+.1%}"
     assert not results.effects([o for o in found if o.arm != "subgoal+analysis"])
-    monkeypatch.setattr(results, "behaviors", lambda scored: dict.fromkeys(results.BEHAVIORS, 0.0))
+    monkeypatch.setattr(results, "shown", lambda scored: {"failed attempts": 0.0})
     both = found + [dataclasses.replace(o, decoding="sampled") for o in found]
     assert results.table(both).count("| reflection | id |") == 4  # in the table of arms and in that of effects
 

@@ -82,7 +82,7 @@ def test_marks_stand_at_what_they_mark(shown, tmp_path):
     turns = [{"role": role, "content": said} for role, said in (("user", "q1"), ("assistant", "a1"), ("user", "q2"))]
     write_jsonl(tmp_path / "rows", [row, row | {"text": early}, {"prompt": turns, "answer": "6"}, row | {"answer": "7"}])
     first = shown(tmp_path / "rows", 1).splitlines()
-    assert first[2:4] == ["a  = 1 + 2 + 3  = 6  asked", "b  = 5          = 5  not needed"]
+    assert first[2:4] == ["a  = 1 + 2 + 3  = 6  asked, not stated", "b  = 5          = 5  not needed"]
     assert first[5].startswith("step, subgoal  - a") and first[8].startswith("box ") and "^ wrong box" in first[9]
     assert first[10].strip() == "</answer>"
     second = shown(tmp_path / "rows", 2)

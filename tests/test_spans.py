@@ -46,14 +46,14 @@ def test_kinds_are_those_of_the_verifier(toy, number):
         inner.setdefault(part.kind, []).append(part)
     silent = {toy.tokenizer.end_of_turn_id}
     for token, end, kind in zip(episode.completion.ids, ends[1:], kinds.tolist()):
-        inside = [name for name in ("subgoal", "analysis", "failed attempt") for part in inner[name]
+        inside = [name for name in ("subgoal", "restatement", "failed attempt") for part in inner[name]
                   if part.start < end <= part.end]  # the smaller ones first
         assert KINDS[kind] == (inside[0] if inside and token not in silent else "rest")
     for name in KINDS:
         assert (kinds == KINDS.index(name)).any()
     pieces = [(text[a:b], KINDS[kind]) for a, b, kind in zip(ends, ends[1:], kinds.tolist())]
     said = {name: "".join(piece for piece, kind in pieces if kind == name) for name in KINDS}
-    assert " equals " in said["analysis"] and " equals " not in said["failed attempt"] + said["subgoal"]
+    assert " equals " in said["restatement"] and " equals " not in said["failed attempt"] + said["subgoal"]
     assert "known" in said["failed attempt"] or "go back" in said["failed attempt"]
 
 
@@ -67,15 +67,14 @@ def test_bytes_of_a_character_belong_where_it_does(toy, monkeypatch):
     assert len(kinds) > 6 and kinds == [KINDS.index("subgoal")] * (len(kinds) - 1) + [KINDS.index("rest")]
 
 
-def test_rates_are_means_over_answers(toy):
+def test_rates_are_means_over_answers():
     problems = [igsm.draw(random.Random(number), (15, 20)) for number in range(2)]
-    worked = [traces.answer(problem, random.Random(0), traces.Behaviors(True, 4, 0.5)).removeprefix(OPENING)
+    worked = [verify(problem, traces.answer(problem, random.Random(0), traces.Behaviors(True, 4, 0.5)).removeprefix(OPENING))
               for problem in problems]
-    groups = [[episode_of(toy.tokenizer, text), episode_of(toy.tokenizer, "I do not know.")] for text in worked]
-    verdicts = [verify(problem, text) for problem, text in zip(problems, worked)]
-    found = behavior_rates(groups, problems)
-    assert found == {"attempts": sum(v.attempts for v in verdicts) / 4, "analyses": sum(v.analyses for v in verdicts) / 4,
-                     "subgoals": sum(v.subgoals for v in verdicts) / 4, "right_in_every_step": 0.5}
+    found = behavior_rates([*worked, *(verify(problem, "I do not know.") for problem in problems)])
+    assert found == {"failed attempts": sum(v.attempts for v in worked) / 4,
+                     "restatements": sum(v.restatements for v in worked) / 4,
+                     "subgoals": sum(v.subgoals for v in worked) / 4, "right in every step": 0.5}
     assert all(found.values())
 
 

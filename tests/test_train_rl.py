@@ -317,13 +317,13 @@ def test_two_steps_and_their_files(toy, guesser, tmp_path, capsys):
 def test_behaviors_are_counted_where_problems_are_known(toy, guesser, tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "VERIFIED", 6)  # of 3 groups of 16
     seen = []
-    monkeypatch.setattr(train_rl.spans, "verify", lambda problem, text: seen.append(text) or verify(problem, text))
+    monkeypatch.setattr(monitor, "verify", lambda problem, text: seen.append(text) or verify(problem, text))
     plain = tmp_path / "plain.jsonl"
     write_jsonl(plain, [{**line, "problem": "a text"} for line in read_jsonl(toy.rl)])
     for data, out in ((toy.rl, tmp_path / "a"), (plain, tmp_path / "b")):
         assert train(guesser, data, out, "--steps 1 --samples 16") == 0
     with_them, without = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
-    assert with_them.keys() - without.keys() == {"attempts", "analyses", "subgoals", "right_in_every_step"}
+    assert with_them.keys() - without.keys() == {"failed_attempts", "restatements", "subgoals", "right_in_every_step"}
     assert len(seen) == 6
     assert 0 <= with_them["right_in_every_step"] <= 1
     lines = read_jsonl(toy.rl)

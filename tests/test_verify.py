@@ -12,7 +12,7 @@ import pytest
 from minibridge import arithmetic, custom, dag, formula, igsm, traces, verify
 from minibridge.dag import Node, Problem
 from minibridge.formula import ARITHMETIC, UNKNOWN, UNREADABLE
-from minibridge.verify import (ANALYSIS, BOX, CLOSING, FAILED_ATTEMPT, LOCK, MENTION, NAMING, RESTATEMENT, RETRIEVAL, STEP,
+from minibridge.verify import (RESTATEMENT, BOX, CLOSING, FAILED_ATTEMPT, LOCK, MENTION, NAMING, WRONG_RESTATEMENT, RETRIEVAL, STEP,
                                SUBGOAL, SUBSTITUTION, UNDEFINED, UNFINISHED, WRONG_BOX, WRONG_CLOSING)
 
 COMBINATIONS = [traces.Behaviors(*choice) for choice in itertools.product((False, True), (0, 2, 4), (0.0, 0.1, 0.5))]
@@ -81,11 +81,11 @@ def test_a_right_answer_in_full():
     assert [step.node for step in verdict.steps] == [
         "Ash's Jar", "Elm's Jar", "Yew's Jar", "Oak's Jar", "Fir's Jar", "Yew's Jar", "Yew's Food", "Yew's Food", None]
     assert not any(step.error or step.reason for step in verdict.steps)
-    assert (verdict.solved, verdict.attempts, verdict.analyses, verdict.subgoals) == (6, 1, 2, 4)
+    assert (verdict.solved, verdict.attempts, verdict.restatements, verdict.subgoals) == (6, 1, 2, 4)
     assert (verdict.redundant, verdict.unneeded) == (1, 1)
-    assert [(kind, TEXT[start:end]) for kind, start, end in verdict.spans() if kind in (ANALYSIS, SUBGOAL, BOX)] == [
-        (ANALYSIS, "It equals 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar"),
-        (ANALYSIS, "The text says it equals the difference of each Ash's Jar and each Elm's Jar"),
+    assert [(kind, TEXT[start:end]) for kind, start, end in verdict.spans() if kind in (RESTATEMENT, SUBGOAL, BOX)] == [
+        (RESTATEMENT, "It equals 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar"),
+        (RESTATEMENT, "The text says it equals the difference of each Ash's Jar and each Elm's Jar"),
         (SUBGOAL, "2 * (13 + -5)"), (SUBGOAL, "2 * 8"), (SUBGOAL, "64 + -5 * 9"), (SUBGOAL, "64 + -45"),
         (BOX, "\\boxed{19}")]
     assert [TEXT[step.start:step.end] for step in verdict.steps[:-2]] == \
@@ -173,11 +173,11 @@ def test_harmless_variation(old, new):
     ("r = 3 + q = 3 + 9 = 12.", "But each Elm's Jar is not known yet, so it must wait.", 4, LOCK),
     ("r = 3 + q = 3 + 9 = 12.", "Since each Oak's Jar is still unknown, go back.", 4, LOCK),
     ("- Let d be", "- Next is each Yew's Food. But each Oak's Jar is not known yet, so it must wait.\n- Let d be", 3, LOCK),
-    ("equals 2 times", "equals 3 times", 2, RESTATEMENT),
-    ("equals 2 times the sum of each Ash's", "equals 2 times the sum of each Oak's", 2, RESTATEMENT),
-    ("2 times the sum", "2 more than the sum", 2, RESTATEMENT), ("2 times the sum of", "the sum of", 2, RESTATEMENT),
-    ("difference of each Ash's Jar and each Elm's", "difference of each Elm's Jar and each Ash's", 3, RESTATEMENT),
-    ("Yew's Food. Z", "Yew's Food. It equals the sum of each Yew's Jar and each Ash's Jar. Z", 6, RESTATEMENT),
+    ("equals 2 times", "equals 3 times", 2, WRONG_RESTATEMENT),
+    ("equals 2 times the sum of each Ash's", "equals 2 times the sum of each Oak's", 2, WRONG_RESTATEMENT),
+    ("2 times the sum", "2 more than the sum", 2, WRONG_RESTATEMENT), ("2 times the sum of", "the sum of", 2, WRONG_RESTATEMENT),
+    ("difference of each Ash's Jar and each Elm's", "difference of each Elm's Jar and each Ash's", 3, WRONG_RESTATEMENT),
+    ("Yew's Food. Z", "Yew's Food. It equals the sum of each Yew's Jar and each Ash's Jar. Z", 6, WRONG_RESTATEMENT),
     # form
     ("- Let r", "- Hello there.\n- Let r", 4, UNREADABLE), ("- Let r", "hello\n- Let r", 4, UNREADABLE),
     ("r = 3 + q", "r = 3 + + * q", 4, UNREADABLE), ("r = 3 + q", "r = (3 + q", 4, UNREADABLE),
@@ -215,8 +215,8 @@ def test_a_step_is_judged_by_what_was_written():
 
 def test_a_wrong_sentence_does_not_hide_the_rest_of_its_step():
     verdict = check(edited("equals the difference", "equals the sum"))
-    assert [step.error for step in verdict.steps] == [None] * 3 + [RESTATEMENT] + [None] * 5
-    assert verdict.analyses == 2 and verdict.solved == 6
+    assert [step.error for step in verdict.steps] == [None] * 3 + [WRONG_RESTATEMENT] + [None] * 5
+    assert verdict.restatements == 2 and verdict.solved == 6
 
 
 def test_steps_out_of_the_minimal_set():
@@ -267,7 +267,7 @@ def test_generated_answers_are_right_and_counted(problems, behaviors):
         text = traces.answer(problem, random.Random(i), behaviors)
         verdict = check(text, problem)
         assert verdict.correct, (verdict.steps[verdict.first_wrong_step], text)
-        assert counts(problem, i, behaviors) == (verdict.attempts, verdict.analyses, verdict.subgoals, verdict.solved,
+        assert counts(problem, i, behaviors) == (verdict.attempts, verdict.restatements, verdict.subgoals, verdict.solved,
                                                  verdict.redundant)
         assert verdict.unneeded == verdict.redundant and MENTION not in {step.kind for step in verdict.steps}
         assert check(text.removeprefix("<think>\n"), problem).correct  # a completion
@@ -343,7 +343,7 @@ def corrupt_number(problem, text, line, rng):
     where = next((i for i, (start, end) in enumerate(spans) if start <= match.start() < end), None)
     if where is None:
         sentence = next(line[start:end] for start, end in sentences(line) if start <= match.start() < end)
-        error = RESTATEMENT if "equals" in sentence else RETRIEVAL
+        error = WRONG_RESTATEMENT if "equals" in sentence else RETRIEVAL
     else:
         error = (RETRIEVAL, SUBSTITUTION, *[ARITHMETIC] * 9)[where]
     return line[:match.start()] + other_number(match[0], rng) + line[match.end():], None, {error}
@@ -420,7 +420,7 @@ def corrupt_node(problem, text, line, rng):
     changed = line[:match.start()] + new + line[match.end():]
     sentence = next(line[start:end] for start, end in sentences(line) if start <= match.start() < end)
     if "equals" in sentence:
-        return changed, None, {RESTATEMENT}
+        return changed, None, {WRONG_RESTATEMENT}
     if match is not matches[0]:
         return changed, None, {LOCK, UNDEFINED}
     if new == STRANGER:
@@ -433,7 +433,7 @@ def corrupt_node(problem, text, line, rng):
         solved = {key_of(problem, bullet) for bullet in re.findall(r"(?m)^- .*$", text.split(line)[0]) if links(bullet)}
         if set(problem.missing(key, solved)) == set(problem.missing(other, solved)):
             return None  # waits for the same nodes
-    return changed, None, {RETRIEVAL, UNKNOWN, LOCK, RESTATEMENT, NAMING}
+    return changed, None, {RETRIEVAL, UNKNOWN, LOCK, WRONG_RESTATEMENT, NAMING}
 
 
 def key_of(problem, bullet) -> str:
@@ -506,7 +506,7 @@ def test_answers_of_every_task_arm_and_wording_are_right(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_planted_slips_are_found(task):
     letters = {NAMING} if task != "igsm" else set()
-    kinds = {RETRIEVAL, SUBSTITUTION, ARITHMETIC, UNDEFINED, UNKNOWN, NAMING, LOCK, RESTATEMENT, UNFINISHED, WRONG_BOX,
+    kinds = {RETRIEVAL, SUBSTITUTION, ARITHMETIC, UNDEFINED, UNKNOWN, NAMING, LOCK, WRONG_RESTATEMENT, UNFINISHED, WRONG_BOX,
              WRONG_CLOSING}
     assert set(campaign(400, task)) | letters == kinds
 
@@ -531,15 +531,15 @@ def test_problems_of_a_file():
     problem = custom.problem(OWN)
     verdict = check(OWN_TEXT, problem)
     assert verdict.correct, verdict.steps[verdict.first_wrong_step]
-    assert (verdict.solved, verdict.attempts, verdict.analyses, verdict.subgoals) == (4, 1, 2, 1)
-    quotes = [OWN_TEXT[start:end] for kind, start, end in verdict.spans() if kind == ANALYSIS]
+    assert (verdict.solved, verdict.attempts, verdict.restatements, verdict.subgoals) == (4, 1, 2, 1)
+    quotes = [OWN_TEXT[start:end] for kind, start, end in verdict.spans() if kind == RESTATEMENT]
     assert all("The fans are few. There is 1 for 9 pupils" in quote for quote in quotes)
     for seed in range(50):
         assert check(traces.answer(problem, random.Random(seed), traces.Behaviors(True, 4, .5)), problem).correct
 
 
 @pytest.mark.parametrize("old, new, step, error", [
-    ("Recall: The fans are few", "Recall: The fans are many", 3, RESTATEMENT),
+    ("Recall: The fans are few", "Recall: The fans are many", 3, WRONG_RESTATEMENT),
     ("2nd class is not known yet", "3rd class is not known yet", 1, UNDEFINED),
     ("c = a / 2nd class", "c = a * 2nd class", 3, RETRIEVAL), ("2nd class = 9", "2nd class = 8", 2, RETRIEVAL),
     ("All = 2 * (The pupils", "All = 2 * (The pupil", 4, UNDEFINED), ("All = 2", "The pupils = 2", 4, RETRIEVAL),
