@@ -77,8 +77,8 @@ def _met(few: Tensor, many: Tensor) -> Tensor:
 
 @dataclass
 class _Step:
-    """The cache as one decoding step reads it; what the step adds is left in `new`, and nothing is written in place, so
-    that torch.compile makes one graph of the whole step."""
+    """The cache as one decoding step reads it; what the step adds is left in `new`, and written when all is read: only
+    then does torch.compile write it in place."""
 
     prompts: Tensor  # (L, 2, N, K, P, D)
     answers: Tensor  # (L, 2, B, K, S, D)
@@ -101,15 +101,20 @@ class _Step:
         return out.reshape(B, 1, H, D)
 
 
-def decode_step(model, ids: Tensor, positions: Tensor, *read: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, C) of one new token a row, and their keys and values (L, 2, B, K, D)."""
-    step = _Step(*read)
+def decode_step(model, ids: Tensor, positions: Tensor, said: Tensor, slots: Tensor, answers: Tensor, prompts: Tensor,
+                *read: Tensor) -> Tensor:
+    """Hidden states (B, C) of one new token a row, whose keys and values are written to slot `said` (B,) of the row.
+
+    slots (S,) are the numbers 0, 1, ... of those read of `answers`, the whole cache; `read` is the rest of `_Step`."""
+    rows = torch.arange(len(ids), device=ids.device)
+    step = _Step(prompts, answers[:, :, : len(ids), :, : len(slots)], *read, _bias(slots < said[:, None]))
     hidden = model(ids[:, None], positions[:, None], step)
-    return hidden[:, 0], torch.stack(step.new)
+    answers[:, :, rows, :, said] = torch.stack(step.new).permute(2, 0, 1, 3, 4)
+    return hidden[:, 0]
 
 
 # Of `decode_step`'s inputs the dimensions that change in size, by place: rows, prompts, slots.
-SIZES = {1: (0,), 2: (0,), 3: (2, 4), 4: (2, 4), 5: (0, 1), 6: (0,), 7: (0, 1), 8: (0, 1)}
+SIZES = {1: (0,), 2: (0,), 3: (0,), 4: (0,), 5: (2, 4), 6: (2, 4), 7: (0, 1), 8: (0,), 9: (0, 1)}
 
 
 def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *inputs) -> Any:
@@ -125,8 +130,9 @@ def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *
 @cache
 def compiled_form(function: Callable, cpu: bool) -> Callable:
     """Without torch.compile's checks of its own buffers' sizes, and on a CPU called from C++ and not from Python: 5%
-    and 7% of a toy step."""
-    return torch.compile(function, options={"size_asserts": False, "cpp_wrapper": cpu})
+    and 7% of a toy step. A write moved before the last read of `decode_step` would copy the cache."""
+    return torch.compile(function, options={"size_asserts": False, "cpp_wrapper": cpu,
+                                            "reorder_for_locality": function is not decode_step})
 
 
 class KVCache:
@@ -144,6 +150,7 @@ class KVCache:
         prompts, prompt_slots, rows, slots = (size + 2 for size in (prompts, prompt_slots, rows, slots))
         self.prompts = torch.zeros(layers, 2, prompts, K, prompt_slots, D, dtype=dtype, device=device)
         self.answers = torch.zeros(layers, 2, rows, K, slots, D, dtype=dtype, device=device)
+        self.slots = torch.arange(slots, device=device)
         self.used, self.compiled = 0, compiled
 
     def put_prompts(self, first: int, filled: "PromptCache"):
@@ -185,17 +192,14 @@ class KVCache:
         """Hidden states (B, C) of one new token for each row, ids (B,) at positions (B,); their keys and values are kept.
 
         longest: tokens that the longest of the answers had before."""
-        rows, said = torch.arange(len(self.place), device=ids.device), positions - self.lengths  # (B,) the new slots
-        most = max(2, longest)
-        answer_bias = _bias(torch.arange(most, device=ids.device) < said[:, None])  # (B, S)
+        given = len(ids)
+        if given < len(self.place):
+            ids, positions = (x.expand(len(self.place)).contiguous() for x in (ids, positions))
         prompts = self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
-        answers = self.answers[:, :, : len(rows), :, :most]
-        inputs = (*(x.expand(len(rows)).contiguous() for x in (ids, positions)), prompts, answers, self.grid, self.place,
-                  self.prompt_bias, answer_bias)
-        hidden, new = run(decode_step, self.compiled, SIZES, model, *inputs)
-        self.answers[:, :, rows, :, said] = new.permute(2, 0, 1, 3, 4)
+        hidden = run(decode_step, self.compiled, SIZES, model, ids, positions, positions - self.lengths,
+                     self.slots[: max(2, longest)], self.answers, prompts, self.grid, self.place, self.prompt_bias)
         self.used = longest + 1
-        return hidden[: len(ids)]
+        return hidden[:given]
 
 
 def _bias(seen: Tensor) -> Tensor:

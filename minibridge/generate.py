@@ -101,9 +101,20 @@ def prefill_batch(rows: int, samples: int, longest: int) -> int:
     return max(1, min(rows // samples, PREFILL_TOKENS // longest))
 
 
-def draw(model: Decoder, hidden: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """The token (B,) after hidden states (B, C), and its log-probability (B,); uniform (B,) as `sample` takes it."""
-    return sample(model.logits(hidden), temperature, top_p, uniform)
+def draw(model: Decoder, hidden: Tensor, numbers: Tensor, ids: Tensor, logprobs: Tensor, said: Tensor, over: Tensor,
+         ends: Tensor, temperature: float, top_p: float):
+    """The token after each of the hidden states (B, C), and its log-probability, go to place `said` (B,) of ids and
+    logprobs (B, T + 1); then it is seen whether the row is over. What is drawn for one that was counts for nothing."""
+    at = said[:, None]  # (B, 1)
+    tokens, drawn = sample(model.logits(hidden), temperature, top_p, numbers.gather(1, at)[:, 0])  # (B,), (B,)
+    ids.scatter_(1, at, tokens[:, None])
+    logprobs.scatter_(1, at, drawn[:, None])
+    said += ~over
+    over |= ends[tokens] | (said >= ids.shape[1] - 1) | ~drawn.isfinite()
+
+
+# Of `draw`'s inputs the dimensions that change in size, by place: rows, tokens.
+SIZES = {1: (0,), 2: (0, 1), 3: (0, 1), 4: (0, 1), 5: (0,), 6: (0,)}
 
 
 @dataclass
@@ -229,15 +240,9 @@ class _Pool:
         self._draw(slice(rows), self.cache.step(self.model, newest, self.asked[:rows] + last, longest))
 
     def _draw(self, rows: slice, hidden: Tensor):
-        """The next token of each of the rows, from hidden (B, C); those of rows that are over count for nothing."""
-        said, over, at = self.said[rows], self.over[rows], self.said[rows, None]  # (B,), (B,), (B, 1)
-        uniform = self.numbers[rows].gather(1, at)[:, 0]
-        compiled, sizes = self.compiled and len(hidden) > 1, {1: (0,), 2: (0,)}
-        tokens, logprobs = run(draw, compiled, sizes, self.model, hidden, uniform, *self.how)  # (B,), (B,)
-        self.ids[rows].scatter_(1, at, tokens[:, None])
-        self.logprobs[rows].scatter_(1, at, logprobs[:, None])
-        said += ~over
-        over |= self.ends[tokens] | (said >= self.stop.max_new_tokens) | ~logprobs.isfinite()
+        """The next token of each of the rows, from hidden (B, C)."""
+        kept = (x[rows] for x in (self.numbers, self.ids, self.logprobs, self.said, self.over))
+        run(draw, self.compiled and len(hidden) > 1, SIZES, self.model, hidden, *kept, self.ends, *self.how)
 
     def _strings(self) -> list[bool]:
         """Whether each live row's newest token completes a stop string."""

@@ -151,7 +151,8 @@ def main(config: Experiment):
     run.finish()
     print(f"\n{text}\n\nwritten: table.md, results.csv, gains.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
     answers = Path(config.one_seed_each[0].out) / f"rl_{config.names[-1]}_id_greedy.jsonl"
-    print(f"an answer, step by step: python -m minibridge.show --data {shlex.quote(str(answers))}\nwhat to try: docs/lesson.md")
+    print(f"an answer, step by step: python -m minibridge.show --data {shlex.quote(str(answers))}\n"
+          "what to try: docs/lesson.md")
 
 
 def check(config: Experiment):

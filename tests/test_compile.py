@@ -71,9 +71,24 @@ def test_no_more_than_an_eighth_of_the_logits_is_in_memory(form):
     assert peak_memory(torch.device("cpu"), run) - weight.nbytes - hidden.nbytes < 1.1 * 4 * tokens * vocabulary / 8
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of the CPU is read from Linux")
+def test_a_step_writes_into_the_cache_and_copies_none_of_it(model):
+    kept = cache.KVCache(model.config, prompts=2, prompt_slots=4, rows=6, slots=2**17, compiled=True)
+    kept.arrange([0, 1, 1], [4, 3])
+
+    @torch.inference_mode()
+    def step():
+        kept.step(model, torch.tensor([1, 2, 3]), torch.tensor([9, 8, 7]), 5)
+
+    step()  # compiles
+    assert kept.answers.nbytes > 2**28 and peak_memory(torch.device("cpu"), step) < 2**24
+    assert kept.answers[:, :, range(3), :, [5, 5, 4]].abs().amin((1, 2, 3, 4)).gt(0).all()
+    assert kept.answers.count_nonzero() == kept.answers[:, :, :3, :, 4:6].count_nonzero()
+
+
 @pytest.mark.parametrize("cpu", [True, False])
 def test_only_on_a_cpu_the_step_is_called_from_c(cpu, monkeypatch):
     given = []
     monkeypatch.setattr(torch, "compile", lambda function, options: given.append(options))
     cache.compiled_form.__wrapped__(cache.decode_step, cpu)
-    assert given == [{"size_asserts": False, "cpp_wrapper": cpu}]
+    assert given == [{"size_asserts": False, "cpp_wrapper": cpu, "reorder_for_locality": False}]
