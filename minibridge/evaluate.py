@@ -116,7 +116,7 @@ def behaviors(verdicts: list[Verdict]) -> str:
     text.append(f"| right in every step | {mean(verdict.correct for verdict in verdicts):.1%} |")
     if boxed:
         wrong = sum(not verdict.correct for verdict in boxed) / len(boxed)
-        text.append(f"| right result, but a wrong step | {wrong:.1%} of right results |")
+        text.append(f"| right result with a wrong step | {wrong:.1%} of right results |")
     errors = Counter(verdict.error for verdict in verdicts if verdict.error)
     listed = ", ".join(f"{error}: {count}" for error, count in errors.most_common())
     return "\n".join([*text, "", f"first errors: {listed or 'none'}"])
@@ -138,7 +138,7 @@ def explain(path: str) -> list[str]:
     """A line on each of a file's saved answers, then how often each reason was given: in a terminal the end is seen."""
     text, boxes, formats = [], Counter(), Counter()
     for where, line, verdict in _saved(path, {"text": str}):
-        right = "right" if verdict is None or verdict.correct else "right, but a wrong step"
+        right = "right" if verdict is None or verdict.correct else "right with a wrong step"
         boxes[(answer.box_fault(*_scoring(line)) or right).partition(":")[0]] += 1
         formats[answer.format_fault(line["text"]) or "good"] += 1
         text.append(f"{where}: {answer.explain(*_scoring(line))}")

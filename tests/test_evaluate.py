@@ -161,7 +161,7 @@ def test_behaviors_and_first_errors(tmp_path, capsys):
     assert rows["all"][:2] == ["5", "80.0%"]
     assert rows["with a failed attempt"] == ["75.0%"] and rows["right in every step"] == ["50.0%"]
     assert rows["steps with a value per answer"] == [f"{sum(solved) / 4:.2f}"]
-    assert rows["right result, but a wrong step"] == ["33.3% of right results"]
+    assert rows["right result with a wrong step"] == ["33.3% of right results"]
     assert printed.endswith("first errors: unreadable: 1, unfinished: 1\n")
 
 
@@ -195,7 +195,7 @@ def test_explain_gives_the_reasons_and_their_counts(tmp_path, capsys):
         "unfinished in step 1: \"Heron Harbour's Ship has no value\"",
         "4: wrong answer: 0.5 is not 0.3, give or take 0.0001 of it (2 boxes, the first counts); format: no </think>",
         "5: right: '0.30001'; format: no </think>",
-        "answers: right 2, wrong answer 2, right, but a wrong step 1",
+        "answers: right 2, wrong answer 2, right with a wrong step 1",
         "formats: no </think> 3, good 2",
     ]
 
