@@ -137,8 +137,7 @@ def main(config: Experiment):
     check(config)
     if config.plan:
         return print_plans(config)
-    mark = base_mark(config, out)
-    run = Run(out, config, base=mark)  # before any file of these seeds, so that others' cannot join them
+    run = Run(out, config, base=base_mark(config, out))  # before any file of these seeds, so that others' cannot join them
     for one in config.one_seed_each:
         make_data(one)
     jobs = [(one, arm) for one in config.one_seed_each for arm in config.names]
@@ -151,8 +150,7 @@ def main(config: Experiment):
     run.finish()
     print(f"\n{text}\n\nwritten: table.md, results.csv, gains.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
     answers = Path(config.one_seed_each[0].out) / f"rl_{config.names[-1]}_id_greedy.jsonl"
-    print(f"an answer, step by step: python -m minibridge.show --data {shlex.quote(str(answers))}\n"
-          "what to try: docs/lesson.md")
+    print(f"a lesson: docs/lesson.md; an answer step by step: python -m minibridge.show --data {shlex.quote(str(answers))}")
 
 
 def check(config: Experiment):
