@@ -138,13 +138,14 @@ def explain(path: str) -> list[str]:
     """A line on each of a file's saved answers, then how often each reason was given: in a terminal the end is seen."""
     text, boxes, formats = [], Counter(), Counter()
     for where, line, verdict in _saved(path, {"text": str}):
-        right = "right" if verdict is None or verdict.correct else "right with a wrong step"
+        wrong = verdict is not None and verdict.error not in (None, WRONG_BOX)  # a box may be right give or take a tolerance
+        right = "right with a wrong step" if wrong else "right"
         boxes[(answer.box_fault(*_scoring(line)) or right).partition(":")[0]] += 1
         formats[answer.format_fault(line["text"]) or "good"] += 1
         text.append(f"{where}: {answer.explain(*_scoring(line))}")
         if line.get("finish_reason") == "length":
             text[-1] += "; cut off at the longest length allowed"
-        if verdict is not None and verdict.error not in (None, WRONG_BOX):
+        if wrong:
             step = verdict.steps[verdict.first_wrong_step]
             text[-1] += f"; {step.error} in step {verdict.first_wrong_step + 1}: {step.reason!a}"
     return text + [f"{name}: " + ", ".join(f"{reason} {count}" for reason, count in counts.most_common())

@@ -200,6 +200,14 @@ def test_explain_gives_the_reasons_and_their_counts(tmp_path, capsys):
     ]
 
 
+def test_a_right_answer_give_or_take_has_no_wrong_step(tmp_path, capsys):
+    line = worked(1)
+    text = line["text"].replace(f"boxed{{{line['answer']}}}", f"boxed{{{line['answer']}.01}}")
+    write_jsonl(tmp_path / "x", [line | {"text": text, "tolerance": 0.1}])
+    assert text != line["text"] and run("--explain", tmp_path / "x") == 0
+    assert "answers: right 1" in capsys.readouterr().out.splitlines()
+
+
 def test_explain_counts_what_rescoring_counts(toy, guesser, tmp_path, capsys):
     assert run("--model", guesser, "--data", toy.rl, "--max-new-tokens", 8, "--samples", 4, "--temperature", 1,
                "--out", tmp_path / "x", "--device", "cpu") == 0

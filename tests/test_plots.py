@@ -128,9 +128,10 @@ def test_what_is_drawn(folders, monkeypatch):
     assert {round(patch.get_x() + patch.get_width() / 2): patch.get_height() for patch in after} == {0: 0.5, 1: 0.75}
     figure = Figure()
     drawing.gains(figure, plots.gains([(None, folders / "whole")]), [drawing.Arm("vanilla", 0), drawing.Arm("bridge", 1)])
-    gain, more = ([(bars.get_label(), [*map(float, bars.lines[0].get_xdata())], [*map(round, bars.lines[0].get_ydata())])
+    gain, more = ([(bars.get_label(), [*map(float, bars.lines[0].get_xdata())], [*map(float, bars.lines[0].get_ydata())])
                    for bars in axes.containers] for axes in figure.axes)
-    assert gain == [("vanilla", [1, 1], [0, 1]), ("bridge", [4, 4], [0, 1])] and more == [("bridge", [3, 3], [0, 1])]
+    assert gain == [("vanilla", [1, 1], [-0.06, 0.94]), ("bridge", [4, 4], [0.06, 1.06])]
+    assert more == [("bridge", [3, 3], [0.06, 1.06])]  # where it is in the other half
     assert "more than vanilla" in figure.axes[1].get_title()
     reaches = [[bars.lines[2][0].get_segments()[0][:, 0].tolist() for bars in axes.containers] for axes in figure.axes]
     assert reaches == [[pytest.approx([-1, 3]), pytest.approx([2, 6])], [pytest.approx([0, 6])]]
