@@ -158,11 +158,12 @@ class _Pool:
         self.changed = False  # whether the rows are no longer those that the cache has been told of
         self.turn = 0  # steps so far
         self.waiting = self._prefill(prompts, results)
-        shape = self.rows, stop.max_new_tokens + 1  # (B, T + 1): rows that are over draw into the place after their last
+        # (B, T + 1): rows that are over draw into the place after their last; the cache may have rows that none live in.
+        shape = self.cache.answers.shape[2], stop.max_new_tokens + 1
         self.ids, self.logprobs = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
         self.numbers = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.asked, self.said = torch.zeros(2, self.rows, dtype=torch.long, device=device)  # tokens of prompt and answer
-        self.over = torch.zeros(self.rows, dtype=torch.bool, device=device)
+        self.asked, self.said = torch.ones(2, shape[0], dtype=torch.long, device=device)  # tokens of prompt and answer
+        self.over = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self.ahead = runs_ahead(device) and not stop.strings
         self.heard: Callable[[], list[bool]] = list  # of the step before the last, if we run ahead, which rows were over
         self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)

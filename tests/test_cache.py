@@ -181,3 +181,12 @@ def test_without_fused_kernels_there_are_rows():
     with sdpa_kernel(SDPBackend.MATH):
         packed.attention(torch.zeros(1, 5))(0, *torch.randn(3, 1, 5, 2, 4))
     assert packed.rows is not None
+
+
+@pytest.mark.parametrize("compiled, given", [(True, [4, 4, 4, 8, 64, 68]), (False, [1, 3, 4, 5, 64, 65])])
+def test_a_compiled_step_works_on_rows_in_fours(compiled, given):
+    cache, found = KVCache(ModelConfig(**SHAPE, **FAMILIES["qwen2"]), 1, 1, 65, 1, compiled=compiled), []
+    for rows in (1, 3, 4, 5, 64, 65):
+        cache.turn(lambda *turn: found.append(turn), rows, 7)
+    assert found == [(rows, 7) for rows in given]
+    assert cache.answers.shape[2] > max(given)
