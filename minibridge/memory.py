@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from minibridge.cache import fitting
 from minibridge.packed import PLACES, in_pieces
 from minibridge.functional import MLP_ROWS
 from minibridge.generate import prefill_batch
@@ -171,7 +172,7 @@ def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, row
     """The highest moment of `generate.generate`, without what `held` counts."""
     c, live, batch = s.config, min(rows, prompts * samples), min(prompts, prefill_batch(rows, samples, prompt))
     places = min(-(-rows // samples) + batch, prompts)  # unless answers of more prompts live at once, one or two of each
-    cache = (places + 2) * (prompt + 2) + (live + 2) * (answer + 2)  # slots of cache.KVCache
+    slots = (places + 2) * (prompt + 2) + (fitting(live) + 2) * (answer + 2)  # of cache.KVCache
     drawing = 12 * live * c.vocab_size  # logits, probabilities, and these in blocks
     scores = 12 * live * c.num_attention_heads * max(prompt, answer)
     tokens = batch * prompt
@@ -180,7 +181,7 @@ def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, row
     projected = 2 * (c.num_attention_heads * c.head_dim + s.key_width) * tokens  # q, k and v, and q rotated
     between = max(3 * c.intermediate_size * rows + results, 2 * results, projected) + 2 * c.hidden_size * tokens
     prefill = tokens * s.slot + s.size * between
-    return Counter({"keys and values": s.slot * cache, "work space": max(drawing, scores, prefill)})
+    return Counter({"keys and values": s.slot * slots, "work space": max(drawing, scores, prefill)})
 
 
 def held(s: Sizes, reference: bool, sampled: bool) -> Counter:
