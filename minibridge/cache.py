@@ -141,7 +141,8 @@ class KVCache:
     `arrange` says which answers there are: row b goes on from prompt owner[b]. Of their slots the first `used` are in use;
     the caller tells, who knows the positions without asking the device.
     Slots start at zero, because what is masked is still multiplied by 0, and uninitialised memory may hold a NaN.
-    Each dimension is larger than what attention reads of it, which is never 1: torch.compile would make other graphs.
+    Each dimension is larger than what a compiled step reads of it, which is never 1: torch.compile would make other graphs.
+    Such a step may work on more rows than there are (`fitting`): those say nothing, see prompt 0, and write to slot 0.
     """
 
     def __init__(self, config, prompts: int, prompt_slots: int, rows: int, slots: int, dtype=torch.float32, device="cpu",
@@ -179,12 +180,13 @@ class KVCache:
         device, spare = self.answers.device, [0] * (self.answers.shape[2] - len(owner))
         self.grid, self.place = torch.tensor(grid, device=device), torch.tensor(place + spare, device=device)  # (N, J), (B,)
         self.lengths = torch.tensor([lengths[prompt] for prompt in owner] + spare, device=device)  # (B,)
+        self.owned = torch.arange(len(self.place), device=device) < len(owner)  # (B,)
         self.prompt_limit = max(2, *lengths)
         lengths = torch.tensor([*lengths, 1, 1][: len(grid)], device=device)  # at least one slot of each is seen
         self.prompt_bias = _bias(torch.arange(self.prompt_limit, device=device) < lengths[:, None])  # (N, P)
 
     def turn(self, advance: Callable[[int, int], None], rows: int, longest: int):
-        """advance(rows, longest), which calls `step`; what it does for more rows than there are nobody reads."""
+        """advance(rows, longest), which calls `step`; if compiled, for as many rows as are `fitting`."""
         advance(fitting(rows) if self.compiled else rows, longest)
 
     def step(self, model, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
@@ -192,7 +194,7 @@ class KVCache:
 
         longest: tokens that the longest of the answers had before."""
         B = len(ids)
-        said = (positions - self.lengths[:B]).clamp(0, self.answers.shape[4] - 1)
+        said = (positions - self.lengths[:B]) * self.owned[:B]
         prompts = self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
         self.used = longest + 1
         return run(decode_step, self.compiled, SIZES, model, ids, positions, said, self.slots[: max(2, longest)],
@@ -200,7 +202,7 @@ class KVCache:
 
 
 def fitting(rows: int) -> int:
-    """As many rows or up to three more: a CPU multiplies a matrix by 15 columns a fifth to a third slower than by 16."""
+    """The next multiple of four: of 15 rows a compiled step on a CPU takes a fifth to a third longer than of 16."""
     return -(-rows // 4) * 4
 
 

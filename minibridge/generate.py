@@ -3,8 +3,9 @@
 Each prompt is prefilled once and its samples share its keys and values. Live rows are always the first ones of the
 cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end, so no
 step computes anything for a finished row, but one step on a GPU, which is under way before the host has heard of the
-end. What is drawn stays on the device till its row is over; of a step the host asks no more than which rows are. Not
-here: chat format, rewards, penalties, beam search.
+end, and compiled ones, which fill up the number of rows (`KVCache.turn`). What is drawn stays on the device till its
+row is over; of a step the host asks no more than which rows are. Not here: chat format, rewards, penalties, beam
+search.
 
 Axes: N prompts of P tokens, B rows, C hidden, V vocabulary.
 """
@@ -158,7 +159,8 @@ class _Pool:
         self.changed = False  # whether the rows are no longer those that the cache has been told of
         self.turn = 0  # steps so far
         self.waiting = self._prefill(prompts, results)
-        # (B, T + 1): rows that are over draw into the place after their last; the cache may have rows that none live in.
+        # (B, T + 1): rows that are over draw into the place after their last. The cache may have more rows than ever live:
+        # a step may take them for live ones, with one token said.
         shape = self.cache.answers.shape[2], stop.max_new_tokens + 1
         self.ids, self.logprobs = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
         self.numbers = torch.zeros(shape, dtype=torch.float64, device=device)

@@ -190,3 +190,14 @@ def test_a_compiled_step_works_on_rows_in_fours(compiled, given):
         cache.turn(lambda *turn: found.append(turn), rows, 7)
     assert found == [(rows, 7) for rows in given]
     assert cache.answers.shape[2] > max(given)
+
+
+def test_rows_that_nobody_owns_write_to_slot_0_and_others_never_past_their_last():
+    config = ModelConfig(**SHAPE, **FAMILIES["qwen2"])
+    model, cache = random_decoder(config), KVCache(config, prompts=2, prompt_slots=5, rows=5, slots=6)
+    cache.arrange([1, 0, 0], [2, 5])
+    cache.step(model, torch.tensor([3, 4, 5, 6]), torch.tensor([5, 5, 3, 99]), longest=3)
+    written = cache.answers[:, :, [0, 1, 2, 3], :, [0, 3, 1, 0]]
+    assert written.ne(0).all() and cache.answers.count_nonzero() == written.numel()
+    with pytest.raises(IndexError):
+        cache.step(model, torch.tensor([3, 4, 5]), torch.tensor([5, 5, 99]), longest=6)
