@@ -222,8 +222,8 @@ class Problem:
 
     @cached_property
     def structure(self) -> str:
-        """Hash of the problem without its names and without the order of its nodes: two problems that differ
-        only in what things are called are one structure. Splits are kept apart by it."""
+        """Hash of the graph and its constants: two problems that differ only in what things are called, in the order of
+        their nodes or in that of the terms of a sum or product are one structure. Splits are kept apart by it."""
         digests = self._digests
         return _digest([digests[self.target], sorted(digests.values())])
 
@@ -239,7 +239,8 @@ class Problem:
 
         def anonymous(expr: Expr):
             if isinstance(expr, tuple):
-                return [expr[0], *map(anonymous, expr[1:])]
+                args = [anonymous(arg) for arg in expr[1:]]
+                return [expr[0], *(sorted(args, key=repr) if expr[0] in ("+", "*") else args)]
             return digests[expr] if isinstance(expr, str) else expr
 
         for key in self.values:  # parents first
