@@ -9,7 +9,7 @@
     python gen_data.py --problems docs/own_problems.jsonl --split sft --arm bridge --out data/own.jsonl
 
 The problems of a split depend on the task, its sizes, the seed, the split, the count and the balance, never on the arm: two
-arms hold the same problems in the same order, with the same `id`, in other words. No problem structure stands in two splits
+arms hold the same problems in the same order, with the same `id`, differently worded. No structure stands in two splits
 (problems of your own all stand in every split: give each a file of its own).
 `minibridge/arms.py` says what the arms are, `minibridge/custom.py` how a file of your own problems is written.
 SFT lines hold "messages", all others "prompt", in the form TRL reads.
@@ -47,15 +47,15 @@ class Config:
         "igsm", "arithmetic: six operations, four decimals; arithmetic-int: + - * of whole numbers")
     problems: str | None = option(None, "JSONL file of your own problems, instead of a task")
     split: Literal["sft", "rl", "val", "test", "base"] = option("sft", "which disjoint part of all problems to draw from")
-    arm: str | None = option(None, "of SFT rows: vanilla, bridge, subgoal+reflection (any of the three), either @0.3 for "
-                                   "--strict --reflection 0.3, pp-aug, rc-aug, own-answers, prompts; none: bridge")
+    arm: str | None = option(None, "of SFT rows: vanilla, bridge, subgoal+reflection (any of the three), with "
+                                   "@0.3: as --strict --reflection 0.3, pp-aug, rc-aug, own-answers, prompts; none: bridge")
     analysis: int | None = option(None, "level 0..4 of restating conditions; none: 2 in arms that have it")
     reflection: float | None = option(None, "probability of trying a node out of turn; none: 0.1 in arms that have it")
     strict: bool = option(False, "the paper's Algorithm 1, with --reflection for every probability; see traces.Behaviors")
     count: int | None = option(None, "problems; none: the paper's (2000 sft, 10000 rl, 500 val and test), or all your own")
     rows: int | None = option(None, "most rows to write; none: all", least=1)
     ops: tuple[int, int] | None = option(None, "igsm: operations, as 15-20 or 20; none: the paper's for the split")
-    scale: Literal["paper", "toy"] = option("paper", "igsm: size of structures, values and vocabulary")
+    scale: Literal["paper", "toy"] = option("paper", "igsm: structures, values, words; toy: those toy_base knows")
     depth: int | None = option(None, "arithmetic: levels of the tree; none: the paper's, 4 for sft, 5 for rl, val and test",
                                least=2, most=6)
     redundant: tuple[int, int] | None = option(None, "arithmetic: unneeded premises, at most 1000; none: 0-8 (20-22 is the "

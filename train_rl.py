@@ -6,8 +6,9 @@ A step: sample a group of answers for each prompt, score them, turn rewards into
 or more optimizer steps on the clipped surrogate with a KL penalty towards the model it started from, or on another loss
 (--preset). The defaults are those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B. Where it departs from the authors'
 code: gradients are those of the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step
-is no no-op, exactly the sampled tokens are trained, the stop token included, answers stop at the end-of-turn token and not
-at "</answer>", blanks around a boxed answer are forgiven, and a prompt that is too long is an error.
+does train (theirs has rate 0), exactly the sampled tokens are trained, the stop token included, answers stop at the
+end-of-turn token and not at "</answer>", blanks around a boxed answer are forgiven, and a prompt that is too long is an
+error.
 
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """
@@ -37,6 +38,9 @@ from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, t
 from minibridge.rollout import Episode, lines, refilled, rollout
 from minibridge.tokenizer import Tokenizer
 
+CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "memory_gib",
+           "val_accuracy")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -53,7 +57,7 @@ class Config:
     warmup: int = option(0, "rollout batches of linear warm-up", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "largest gradient norm", least=1e-6)
-    preset: str = option("paper", "recipe of the loss; clip, KL and entropy options override its own", tuple(PRESETS))
+    preset: Literal[*PRESETS] = option("paper", "recipe of the loss; clip, KL and entropy options override its own")
     clip_low: float | None = option(None, "ratios below 1 - clip_low are clipped; none: the preset's", least=0, most=1)
     clip_high: float | None = option(None, "ratios above 1 + clip_high are clipped; none: the preset's", least=0)
     kl_coef: float | None = option(None, "weight of the k3 estimate of KL(policy | reference); none: the preset's", least=0)
@@ -63,7 +67,8 @@ class Config:
     refill: int = option(0, "rounds of sampling other prompts for those whose answers all earned the same", least=0)
     mask_truncated: bool = option(False, "take answers that hit max_new_tokens out of the loss")
     old_logps: Literal["recomputed", "sampler"] = option(
-        "recomputed", "what ratios are to: the policy's own log-probabilities before the first update, or the sampler's")
+        "recomputed", "log-probabilities that ratios are taken against: the policy's own before the first update, or the "
+                      "sampler's")
     tis_cap: float | None = option(
         None, "truncated importance sampling: the largest weight of a token, exp(its log-prob in training - in sampling)",
         least=1)
@@ -74,7 +79,8 @@ class Config:
     rows: int = option(256, "answers decoded at the same time", least=1)
     micro_tokens: int = option(8192, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
     influence_every: int = option(
-        0, "steps between measuring what a plain GRPO step would do for --val; it samples as many of its prompts", least=0)
+        0, "steps between measurements of what a plain GRPO step would do for --val, by answers to --prompts of its "
+           "prompts; 0: never", least=0)
     eval_every: int = option(5, "steps between validations; also before the first step and after the last", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: none", least=0)
     show_every: int = option(50, "steps between printing two rollouts in full, from the first on; 0: never", least=0)
@@ -87,7 +93,7 @@ class Config:
     shard: bool = option(False, "with several processes (torchrun): split weights, gradients and Adam's state among them")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
-    plan: bool = option(False, "load nothing: print the memory and time that these settings would take, and stop")
+    plan: bool = option(False, "load no weights: print the memory and time that these settings would take, and stop")
 
     def __post_init__(self):
         for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef"):
@@ -100,6 +106,8 @@ def recipe_of(config: Config) -> Recipe:
     preset = PRESETS[config.preset]
     if preset.clip_low is None and (config.clip_low, config.clip_high) != (None, None):
         raise InputError(f"clip_low, clip_high: the preset {config.preset} has no ratio to clip")
+    if preset.surrogate == "reinforce" and config.old_logps == "sampler":
+        raise InputError(f"old_logps: the preset {config.preset} has no ratios")
     if config.tis_cap is not None and config.old_logps == "sampler":
         raise InputError("tis_cap: with old_logps sampler, the ratios themselves are to the sampler")
     return replace(preset, clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
@@ -150,7 +158,7 @@ def learn(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Opti
     except NonFinite as error:
         said = keep_failed(Path(config.out) / f"failed_step_{step:04d}.safetensors", model, batches, config, ranks)
         raise InputError(f"step {step}: {error}; {said}") from None
-    return found | {"learning_rate": rate, "padding": padding(batches, ranks)}
+    return found | {"learning_rate": rate, "padding": padding(model, batches, ranks)}
 
 
 def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool, config: Config) -> float:
@@ -233,7 +241,7 @@ def load_state(saved, model: Decoder, optimizer: torch.optim.Optimizer, config: 
 def keep_failed(path: Path, model: Decoder, batches: list[MicroBatch], config: Config, ranks: Ranks) -> str:
     """Writes what `replay` reads; what to say of it."""
     whole = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
-    said = f"for a second look: python train_rl.py --replay {path}"
+    said = f"to inspect it: python train_rl.py --replay {path}"
     try:
         replay.save_failure(path, model, batches, whole, ranks)
     except (InputError, OSError) as trouble:  # a full disk is no reason to hide what failed
@@ -306,9 +314,6 @@ def main(config: Config, ranks: Ranks = ALONE):
     run.finish()
     print(f"{run.path / 'model'}: written")
 
-
-CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "memory_gib",
-           "val_accuracy")
 
 if __name__ == "__main__":
     again = any(word.startswith("--replay") for word in sys.argv)

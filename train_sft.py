@@ -4,7 +4,8 @@
 
 The defaults are the paper's (arXiv 2505.18917): AdamW, constant 5e-6, batches of 128, 5 epochs. Where it departs from
 the authors' code: the loss is on the answer alone (--whole-chat for theirs), it is the mean over the answer tokens of
-the whole batch whatever the micro-batches, and padding is never trained.
+the whole batch whatever the micro-batches, padding is never trained, and a longer example is an error (--truncate
+cuts it, as theirs does).
 
 The run folder holds run.json, metrics.jsonl, checkpoints/ and, at the end, model/.
 """
@@ -61,7 +62,7 @@ class Config:
     shard: bool = option(False, "with several processes (torchrun): split weights, gradients and Adam's state among them")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
-    plan: bool = option(False, "load nothing: print the memory and time that these settings would take, and stop")
+    plan: bool = option(False, "load no weights: print the memory and time that these settings would take, and stop")
 
 
 def answer_loss(model: Decoder, batch: list[Example]) -> tuple[torch.Tensor, int]:
@@ -164,7 +165,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         except NonFinite as error:
             path = run.path / f"failed_step_{step:04d}.jsonl"
             keep_failed(path, indices, config, ranks)
-            raise InputError(f"step {step}: {error}; {path} holds its rows, and --resume meets them again") from None
+            raise InputError(f"step {step}: {error}; {path} holds its rows; --resume will reach this step again") from None
         seconds = time.monotonic() - began
         lengths = [len(example.ids) for example in batch]
         scored = sum(sum(example.mask[1:]) for example in batch)

@@ -34,8 +34,8 @@ def extract(text: str) -> str | None:
 
 
 def format_fault(completion: str) -> str | None:
-    """What a completion lacks that should close its think block, hold exactly one answer block after it, and nothing
-    else; None if nothing."""
+    """What is wrong with a completion's format (it must close its think block, then hold exactly one answer block and
+    nothing else); None if nothing is."""
     thought, closed, rest = completion.partition("</think>")
     rest = rest.strip()
     faults = {

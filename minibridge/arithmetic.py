@@ -1,8 +1,8 @@
 """Draws arithmetic problems: a tree of operations over small whole numbers, with a few extra links and unneeded trees.
 
 The rules are those of DyVal's arithmetic task (arXiv 2309.17167), which PromptBench offers and the paper (arXiv 2505.18917)
-trains on. It departs from them in the names: there they are handed out along the tree, and their alphabetical order is a
-solving order; here they are drawn at random.
+trains on. It departs from them in three ways: names are drawn at random (there they are handed out along the tree, so that
+their alphabetical order is a solving order); every operation is rounded to four decimals; and `draw` has stricter filters.
 
     draw(random.Random(0), depth=5, redundant=(0, 8)) -> Problem
 

@@ -23,7 +23,6 @@ from minibridge.answer import OPENING, chat, check_scoring, correct, well_formed
 from minibridge.config import InputError, read_jsonl
 from minibridge.dag import Problem
 
-ARMS = {"vanilla": traces.VANILLA, "bridge": traces.BRIDGE}
 BEHAVIORS = ("subgoal", "analysis", "reflection")
 FORMS = 4  # rows of a problem in an augmented arm
 AUGMENTED = {"pp-aug": [(form, 0) for form in range(FORMS)], "rc-aug": [(0, form) for form in range(FORMS)]}
@@ -72,7 +71,7 @@ def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = Non
     """One line: an SFT example rendered with `behaviors`, or an RL prompt when there are none.
 
     asked, solved: which form of question and answer, from 0, the plain one. Other questions have their conditions
-    reshuffled; other answers follow another topological order, in other words and with other letters.
+    reshuffled; other answers follow another topological order, differently worded and with other letters.
     """
     question = traces.question(problem, _stream(seed, problem, "question", asked), "random" if asked else lines)
     common = {"answer": str(problem.answer), "task": problem.task, "num_ops": problem.num_ops, "id": problem.id}

@@ -1,11 +1,13 @@
 """What attention attends to, and what is kept of it: a prompt goes through the products once for all its answers.
 
-`Decoder.forward` asks a cache for `attention(positions)`, the function that every layer then calls with its q, k and v:
+Every layer of `Decoder.forward` calls a cache's `attend` with its q, k and v:
 
     Packed        training (packed.py): texts end to end, of which several may go on from the same tokens
     PromptCache   prefill: the prompts' keys and values are kept
-    KVCache       sampling: a fixed place for prompts and one for answers, written as the answers grow
-    FlashCache    the same on a GPU (flash.py)
+    _Step         a step of sampling
+
+What sampling keeps is in a `KVCache`, a fixed place for prompts and one for answers, written as the answers grow, or on a
+GPU in a `FlashCache` (flash.py). Both have `step`, which runs the model on the newest token of each row.
 
 In sampling, with G answers to each prompt, the keys of a prompt are read once a step instead of G times: the queries of
 its answers are laid side by side and meet them in one product (the idea of Hydragen, arXiv 2402.05099).
@@ -28,7 +30,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (B, T, H, D
 
 
 class Cache(Protocol):
-    def attention(self, positions: Tensor) -> Attend: ...
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,8 +79,8 @@ def _met(few: Tensor, many: Tensor) -> Tensor:
 
 @dataclass
 class _Step:
-    """The cache as one decoding step reads it; what the step adds is left in `new`, and written when all is read: only
-    then does torch.compile write it in place."""
+    """The cache as one decoding step reads it. New keys and values collect in `new`, and are written after the last read:
+    only then does torch.compile update the cache in place."""
 
     prompts: Tensor  # (L, 2, N, K, P, D)
     answers: Tensor  # (L, 2, B, K, S, D)
@@ -87,9 +89,6 @@ class _Step:
     prompt_bias: Tensor
     answer_bias: Tensor
     new: list[Tensor] = field(default_factory=list)  # (2, B, K, D) of each layer
-
-    def attention(self, positions: Tensor) -> Attend:
-        return self.attend
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, _, H, D = q.shape
@@ -101,15 +100,16 @@ class _Step:
         return out.reshape(B, 1, H, D)
 
 
-def decode_step(model, ids: Tensor, positions: Tensor, said: Tensor, slots: Tensor, answers: Tensor, prompts: Tensor,
+def decode_step(model, ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, answers: Tensor, prompts: Tensor,
                 *read: Tensor) -> Tensor:
-    """Hidden states (B, C) of one new token a row, whose keys and values are written to slot `said` (B,) of the row.
+    """Hidden states (B, C) of one new token a row, ids (B,) at positions (B,), whose keys and values are written into
+    `answers`, the whole cache, in place: to slot `lengths` (B,) of the row, the tokens that its answer had.
 
-    slots (S,) are the numbers 0, 1, ... of those read of `answers`, the whole cache; `read` is the rest of `_Step`."""
+    slots (S,) are the numbers 0, 1, ... of those that are read; prompts and `read` are as in `_Step`."""
     rows = torch.arange(len(ids), device=ids.device)
-    step = _Step(prompts, answers[:, :, : len(ids), :, : len(slots)], *read, _bias(slots < said[:, None]))
+    step = _Step(prompts, answers[:, :, : len(ids), :, : len(slots)], *read, _bias(slots < lengths[:, None]))
     hidden = model(ids[:, None], positions[:, None], step)
-    answers[:, :, rows, :, said] = torch.stack(step.new).permute(2, 0, 1, 3, 4)
+    answers[:, :, rows, :, lengths] = torch.stack(step.new).permute(2, 0, 1, 3, 4)
     return hidden[:, 0]
 
 
@@ -138,11 +138,11 @@ def compiled_form(function: Callable, cpu: bool) -> Callable:
 class KVCache:
     """What sampling keeps: `prompts` (L, 2, N, K, P, D), keys and values, and `answers` (L, 2, B, K, S, D).
 
-    `arrange` says which answers there are: row b goes on from prompt owner[b]. Of their slots the first `used` are in use;
-    the caller tells, who knows the positions without asking the device.
+    `arrange` says which answers there are: row b goes on from prompt owner[b]. Of their slots the first `used` are in use,
+    as the caller says, who knows it without asking the device.
     Slots start at zero, because what is masked is still multiplied by 0, and uninitialised memory may hold a NaN.
-    Each dimension is larger than what a compiled step reads of it, which is never 1: torch.compile would make other graphs.
-    Such a step may work on more rows than there are (`fitting`): those say nothing, see prompt 0, and write to slot 0.
+    Each dimension is larger than the part that a compiled step reads, and that part is never 1: torch.compile would make
+    other graphs. Such a step may run more rows than are live (`fitting`): spare ones attend to prompt 0 and write to slot 0.
     """
 
     def __init__(self, config, prompts: int, prompt_slots: int, rows: int, slots: int, dtype=torch.float32, device="cpu",
@@ -179,13 +179,13 @@ class KVCache:
         place = [prompt * most + rank[row] for row, prompt in enumerate(owner)]
         device, spare = self.answers.device, [0] * (self.answers.shape[2] - len(owner))
         self.grid, self.place = torch.tensor(grid, device=device), torch.tensor(place + spare, device=device)  # (N, J), (B,)
-        self.lengths = torch.tensor([lengths[prompt] for prompt in owner] + spare, device=device)  # (B,)
+        self.prompt_lengths = torch.tensor([lengths[prompt] for prompt in owner] + spare, device=device)  # (B,)
         self.owned = torch.arange(len(self.place), device=device) < len(owner)  # (B,)
         self.prompt_limit = max(2, *lengths)
-        lengths = torch.tensor([*lengths, 1, 1][: len(grid)], device=device)  # at least one slot of each is seen
-        self.prompt_bias = _bias(torch.arange(self.prompt_limit, device=device) < lengths[:, None])  # (N, P)
+        seen = torch.tensor([*lengths, 1, 1][: len(grid)], device=device)  # at least one slot of each
+        self.prompt_bias = _bias(torch.arange(self.prompt_limit, device=device) < seen[:, None])  # (N, P)
 
-    def turn(self, advance: Callable[[int, int], None], rows: int, longest: int):
+    def run_step(self, advance: Callable[[int, int], None], rows: int, longest: int):
         """advance(rows, longest), which calls `step`; if compiled, for as many rows as are `fitting`."""
         advance(fitting(rows) if self.compiled else rows, longest)
 
@@ -194,10 +194,10 @@ class KVCache:
 
         longest: tokens that the longest of the answers had before."""
         B = len(ids)
-        said = (positions - self.lengths[:B]) * self.owned[:B]
+        lengths = (positions - self.prompt_lengths[:B]) * self.owned[:B]
         prompts = self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
         self.used = longest + 1
-        return run(decode_step, self.compiled, SIZES, model, ids, positions, said, self.slots[: max(2, longest)],
+        return run(decode_step, self.compiled, SIZES, model, ids, positions, lengths, self.slots[: max(2, longest)],
                    self.answers, prompts, self.grid, self.place[:B], self.prompt_bias)
 
 
@@ -217,9 +217,6 @@ class PromptCache:
     def __init__(self):
         self.layers: list[tuple[Tensor, Tensor]] = []  # (N, K, P, D) each
 
-    def attention(self, positions: Tensor) -> Attend:
-        return self._attend
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.layers.append((k.transpose(1, 2), v.transpose(1, 2)))
         return causal_attention(layer, q, k, v)

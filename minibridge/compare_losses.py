@@ -2,11 +2,12 @@
 
     python -m minibridge.compare_losses --rollouts runs/rl/rollouts/step_0001.jsonl --model runs/sft/model
 
-Each row is what `train_rl.py --preset NAME --old-logps sampler` would minimise in its first update on these rollouts, KL
-and entropy terms included. With the model that sampled them the ratios are 1, and presets differ by their advantages and
-by the weights of tokens alone; with a later one, by their clips as well. (All is computed in fp32. Rollouts sampled in bf16
-have ratios a little off 1, and the narrow range of gspo clips some.) The run.json of the run folder says where the prompts
-and the reference are, at what temperature it sampled, and how long an answer may be.
+Each row is what `train_rl.py --preset NAME --old-logps sampler` would minimise in its first update on these rollouts
+(grpo_zero, which has no ratios: without that flag), KL and entropy terms included. With the model that sampled them the
+ratios are 1, and presets differ by their advantages and by the weights of tokens alone; with a later one, by their clips as
+well. (All is computed in fp32. Rollouts sampled in bf16 have ratios a little off 1, and the narrow range of gspo clips
+some.) The run.json of the run folder says where the prompts and the reference are, at what temperature it sampled, and how
+long an answer may be.
 
 One gradient a preset is kept on the CPU: 24 bytes a parameter. One that is zero has no direction: its cosines are nan.
 """
@@ -24,6 +25,7 @@ from minibridge.model import Decoder
 from minibridge.optim import open_model, pick_device
 from minibridge.policy import pack, score, share_of_loss, total, whole_step
 from minibridge.rollout import Episode, read_episodes
+from minibridge.tables import markdown
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Settings:
             raise InputError(f"{path}: not the record of a run of train_rl.py") from None
 
 
-def gradient(model: Decoder, reference: Decoder, groups: list[list[Episode]], recipe: Recipe, run: Settings,
+def step_gradient(model: Decoder, reference: Decoder, groups: list[list[Episode]], recipe: Recipe, run: Settings,
              micro_tokens: int) -> tuple[dict[str, float], Tensor]:
     """The metrics of the whole step and its gradient, all parameters in one fp32 vector on the CPU."""
     rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
@@ -92,15 +94,15 @@ def main(config: Config):
                                                          model.config.max_position_embeddings))[: run.prompts]
     if (largest := max(max(episode.completion.ids) for group in groups for episode in group)) >= model.config.vocab_size:
         raise InputError(f"{config.rollouts}: a token {largest}, but the model's vocab_size is {model.config.vocab_size}")
-    found = {name: gradient(model, reference, groups, recipe, run, config.micro_tokens) for name, recipe in PRESETS.items()}
+    found = {name: step_gradient(model, reference, groups, recipe, run, config.micro_tokens)
+             for name, recipe in PRESETS.items()}
     products = inner_products([vector for _, vector in found.values()])
     norms = products.diagonal().sqrt()
     cosines = products / (norms[:, None] * norms)
-    print("| preset | loss | gradient norm | clipped | " + " | ".join(f"cosine with {name}" for name in PRESETS) + " |")
-    print("|" + "---|" * (4 + len(PRESETS)))
-    for (name, (metrics, _)), norm, row in zip(found.items(), norms, cosines.tolist()):
-        print(f"| {name} | {metrics['loss']:.6f} | {norm:.4g} | {metrics['clip_fraction']:.1%} | "
-              + " | ".join(f"{cosine:.4f}" for cosine in row) + " |")
+    print(markdown([{"preset": name, "loss": f"{metrics['loss']:.6f}", "gradient norm": f"{norm:.4g}",
+                     "clipped": f"{metrics['clip_fraction']:.1%}"}
+                    | {f"cosine with {other}": f"{cosine:.4f}" for other, cosine in zip(PRESETS, row)}
+                    for (name, (metrics, _)), norm, row in zip(found.items(), norms, cosines.tolist())]))
 
 
 if __name__ == "__main__":

@@ -41,11 +41,10 @@ class InputError(Exception):
     """What a user can mend, mostly a wrong file or flag; the message is one line that names the file, field or line."""
 
 
-def option(default: Any, help: str, choices: Sequence | None = None, least: float | None = None,
-           most: float = MOST) -> Any:
+def option(default: Any, help: str, least: float | None = None, most: float = MOST) -> Any:
     """A dataclass field with its line of --help; `parse` refuses a number below `least` or above `most`, one that is
-    not finite, and an empty text. `Literal[...]` as the field's type also gives choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
+    not finite, and an empty text. `Literal[...]` as the field's type gives choices."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(cls: type, argv: Sequence[str] | None = None) -> Any:
     """Defaults of the dataclass `cls` overridden by `argv` (default: the process's own arguments).
 
-    Field types: bool, int, float, str, Path, Literal[...], tuple[int, int] (a range), and all but bool also
+    Field types: bool, int, float, str, Literal[...], tuple[int, int] (a range), and all but bool also
     with `| None`, which the word "none" gives. Bad arguments raise InputError; --help prints and exits.
     """
     parser = _Parser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -93,18 +92,18 @@ def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     keywords = {"help": text, "required": required, "default": None if required else field.default}
     if hint is bool:
         return keywords | {"action": argparse.BooleanOptionalAction}
-    reader, choices = _reader(hint, field.metadata.get("choices"))
+    reader, choices = _reader(hint)
     metavar = "{" + ",".join(map(_shown, choices)) + "}" if choices else field.name.split("_")[-1].upper()
     return keywords | {"type": reader, "choices": choices, "metavar": metavar}
 
 
-def _reader(hint: Any, choices: Sequence | None) -> tuple[Callable[[str], Any], Sequence | None]:
-    """How to read one word as a value of type `hint`, and the values allowed."""
+def _reader(hint: Any) -> tuple[Callable[[str], Any], Sequence | None]:
+    """How to read one word as a value of type `hint`, and the values allowed, if they are few."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         inner = [part for part in typing.get_args(hint) if part is not type(None)]
         if len(inner) != 1:
             raise TypeError(f"unsupported option type {hint}")
-        read, choices = _reader(inner[0], choices)
+        read, choices = _reader(inner[0])
 
         def read_optional(word: str) -> Any:
             return None if word.lower() == "none" else read(word)
@@ -115,9 +114,9 @@ def _reader(hint: Any, choices: Sequence | None) -> tuple[Callable[[str], Any], 
         choices = typing.get_args(hint)
         return type(choices[0]), choices
     if hint == tuple[int, int]:
-        return parse_range, choices
-    if hint in (int, float, str, Path):
-        return hint, choices
+        return parse_range, None
+    if hint in (int, float, str):
+        return hint, None
     raise TypeError(f"unsupported option type {hint}")
 
 
@@ -141,7 +140,7 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
 
     The user's mistakes end in one line on stderr, ours in a traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # a console of few characters shows the others as escapes
+    for stream in (sys.stdout, sys.stderr):  # a console with a small character set shows the rest as escapes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -168,7 +167,7 @@ def shortened(text: str, most: int = 500) -> str:
 
 
 def printable(text: str) -> str:
-    """What is no letter, sign or line end as an escape: a terminal obeys some of it."""
+    """Escapes what is not printable, except newlines: a terminal would obey some of it."""
     return "".join(letter if letter == "\n" or letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 

@@ -3,6 +3,7 @@
     load_sft       {"messages": [system, user, assistant], ...}     ->  Example(ids, mask)
     load_prompts   {"prompt": [system, user], "answer": "24", ...}  ->  Prompt(ids, answer, record)
     index_stream   which examples make up optimizer step k, by (seed, k) alone: resuming is exact
+    prompt_stream  the same for RL: (index, sampling seed) of each prompt
     micro_batches  how a step's examples are split to fit the memory; the loss must not depend on it
 
 The mask goes with the ids, not with the predictions: hidden state t predicts token t + 1, so the targets are
@@ -126,7 +127,7 @@ def index_stream(count: int, batch_size: int, seed: int, start: int = 0) -> Iter
 
 
 def prompt_stream(count: int, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[int, int]]:
-    """(which, seed of its samples) of the prompts `start`, `start` + 1, ... of the same batches, one after the other."""
+    """(index, sampling seed) of the prompts at positions `start`, `start` + 1, ... of `index_stream`."""
     batch, done = divmod(start, batch_size)
     indices = itertools.chain.from_iterable(index_stream(count, batch_size, seed, batch))
     for position, index in enumerate(itertools.islice(indices, done, None), start):
@@ -134,7 +135,7 @@ def prompt_stream(count: int, batch_size: int, seed: int, start: int = 0) -> Ite
 
 
 def sample_seed(seed: int, purpose: str, position: int) -> int:
-    """Of the samples of one prompt: known from where it stands, whatever was drawn before."""
+    """Seed of one prompt's samples; it depends on the prompt's position alone, not on what was drawn before."""
     return random.Random(f"{seed}/{purpose}/{position}").getrandbits(63)
 
 

@@ -123,7 +123,7 @@ def influence(figure, table: Table, arms: list[Arm]):
 
 def accuracy(figure, table: Table, arms: list[Arm]):
     """Greys and not the arms' colours, because bars here differ by stage."""
-    tests, ticks = list(dict.fromkeys(row["test"] for row in table)), {arm.name: tick for tick, arm in enumerate(arms)}
+    tests, ticks = names_in(table, "test"), {arm.name: tick for tick, arm in enumerate(arms)}
     looks = {"sft": {"label": "after SFT", "color": "0.75"}, "rl": {"label": "after RL", "color": "0.4", "hatch": "///"}}
     columns = len(tests) if len(arms) < 4 else 2 if len(arms) < 9 else 1
     lines = -(-len(tests) // columns)
@@ -163,7 +163,7 @@ def gains(figure, table: Table, arms: list[Arm]):
 
 
 def fluency(figure, table: Table, arms: list[Arm]):
-    texts = list(dict.fromkeys(row["text"] for row in table))
+    texts = names_in(table, "text")
     labels = [literal(text.removesuffix(" answers").replace(" ", "\n")) for text in texts]
     titles = {"entropy": ("entropy (nats per token)", 0), "perplexity": ("perplexity", 1)}
     for axes, (name, (title, least)) in zip(figure.subplots(1, 2), titles.items()):

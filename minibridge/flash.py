@@ -50,12 +50,14 @@ def decoding_cache(config, prompts: int, prompt_slots: int, rows: int, slots: in
 
 
 def decode_block(block, x: Tensor, cos: Tensor, sin: Tensor, prompts: Tensor, answers: Tensor, order: Tensor, place: Tensor,
-                 by_prompt: Tensor, prompt_starts: Tensor, lengths: Tensor, by_row: Tensor, row_starts: Tensor,
-                 said: Tensor) -> tuple[Tensor, Tensor]:
+                 by_prompt: Tensor, prompt_starts: Tensor, prompt_lengths: Tensor, by_row: Tensor, row_starts: Tensor,
+                 answer_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's part of a decoding step on x (B, 1, C): its output, and the new keys and values (2, B, K, D).
 
-    Each row attends to its prompt, of prompts (2, N, P, K, D), to the `said` tokens of its answer, of answers (2, B, S,
-    K, D), and to itself. For the kernel the G queries of a key head are a text's, by prompt those of all its answers.
+    Each row attends to its prompt, of prompts (2, N, P, K, D), to the tokens of its answer, of answers (2, B, S, K, D), and
+    to itself. For the kernel the G queries of a key head are a text's, by prompt those of all its answers. All int32:
+    order (B,), rows sorted by prompt; place (B,), where a row is among them; by_prompt (N + 1,) and by_row (B + 1,), where
+    a text's queries begin; prompt_starts and row_starts, where its keys do; prompt_lengths (N,) and answer_lengths (B,).
     """
     new = []
 
@@ -64,11 +66,12 @@ def decode_block(block, x: Tensor, cos: Tensor, sin: Tensor, prompts: Tensor, an
         new.append(torch.stack((k[:, 0], v[:, 0])))
         q = q.view(B, K, -1, D).transpose(1, 2)  # (B, G, K, D); k and v (B, 1, K, D)
         G = q.shape[1]
-        shared = varlen(q[order].flatten(0, 1), *prompts.flatten(1, 2), by_prompt, prompt_starts, (B * G, P), used=lengths)
-        own = varlen(q.flatten(0, 1), *answers.flatten(1, 2), by_row, row_starts, (G, S), used=said)
+        shared = varlen(q[order].flatten(0, 1), *prompts.flatten(1, 2), by_prompt, prompt_starts, (B * G, P),
+                        used=prompt_lengths)
+        own = varlen(q.flatten(0, 1), *answers.flatten(1, 2), by_row, row_starts, (G, S), used=answer_lengths)
         shared, shared_sums = (x.unflatten(0, (B, G))[place] for x in (shared[0], shared[1].T))  # (B, G, K, ...)
         own, own_sums = (x.unflatten(0, (B, G)) for x in (own[0], own[1].T))
-        own_sums = own_sums.where(said[:, None, None] > 0, -torch.inf)
+        own_sums = own_sums.where(answer_lengths[:, None, None] > 0, -torch.inf)
         itself = (q * k).float().sum(-1) * D**-0.5  # (B, G, K)
         share = torch.stack((shared_sums, own_sums, itself)).softmax(0)[..., None]
         out = share[0] * shared + share[1] * own + share[2] * v
@@ -104,8 +107,9 @@ class FlashCache:
             return torch.arange(count, dtype=torch.int32, device=self.answers.device) * of
         self.rows, self.by_row = multiples(B, 1), multiples(B + 1, self.grouped)
         self.row_starts, self.prompt_starts = multiples(B + 1, S), multiples(N + 1, P)
-        self.told = torch.zeros(3 * B + 2 * N + 1, dtype=torch.int32, device=self.answers.device)
-        self.order, self.place, self.asked, self.by_prompt, self.lengths = self.told.split((B, B, B, N + 1, N))
+        self.layout = torch.zeros(3 * B + 2 * N + 1, dtype=torch.int32, device=self.answers.device)
+        parts = self.layout.split((B, B, B, N + 1, N))
+        self.order, self.place, self.row_prompts, self.by_prompt, self.prompt_lengths = parts
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self.memory = None
 
@@ -134,9 +138,9 @@ class FlashCache:
             answers[prompt] += self.grouped
         spare = [1] * (N - len(lengths))
         asked = [lengths[prompt] for prompt in owner] + [1] * (B - len(owner))
-        self.told.copy_(torch.tensor(order + place + asked + [*accumulate(answers, initial=0)] + lengths + spare))
+        self.layout.copy_(torch.tensor(order + place + asked + [*accumulate(answers, initial=0)] + lengths + spare))
 
-    def turn(self, advance: Callable[[int, int], None], rows: int, longest: int):
+    def run_step(self, advance: Callable[[int, int], None], rows: int, longest: int):
         """advance(rows, longest), which calls `step`: at first itself, which compiles what is not yet, then by a graph
         of it."""
         if not self.compiled:
@@ -161,12 +165,12 @@ class FlashCache:
     def step(self, model, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
         """As `KVCache.step`."""
         B = len(ids)
-        said = (positions - self.asked[:B]).clamp(0, self.answers.shape[3] - 1)  # (B,) the new slots
-        read = (self.order[:B], self.place[:B], self.by_prompt, self.prompt_starts, self.lengths, self.by_row[: B + 1],
-                self.row_starts[: B + 1], said.int())
+        lengths = (positions - self.row_prompts[:B]).clamp(0, self.answers.shape[3] - 1)  # (B,) of answers: the new slots
+        read = (self.order[:B], self.place[:B], self.by_prompt, self.prompt_starts, self.prompt_lengths,
+                self.by_row[: B + 1], self.row_starts[: B + 1], lengths.int())
         (x, rope), new = model.embed(ids[:, None], positions[:, None]), []
         for block, prompts, answers in zip(model.model.layers, self.prompts, self.answers):
             x, added = run(decode_block, self.compiled, SIZES, block, x, *rope, prompts, answers, *read)
             new.append(added)
-        self.answers[:, :, self.rows[:B], said] = torch.stack(new)
+        self.answers[:, :, self.rows[:B], lengths] = torch.stack(new)
         return model.model.norm(x)[:, 0]

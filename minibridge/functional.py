@@ -1,10 +1,10 @@
 """What a decoder layer computes beside attention: products with weights, norm, rotation, MLP.
 
-On a CPU the backward passes that autograd puts together for them are chains of steps over whole arrays, each of which
-waits for memory, and most of which keep their result. Where there may be a backward pass they are written by hand here:
-they keep their inputs, and of the MLP the two first products; norm and MLP work on some rows at a time, so that less of
-an array's size is held. On a GPU, in compiled decoding and in forward-mode differentiation (`jvp`) autograd's own
-operations run. On a CPU a model has the same bits with and without a backward pass.
+On a CPU autograd's backward passes for them are chains of whole-array operations, each bound by memory, and most keeping
+their result. Where there may be a backward pass they are written by hand here: they keep their inputs, and of the MLP the
+two first products; norm and MLP work on some rows at a time, so that less of an array's size is held. On a GPU, in
+compiled decoding and in forward-mode differentiation (`jvp`) autograd's own operations run. On a CPU a model has the same
+bits with and without a backward pass.
 
 Axes: B rows, T tokens, D head size, C hidden, I middle of the MLP.
 """
@@ -109,7 +109,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient is turned back."""
+    """Backward: the gradient, rotated by the opposite angle."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Sampling completions: prompts in, token ids and their log-probabilities out.
 
 Each prompt is prefilled once and its samples share its keys and values. Live rows are always the first ones of the
-cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end, so no
-step computes anything for a finished row, but one step on a GPU, which is under way before the host has heard of the
-end, and compiled ones, which fill up the number of rows (`KVCache.turn`). What is drawn stays on the device till its
-row is over; of a step the host asks no more than which rows are. Not here: chat format, rewards, penalties, beam
+cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end. So no
+step computes anything for a finished row, with two exceptions: on a GPU one step is under way before the host hears of
+the end, and compiled steps round up the number of rows (`KVCache.run_step`). Sampled tokens stay on the device until
+their row has finished; each step the host asks only which rows have. Not here: chat format, rewards, penalties, beam
 search.
 
 Axes: N prompts of P tokens, B rows, C hidden, V vocabulary.
@@ -65,14 +65,14 @@ def generate(
     Tokens are drawn from softmax(logits / temperature), cut to its top_p nucleus (arXiv 1904.09751);
     temperature 0 takes the most likely token and gives its log-probability under softmax(logits). A
     completion ends with one of stop_ids, with the token that completes one of stop_strings in the decoded
-    text, or after max_new_tokens. `compiled`: each step is one graph of torch.compile, which takes from
-    some seconds to minutes to make and is worth it for long runs. Raises InputError for a prompt that is empty or, with
+    text, or after max_new_tokens. `compiled`: layers and drawing each run as a graph of torch.compile, which takes from
+    seconds to minutes to make and is worth it for long runs. Raises InputError for a prompt that is empty or, with
     max_new_tokens, longer than the model's max_position_embeddings.
 
     Each prompt has a seed of its own for all its samples: what is drawn for it depends neither on the other prompts nor on
     `rows`, but for the rounding of logits. By default the seeds come from `generator` (a CPU one; None: torch's own).
     """
-    _check(model, prompts, samples, max_new_tokens, rows)
+    _check(model, prompts, samples, max_new_tokens, rows, temperature, top_p)
     stop = _Stop(frozenset(stop_ids), tuple(stop_strings), tokenizer, max_new_tokens)
     results = [[Completion() for _ in range(samples)] for _ in prompts]
     if seeds is None:
@@ -84,10 +84,14 @@ def generate(
     return results
 
 
-def _check(model: Decoder, prompts, samples: int, max_new_tokens: int, rows: int):
+def _check(model: Decoder, prompts, samples: int, max_new_tokens: int, rows: int, temperature: float, top_p: float):
     for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens), ("rows", rows)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    if temperature != 0 and not 1e-3 <= temperature < math.inf:
+        raise InputError(f"temperature must be 0 or at least 0.001, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
     limit = model.config.max_position_embeddings
     for index, prompt in enumerate(prompts):
         if not len(prompt):
@@ -102,16 +106,17 @@ def prefill_batch(rows: int, samples: int, longest: int) -> int:
     return max(1, min(rows // samples, PREFILL_TOKENS // longest))
 
 
-def draw(model: Decoder, hidden: Tensor, numbers: Tensor, ids: Tensor, logprobs: Tensor, said: Tensor, over: Tensor,
+def draw(model: Decoder, hidden: Tensor, numbers: Tensor, ids: Tensor, logprobs: Tensor, lengths: Tensor, over: Tensor,
          ends: Tensor, temperature: float, top_p: float):
-    """The token after each of the hidden states (B, C), and its log-probability, go to place `said` (B,) of ids and
-    logprobs (B, T + 1); then it is seen whether the row is over. What is drawn for one that was counts for nothing."""
-    at = said[:, None]  # (B, 1)
+    """The token after each of the hidden states (B, C), and its log-probability, go to place `lengths` (B,) of ids and
+    logprobs (B, T + 1); then `lengths` and `over` (B,) are updated. What is drawn for rows already over is discarded.
+    numbers (B, T + 1): uniform ones to draw by; ends (V,): true for stop tokens."""
+    at = lengths[:, None]  # (B, 1)
     tokens, drawn = sample(model.logits(hidden), temperature, top_p, numbers.gather(1, at)[:, 0])  # (B,), (B,)
     ids.scatter_(1, at, tokens[:, None])
     logprobs.scatter_(1, at, drawn[:, None])
-    said += ~over
-    over |= ends[tokens] | (said >= ids.shape[1] - 1) | ~drawn.isfinite()
+    lengths += ~over
+    over |= ends[tokens] | (lengths >= ids.shape[1] - 1) | ~drawn.isfinite()
 
 
 # Of `draw`'s inputs the dimensions that change in size, by place: rows, tokens.
@@ -130,7 +135,7 @@ class _Prompt:
 
 @dataclass
 class _Row:
-    """A completion in the making, the uniform numbers (T,) that draw its tokens, and the turn its first was drawn in."""
+    """A completion in the making, the uniform numbers (T,) that draw its tokens, and the step its first was drawn in."""
 
     completion: Completion
     prompt: _Prompt
@@ -157,17 +162,17 @@ class _Pool:
         self.live: list[_Row] = []
         self.prompts: list[_Prompt] = []  # those of live and of waiting rows, in the order of the cache
         self.changed = False  # whether the rows are no longer those that the cache has been told of
-        self.turn = 0  # steps so far
+        self.steps = 0  # so far
         self.waiting = self._prefill(prompts, results)
         # (B, T + 1): rows that are over draw into the place after their last. The cache may have more rows than ever live:
         # a step may take them for live ones, with one token said.
         shape = self.cache.answers.shape[2], stop.max_new_tokens + 1
         self.ids, self.logprobs = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
         self.numbers = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.asked, self.said = torch.ones(2, shape[0], dtype=torch.long, device=device)  # tokens of prompt and answer
+        self.prompt_lengths, self.answer_lengths = torch.ones(2, shape[0], dtype=torch.long, device=device)  # (B,) each
         self.over = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self.ahead = runs_ahead(device) and not stop.strings
-        self.heard: Callable[[], list[bool]] = list  # of the step before the last, if we run ahead, which rows were over
+        self.pending: Callable[[], list[bool]] = list  # of the step before the last, if we run ahead, which rows were over
         self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
         self.ends[[id_ for id_ in stop.ids if id_ < len(self.ends)]] = True
 
@@ -197,35 +202,36 @@ class _Pool:
         if new:
             self.changed, rows = True, slice(first, first + len(new))
             for row in new:
-                row.born = self.turn
+                row.born = self.steps
             self.live += new
             self.numbers[rows, :-1] = torch.stack([row.numbers for row in new])
-            self.asked[rows] = torch.tensor([row.prompt.length for row in new], device=self.asked.device)
-            self.said[rows], self.over[rows] = 0, False
+            self.prompt_lengths[rows] = torch.tensor([row.prompt.length for row in new], device=self.model.device)
+            self.answer_lengths[rows], self.over[rows] = 0, False
             self._draw(rows, torch.stack([row.prompt.hidden for row in new]))
         return bool(self.live)
 
     def retire(self) -> bool:
         """Let go of the rows that have come to their end, and of prompts whose last sample has; whether there were any."""
-        ask = asked_later(self.over[: len(self.live)])
+        ask = deferred(self.over[: len(self.live)])
         if self.ahead:
-            ask, self.heard = self.heard, ask
+            ask, self.pending = self.pending, ask
         over = ask()  # the step's one wait
         if self.stop.strings:
             over = [ends or found for ends, found in zip(over, self._strings())]
         ended = [b for b, ends in enumerate(over) if ends]
         if not ended:
             return False
-        for b, ids, logprobs, said in zip(ended, *(x[ended].tolist() for x in (self.ids, self.logprobs, self.said))):
-            self.stop.finish(self.live[b].completion, ids[:said], logprobs[:said])
+        ends = (x[ended].tolist() for x in (self.ids, self.logprobs, self.answer_lengths))
+        for b, ids, logprobs, length in zip(ended, *ends):
+            self.stop.finish(self.live[b].completion, ids[:length], logprobs[:length])
             self.live[b].prompt.samples -= 1
         self.changed = True
         _close_gaps(self.live, {*ended}, self._move_rows)
-        over = {n for n, prompt in enumerate(self.prompts) if not prompt.samples}
-        _close_gaps(self.prompts, over, self.cache.move_prompts)
+        done = {n for n, prompt in enumerate(self.prompts) if not prompt.samples}
+        _close_gaps(self.prompts, done, self.cache.move_prompts)
         for n, prompt in enumerate(self.prompts):
             prompt.place = n
-        self.heard = asked_later(self.over[: len(self.live)])  # the rows are others now
+        self.pending = deferred(self.over[: len(self.live)])  # the rows are others now
         return True
 
     def advance(self):
@@ -233,41 +239,41 @@ class _Pool:
         if self.changed:
             self.cache.arrange([row.prompt.place for row in self.live], [prompt.length for prompt in self.prompts])
             self.changed = False
-        self.turn += 1
-        self.cache.turn(self._advance, len(self.live), self.turn - 1 - min(row.born for row in self.live))
+        self.steps += 1
+        self.cache.run_step(self._advance, len(self.live), self.steps - 1 - min(row.born for row in self.live))
 
     def _advance(self, rows: int, longest: int):
         """Of the first `rows`; longest: tokens that the longest of the answers had before its newest."""
-        last = self.said[:rows] - 1  # (B,)
+        last = self.answer_lengths[:rows] - 1  # (B,)
         newest = self.ids[:rows].gather(1, last[:, None])[:, 0]
-        self._draw(slice(rows), self.cache.step(self.model, newest, self.asked[:rows] + last, longest))
+        self._draw(slice(rows), self.cache.step(self.model, newest, self.prompt_lengths[:rows] + last, longest))
 
     def _draw(self, rows: slice, hidden: Tensor):
         """The next token of each of the rows, from hidden (B, C)."""
-        kept = (x[rows] for x in (self.numbers, self.ids, self.logprobs, self.said, self.over))
+        kept = (x[rows] for x in (self.numbers, self.ids, self.logprobs, self.answer_lengths, self.over))
         run(draw, self.compiled and len(hidden) > 1, SIZES, self.model, hidden, *kept, self.ends, *self.how)
 
     def _strings(self) -> list[bool]:
         """Whether each live row's newest token completes a stop string."""
-        newest = self.ids[: len(self.live)].gather(1, self.said[: len(self.live), None] - 1)[:, 0]
+        newest = self.ids[: len(self.live)].gather(1, self.answer_lengths[: len(self.live), None] - 1)[:, 0]
         for row, token in zip(self.live, newest.tolist()):
-            if len(row.completion.ids) <= self.turn - row.born:  # not seen before
+            if len(row.completion.ids) <= self.steps - row.born:  # not seen before
                 row.completion.ids.append(token)
         return [self.stop.completes_string(row.completion.ids) for row in self.live]
 
     def _move_rows(self, sources: list[int], places: list[int]):
         self.cache.move_rows(sources, places)
-        for tensor in (self.ids, self.logprobs, self.numbers, self.asked, self.said, self.over):
+        for tensor in (self.ids, self.logprobs, self.numbers, self.prompt_lengths, self.answer_lengths, self.over):
             tensor[places] = tensor[sources]
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the next step is begun before it is known which rows the last one has ended: where a step goes on by
+    """Whether to begin the next step before it is known which rows the last one has ended: on a GPU, which works on by
     itself."""
     return device.type == "cuda"
 
 
-def asked_later(flags: Tensor) -> Callable[[], list[bool]]:
+def deferred(flags: Tensor) -> Callable[[], list[bool]]:
     """To be called for what `flags` are now; on a GPU it waits for what is under way now, and for nothing begun since."""
     copied = flags.to("cpu", non_blocking=True, copy=True)
     if not flags.is_cuda:

@@ -25,8 +25,8 @@ MAX_DRAWS = 500
 @dataclass(frozen=True)
 class Scale:
     """What bounds a problem besides its op count. The defaults are the paper's. `cap` bounds every value in the problem
-    (None: only the answer is bounded, by 1000); `letters` are what answers may call its quantities; `redundant` is the
-    most quantities the question may hold without need (None: any number)."""
+    (None: only the answer is bounded, by 1000); `letters` are what answers may call its quantities (none: formulas hold
+    their names); `redundant` is the most quantities the question may hold without need (None: any number)."""
     instances: int = 20
     layers: tuple[int, ...] = (2, 3, 4)
     widths: tuple[int, ...] = (2, 3, 4)
@@ -37,8 +37,7 @@ class Scale:
 
 
 PAPER = Scale()
-TOY = Scale(instances=8, layers=(2, 3), widths=(2, 3), cap=50, worlds=TOY_WORLDS,
-            letters=string.ascii_lowercase[:20])
+TOY = Scale(instances=8, layers=(2, 3), widths=(2, 3), cap=50, worlds=TOY_WORLDS, letters="", redundant=0)
 
 
 def draw(rng: random.Random, ops: tuple[int, int] = (15, 20), scale: Scale = PAPER) -> Problem:

@@ -13,8 +13,8 @@ The equations are in `coinfluence`. Printed, and written to the folder --out as 
 
 and not printed rollouts.jsonl, the answers with kappa of every token; validation.jsonl, those of Q; ranked.jsonl, the
 lines of --data from the most to the least influential, for train_rl.py; and, with matplotlib, the figures of `plots`.
-Influence is the growth of GRPO's objective over Q for each unit of step size. Derivatives are in fp32. "+-" is half of a
-95% interval over the measured prompts.
+Influence is the growth of GRPO's objective over Q for each unit of step size. Derivatives are in fp32. "+-" is half the
+width of a 95% interval over the measured prompts.
 """
 import sys
 from dataclasses import dataclass

@@ -55,8 +55,8 @@ def clock() -> float:
 
 
 def rates(repeats: int, *functions: Callable[[], int]) -> list[list[float]]:
-    """Units of work per second of each function, which says how many it did; they take turns, `repeats` times after one
-    turn that does not count."""
+    """Units of work per second of each function, which returns how many it did. They take turns: one warm-up round, then
+    `repeats` timed ones."""
     measured: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats + 1):
         for function, found in zip(functions, measured):

@@ -174,12 +174,12 @@ def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, row
     places = min(-(-rows // samples) + batch, prompts)  # unless answers of more prompts live at once, one or two of each
     slots = (places + 2) * (prompt + 2) + (fitting(live) + 2) * (answer + 2)  # of cache.KVCache
     drawing = 12 * live * c.vocab_size  # logits, probabilities, and these in blocks
-    scores = 12 * live * c.num_attention_heads * max(prompt, answer)
+    scores = 12 * live * c.num_attention_heads * max(prompt, answer)  # those, their weights in fp32, and these once more
     tokens = batch * prompt
-    rows = min(tokens, MLP_ROWS) if s.mlp_by_hand else tokens  # in the MLP at a time; of several parts it joins the results
-    results = c.hidden_size * tokens * (rows < tokens)
+    mlp_rows = min(tokens, MLP_ROWS) if s.mlp_by_hand else tokens  # at a time; of several parts it joins the results
+    results = c.hidden_size * tokens * (mlp_rows < tokens)
     projected = 2 * (c.num_attention_heads * c.head_dim + s.key_width) * tokens  # q, k and v, and q rotated
-    between = max(3 * c.intermediate_size * rows + results, 2 * results, projected) + 2 * c.hidden_size * tokens
+    between = max(3 * c.intermediate_size * mlp_rows + results, 2 * results, projected) + 2 * c.hidden_size * tokens
     prefill = tokens * s.slot + s.size * between
     return Counter({"keys and values": s.slot * slots, "work space": max(drawing, scores, prefill)})
 

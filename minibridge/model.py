@@ -1,9 +1,9 @@
 """The decoder: Qwen2 / Qwen2.5, Qwen3 and Llama 3.x in one class.
 
-One `forward` serves training, prefill and decoding; positions are an argument. Parameter names are those
-of Hugging Face's classes, so a checkpoint maps one to one. Not here: text, sampling, losses, files.
-Departures from the library models: no dropout, no sliding window, and no attention mask (what pads a row
-is on its right, where causality already keeps it from every real token).
+One `forward` serves training, prefill and decoding (on a GPU `flash.FlashCache` runs the layers itself, to record its
+steps); positions are an argument. Parameter names are those of Hugging Face's classes, so a checkpoint maps one to one.
+Not here: text, sampling, losses, files. Departures from the library models: no dropout, no sliding window, and no attention
+mask (what pads a row is on its right, where causality already keeps it from every real token).
 
 Axes: B rows, T tokens, C hidden, H heads, K key/value heads, D head size, V vocabulary.
 """
@@ -70,7 +70,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202); without biases all three products are one function, and no hook of theirs is called."""
+    """SwiGLU (arXiv 2002.05202); without biases all three products are one function, so that
+    forward hooks on its Linear modules are not called."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -92,7 +93,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, layer: int, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        """(B, T, C) of x (B, T, C); rope: cos and sin (B, T, 1, D)."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), rope)
         x = x + self.self_attn.o_proj(attend(layer, q, k, v).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -104,9 +106,10 @@ class Decoder(nn.Module):
     checkpointing: training keeps only what goes into each layer, and runs the layer again in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.compute_dtype, self.checkpointing = config, compute_dtype, False
+        self.config, self.checkpointing = config, False
+        self.compute_dtype: torch.dtype | None = None
         self.model = nn.Module()
         self.model.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)  # (V, C)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -132,13 +135,13 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of ids (B, T) at positions (B, T), by default 0 .. T - 1.
 
-        Attention is causal among the tokens given, unless a cache says otherwise (`packed.Packed` in training,
-        `cache.KVCache` in sampling).
+        Attention is causal among the tokens given, unless `cache` says otherwise (`packed.Packed` in training,
+        `cache.PromptCache` in prefill, what `cache.KVCache` makes for a step of sampling).
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         x, rope = self.embed(ids, positions)
-        attend = causal_attention if cache is None else cache.attention(positions)
+        attend = causal_attention if cache is None else cache.attend
         for layer, block in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, layer, attend, use_reentrant=False)

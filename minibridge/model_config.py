@@ -41,6 +41,8 @@ class ModelConfig:
             if type(value) not in kinds or not 0 < value <= most:  # no NaN, no infinity
                 kind = f"integer up to {most}" if name in SIZES else "number"
                 raise InputError(f"{name} must be a positive {kind}, not {str(value)[:40]}")
+        if self.rope_scaling and self.rope_scaling["high_freq_factor"] < self.rope_scaling["low_freq_factor"]:
+            raise InputError("high_freq_factor must not be below low_freq_factor")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -79,6 +81,8 @@ def _fields_from_hf(data: dict) -> dict:
     layers = data.get("layer_types") or []
     if data.get("use_sliding_window") or not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise InputError("only full attention is supported, no sliding window")
+    if data.get("is_causal", True) is not True:
+        raise InputError("only causal attention is supported")
     if data.get("quantization_config"):
         raise InputError("quantized weights are not supported")
     for flag in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
@@ -101,6 +105,8 @@ def _fields_from_hf(data: dict) -> dict:
 
 def _rope_from_hf(data: dict) -> dict:
     """transformers 5 writes rope_parameters; before it, rope_theta stood alone beside rope_scaling."""
+    if data.get("rope_parameters") and data.get("rope_scaling"):
+        raise InputError("rope_parameters and rope_scaling are both given, of which libraries take one or the other")
     rope = next((data[name] for name in ("rope_parameters", "rope_scaling") if data.get(name) is not None), {})
     if not isinstance(rope, dict):
         raise InputError(f"rope_scaling must be an object, not {rope!r}")
@@ -108,4 +114,7 @@ def _rope_from_hf(data: dict) -> dict:
     if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"rope scaling {rope!r} is not supported, only 'llama3'")
     scaling = {name: rope.get(name) for name in LLAMA3_SCALING} if kind == "llama3" else None
+    original = "original_max_position_embeddings"  # transformers prefers that beside the scaling to that in it
+    if scaling and data.get(original, scaling[original]) != scaling[original]:
+        raise InputError(f"{original} is {data[original]!r}, but that of the rope scaling {scaling[original]!r}")
     return {"rope_theta": rope.get("rope_theta", data.get("rope_theta")), "rope_scaling": scaling}

@@ -7,7 +7,7 @@ from minibridge.config import printable
 from minibridge.rollout import Episode, dead
 from minibridge.verify import verify
 
-VERIFIED = 128  # answers of a step whose behaviors are counted, if there are not more prompts
+VERIFIED = 128  # answers verified per step, but at least one for each prompt
 
 
 def describe(groups: list[list[Episode]]) -> dict[str, float]:

@@ -99,7 +99,7 @@ def resume_point(config: Any, mark: str) -> Path | None:
 
 
 def finished(config: Any) -> bool:
-    """Whether --resume is asked for what is done: the model is a run's last work."""
+    """Whether --resume was given for a run that is finished: the model folder is written last."""
     return config.resume and (Path(config.out) / "model" / "config.json").exists()
 
 

@@ -11,23 +11,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minibridge import flash
-from minibridge.cache import Attend, causal_attention
+from minibridge.cache import causal_attention
 
 # How many places of `Packed` rows a micro-batch may have for each of its tokens, since rows copy their prompt. It holds
 # where there are no rows too, so that a step's micro-batches are the same on every device.
 PLACES = 2
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Packed:
     """Attention in texts whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding.
 
-    Text i has lengths[i] tokens, and goes on from all those of text after[i] where that is not None, as answers do from
-    their prompt, which so stands in the line once. What others go on from goes on from none itself.
+    Text i has lengths[i] tokens. If after[i] is not None it continues text after[i] and attends to all of it, as answers
+    continue their prompt, which thus stands in the line once. A text that others continue continues none itself.
 
-    `in_pieces`, each text meets itself, and answers side by side meet their prompt together: nothing is copied.
-    Elsewhere rows (B, L) say where the tokens of a text, and before it of what it goes on from, stand in the line. In
-    each layer q, k and v are copied to them, and what attention finds is read back, of shared tokens from the first row
-    that has them; behind a row's end is anything, and best not the same for all.
+    If `in_pieces`, each text attends to itself, and neighbouring answers attend to their prompt in one call: nothing is
+    copied. Elsewhere each layer copies q, k and v to `rows` (B, L), which hold a prompt and one answer each, and reads the
+    results back from there (`first` (S,): the place of a token's first copy); slots past a row's end hold arbitrary tokens.
     """
 
     def __init__(self, lengths: list[int], after: list[int | None]):
@@ -39,11 +40,8 @@ class Packed:
                 self.shared.append((slice(texts[0].start, texts[-1].stop), self.spans[before]))
         self.rows = self.pieces = None
 
-    def attention(self, positions: Tensor) -> Attend:
-        return self._attend
-
     @torch.compiler.disable  # it is the kernels' own; what is around it compiles
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if in_pieces(q.device, q.dtype, k.shape[2], q.shape[3]):
             if self.pieces is None:
                 self.pieces = (_OnCPU if q.is_cpu else _OnGPU)(self.lengths, self.shared, q.device)
@@ -166,10 +164,6 @@ class _OnCPU:
         return [[part.unflatten(0, (count, length)).transpose(1, 2)
                  for part, (length, count) in zip(x.split(sizes), self.runs)]
                 for x in arrays]
-
-
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _line(parts: Iterable[Tensor]) -> Tensor:

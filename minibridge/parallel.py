@@ -47,11 +47,11 @@ class Ranks:
             raise InputError(f"{name}: {count} cannot be split among {self.size} processes")
 
     def mine(self, items: Sequence) -> Sequence:
-        """Every `size`-th."""
+        """This rank's share: every `size`-th item, from number `rank` on."""
         return items[self.rank :: self.size]
 
     def gather(self, items: list) -> list:
-        """The items of all ranks, which take turns, so that `gather(mine(items))` is `items`; whatever JSON can hold."""
+        """The items of all ranks, interleaved so that gather(mine(items)) == items; they must be JSON-serialisable."""
         if self.size == 1:
             return items
         data = torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8)
@@ -121,7 +121,7 @@ ALONE = Ranks()
 def run(main: Callable, cls: type) -> int:
     """`config.run_main` of main(config, ranks) in each process that torchrun started, or of main(config) in the only one.
 
-    An end ends all: the first process to end says why, the others' connections to it break, and torchrun ends what waits.
+    If one process fails, all end: it says why, the others' connections to it break, and torchrun ends those still waiting.
     One of several leaves from here: a thread of gloo that lets go of a tensor while Python shuts down would abort it
     (https://github.com/pytorch/pytorch/issues/190489), and those threads outlive the group if modules keep it.
     """
@@ -156,7 +156,7 @@ def run(main: Callable, cls: type) -> int:
 
 
 def _unless_said(store: dist.Store):
-    """Ends this process without a word if another has ended before, once that has said why."""
+    """Exits silently if another process failed first, after giving it time to say why."""
     try:
         if store.add("ended", 1) > 1:
             store.wait(["said"], timedelta(seconds=5))

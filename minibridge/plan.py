@@ -2,9 +2,9 @@
 
     python train_rl.py --plan --model FOLDER ...          python train_sft.py --plan --model FOLDER ...
 
-Bytes are those of `memory`, at the lengths that take most among those that the flags allow. Seconds are for full lengths:
-those of the matrix products alone, or of the memory that decoding must read, at the rates that this device reaches on
-nothing else, so that a step takes more. No weights are loaded. A run plans once more when it has loaded its data, and notes
+Bytes are those of `memory`, at the lengths that take most among those that the flags allow. Seconds are for answers
+of full length, and count only the matrix products, or the memory that decoding must read, at the rates of the idle device: a
+real step takes longer. No weights are loaded. A run plans once more when it has loaded its data, and notes
 that in run.json under "plan".
 """
 from collections import Counter

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minibridge.packed import PLACES, Packed
+from minibridge.packed import PLACES, Packed, in_pieces
 from minibridge.data import Example
 from minibridge.grpo import Recipe, grpo_loss, importance_weights, step_normalizer, token_loss, token_weights
 from minibridge.logprob import fused_loss, token_logprobs
@@ -63,9 +63,11 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
     return [_micro_batch(groups, advantages, places, device) for places in packed]
 
 
-def padding(batches: list[MicroBatch], ranks: Ranks = ALONE) -> float:
-    """Share of padding in the rows, prompt and answer, that attention has on all ranks, unless it goes by pieces
-    (`packed.in_pieces`) and has none."""
+def padding(model: Decoder, batches: list[MicroBatch], ranks: Ranks = ALONE) -> float:
+    """Share of padding in the rows, prompt and answer, that attention has on all ranks: none where it goes by pieces."""
+    config = model.config
+    if in_pieces(model.device, model.activation_dtype, config.num_key_value_heads, config.head_dim):
+        return 0.0
     lengths = [batch.prompt_lengths[batch.owner] + batch.trained.sum(1) - 1 for batch in batches]  # (B,) each
     real = ranks.total(sum(row.sum().item() for row in lengths))
     return 1 - real / ranks.total(sum(row.max().item() * len(row) for row in lengths))
@@ -112,16 +114,16 @@ def answer_hidden(model: Decoder, batch: MicroBatch) -> Tensor:
     What goes through the model is one line of S tokens: all prompts, then all answers but for their last tokens, from which
     nothing is predicted.
     """
-    asked, said = batch.prompt_lengths, batch.trained.sum(1) - 1  # (N,), (B,) tokens
+    given, fed = batch.prompt_lengths, batch.trained.sum(1) - 1  # tokens that are run: of a prompt (N,), of an answer (B,)
     (N, P), (_, T) = batch.prompts.shape, batch.trained.shape
-    columns = torch.arange(max(P, T), device=asked.device)
-    prompt, in_prompt, in_answer = asked[batch.owner, None], columns[:P] < asked[:, None], columns[:T] < said[:, None]
+    columns = torch.arange(max(P, T), device=given.device)
+    prompt, in_prompt, in_answer = given[batch.owner, None], columns[:P] < given[:, None], columns[:T] < fed[:, None]
     ids = torch.cat((batch.prompts[in_prompt], batch.answers[in_answer]))  # (S,)
     positions = torch.cat((columns[:P].expand(N, P)[in_prompt], (prompt + columns[:T])[in_answer]))  # (S,)
-    lengths = torch.cat((asked, said))  # (N + B,) of prompts and answers in the line
+    lengths = torch.cat((given, fed))  # (N + B,) of prompts and answers in the line
     hidden = model(ids[None], positions[None], Packed(lengths.tolist(), [None] * N + batch.owner.tolist()))[0]  # (S, C)
     ends = lengths.cumsum(0)
-    own = (ends[N:] - said)[:, None] + columns[:T] - 1
+    own = (ends[N:] - fed)[:, None] + columns[:T] - 1
     before = torch.where(columns[:T] == 0, ends[batch.owner, None] - 1, own)  # (B, T)
     return hidden.index_select(0, before[batch.trained])
 

@@ -17,7 +17,7 @@ import itertools
 import string
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,6 @@ from minibridge.model_config import ModelConfig
 from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer, train_toy
 
-SCALE = replace(igsm.TOY, redundant=0, letters="")  # of all toy problems
 MIXES = [traces.Behaviors(*mix) for mix in itertools.product((False, True), (0, 2), (0.0, 0.1))]
 
 Style = Callable[[int, int], traces.Behaviors | None]  # of operations and number of a problem; None: bare equations
@@ -65,7 +64,6 @@ class Size:
     vocabulary: int
     std: float  # of the first weights
     scale: igsm.Scale
-    letters: str
     balance: float
     stages: tuple[Stage, ...]
     batch: int
@@ -79,13 +77,13 @@ SIZES = {
         SHARED | {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 4,
                   "num_key_value_heads": 2, "max_position_embeddings": 1024},
         # 0.02 is for wide models: at 128 it leaves attention nearly flat, and copying is learned late (docs/log.md).
-        1024, 0.08, SCALE, SCALE.letters, 0.1,
+        1024, 0.08, igsm.TOY, 0.1,
         (Stage("equations", {3: 40_000, 4: 50_000, 5: 70_000, 6: 90_000}, mostly_equations, 1.5e-3, 100),
          Stage("words", FEW, half_words, 1e-3, 50), Stage("styles", FEW, all_styles, 1e-3, 50)), 16, 8192),
     "small": Size(
         SHARED | {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 6,
                   "num_key_value_heads": 2, "max_position_embeddings": 4096},
-        1024, 0.04, igsm.PAPER, string.ascii_letters, 1.0,
+        1024, 0.04, igsm.PAPER, 1.0,
         (Stage("styles", {ops: 20_000 for ops in range(3, 15)}, all_styles, 1e-3, 200),), 64, 65_536)}
 
 
@@ -130,7 +128,7 @@ def examples(size: Size, stage: Stage, ops: int, count: int, seed: int, workers:
     lines = []
     for number, problem in enumerate(splits.problems("base", count, (ops, ops), size.scale, seed, size.balance, workers)):
         style = stage.style(ops, number)
-        line = arms.record(problem, 0, style or traces.VANILLA, size.letters)
+        line = arms.record(problem, 0, style or traces.VANILLA, size.scale.letters)
         if style is None:
             line["messages"][-1]["content"] = traces.equations(problem)
         lines.append(line)
@@ -140,7 +138,7 @@ def examples(size: Size, stage: Stage, ops: int, count: int, seed: int, workers:
 def shared_tokenizer(size: Size) -> Tokenizer:
     """Trained on every wording of the answers to come: a tokenizer is no knowledge of them, and without it their
     sentences would fall into letters."""
-    letters = size.letters or igsm.TOY.letters
+    letters = size.scale.letters or string.ascii_lowercase[:20]
     rows = [arms.record(problem, 0, traces.Behaviors(subgoal=True, analysis=4, reflection=0.5), letters)
             for problem in splits.problems("base", 2000, (4, 5), size.scale, seed=0, balance=size.balance)]
     return train_toy([f"{m['role']}\n{m['content']}" for row in rows for m in row["messages"]], size.vocabulary)

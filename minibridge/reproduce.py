@@ -19,7 +19,6 @@ import itertools
 import re
 import shlex
 import signal
-import string
 import sys
 import time
 from collections.abc import Iterable
@@ -38,7 +37,6 @@ from minibridge import arms, checkpoint, evaluate, igsm, plan, results, splits, 
 from minibridge.config import InputError, option, read_json, run_command, write_jsonl, write_whole
 from minibridge.dag import Problem
 from minibridge.optim import pick_device
-from minibridge.pretrain import SCALE
 from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer
 
@@ -76,7 +74,8 @@ class Experiment:
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
     clip: float = option(1.0, "largest gradient norm in RL", least=1e-6)
     format_scale: float = option(0.0, "extra reward of a well-formed answer", least=0)
-    as_authors: bool = option(False, "SFT on the whole chat; RL's gradient clipped at 8 times --clip, as in effect")
+    as_authors: bool = option(False, "as the authors' trainer does in effect: SFT on the whole chat, long examples cut, "
+                              "RL's gradient clipped at 8 times --clip")
     val_problems: int = option(0, "problems of 21 to 25 operations for RL's validation every 5 steps", least=0)
     test_problems: int = option(400, "problems of each test set", least=2)
     test_samples: int = option(1, "answers to each at temperature 1, beside the greedy one", least=1)
@@ -99,8 +98,8 @@ class Experiment:
                 for seed in range(self.seed, self.seed + self.seeds)]
 
     @property
-    def letters(self) -> str:
-        return string.ascii_letters if self.problems == "paper" else SCALE.letters
+    def scale(self) -> igsm.Scale:
+        return igsm.PAPER if self.problems == "paper" else igsm.TOY
 
 
 def setting(**defaults) -> type[Experiment]:
@@ -277,10 +276,10 @@ def make_data(config: Experiment):
     sets += [("val", (21, 25), config.val_problems, {"val": partial(prompt_rows, config)})] * bool(config.val_problems)
     sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": partial(prompt_rows, config)})
              for name, ops in TESTS.items()]
-    scale, balance = (igsm.PAPER, 1.0) if config.problems == "paper" else (SCALE, 0.05)
+    balance = 1.0 if config.problems == "paper" else 0.05
     for split, ops, count, files in sets:
         if missing := [name for name in files if not (out / f"{name}.jsonl").exists()]:
-            drawn = splits.problems(split, count, ops, scale, config.seed, balance)
+            drawn = splits.problems(split, count, ops, config.scale, config.seed, balance)
             for name in missing:
                 write_jsonl(out / f"{name}.jsonl", files[name](drawn))
 
@@ -288,13 +287,13 @@ def make_data(config: Experiment):
 def sft_rows(config: Experiment, arm: str, problems: list[Problem]) -> list[dict]:
     if arm in arms.AUGMENTED:
         first = problems[:-(-len(problems) // arms.FORMS)]
-        rows = [row for problem in first for row in arms.augmented(arm, problem, config.seed, config.letters)]
+        rows = [row for problem in first for row in arms.augmented(arm, problem, config.seed, config.scale.letters)]
         return rows[:len(problems)]
-    return [arms.record(problem, config.seed, behaviors_of(arm), config.letters) for problem in problems]
+    return [arms.record(problem, config.seed, behaviors_of(arm), config.scale.letters) for problem in problems]
 
 
 def prompt_rows(config: Experiment, problems: list[Problem]) -> list[dict]:
-    return [arms.record(problem, config.seed, None, config.letters) for problem in problems]
+    return [arms.record(problem, config.seed, None, config.scale.letters) for problem in problems]
 
 
 def sft_config(config: Experiment, out: Path, arm: str) -> train_sft.Config:

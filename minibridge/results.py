@@ -97,12 +97,12 @@ def table(found: list[Outcome]) -> str:
                  for outcomes, _ in compared(found) if outcomes[0].test == tests[0] for stage in STAGES]
     crossed = effects(found)
     return "\n".join([markdown(rows), "", f"Best constant answer, {'; '.join(lucky)}", "",
-                      "What answers show, each per answer, and the share of them that is right in every step:", "",
+                      "Behaviors per answer, and the share of answers that are right in every step:", "",
                       markdown(behaviors), *(["", markdown(crossed)] if crossed else [])])
 
 
 def gains(found: list[Outcome]) -> Table:
-    """What `table` says of RL gains, in numbers, for a CSV file; "+-" is half of a 95% interval."""
+    """What `table` says of RL gains, in numbers, for a CSV file; "+-" is half the width of a 95% interval."""
     return [{"arm": outcomes[0].arm, "test": outcomes[0].test, "decoding": outcomes[0].decoding, "gain": gain,
              "gain +-": reach, "more": more, "more +-": more_reach}
             for outcomes, first in compared(found) for (gain, reach), (more, more_reach) in [gain_of(outcomes, first)]]
@@ -170,7 +170,7 @@ def row(outcomes: list[Outcome], first: list[Outcome]) -> dict[str, str]:
 
 
 def around(value: float, reach: float) -> str:
-    """An interval, if the values differed at all: that few were alike says nothing of others."""
+    """An interval; empty if all values were equal, since no spread among a few says nothing about others."""
     return f"{value - reach:+.1%} to {value + reach:+.1%}" if reach else ""
 
 

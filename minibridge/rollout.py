@@ -6,7 +6,7 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, read_jsonl
-from minibridge.data import Example, Prompt
+from minibridge.data import Prompt
 from minibridge.generate import Completion, generate
 from minibridge.model import Decoder
 from minibridge.parallel import ALONE, Ranks
@@ -22,12 +22,6 @@ class Episode:
     correct: bool
     well_formed: bool
     reward: float
-
-    def example(self) -> Example:
-        """The ids to train on: the prompt masked out, every sampled token in, the stop token too. The mask comes from
-        lengths: a sampled token that happens to equal the padding is trained like any other."""
-        ids = self.completion.ids
-        return Example(self.prompt.ids + ids, [0] * len(self.prompt.ids) + [1] * len(ids))
 
     def to_dict(self) -> dict:
         """Enough to score it again, and to train on it again."""

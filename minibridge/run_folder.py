@@ -53,11 +53,11 @@ class Run:
 
     A new run starts metrics.jsonl afresh. With `resume_step=k`, k being the first step that will run (again),
     the lines of steps before k stay and the later ones go, so that no step is logged twice. `facts` go into run.json.
-    `run.path` is the folder: `run.path / "checkpoints"`. `run.steps`, which may be set later, is the total on the console.
+    `run.path` is the folder: `run.path / "checkpoints"`. `steps` is the total on the console.
     """
 
-    def __init__(self, folder: str | Path, config: Any, argv: Sequence[str] | None = None,
-                 device: str = "cpu", steps: int | None = None, resume_step: int | None = None, **facts: Any):
+    def __init__(self, folder: str | Path, config: Any, device: str = "cpu", steps: int | None = None,
+                 resume_step: int | None = None, **facts: Any):
         self.path, self.steps = Path(folder), steps
         self.path.mkdir(parents=True, exist_ok=True)
         self.metrics = self.path / "metrics.jsonl"
@@ -65,7 +65,7 @@ class Run:
         self.started = time.monotonic()
         self.record = {
             "config": dataclasses.asdict(config),
-            "argv": list(sys.argv if argv is None else argv),
+            "argv": sys.argv,
             "device": str(device),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "resume_step": resume_step,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor):
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (B,) drawn from fp32 logits (B, V) as `generate.generate` says, and their log-probabilities (B,).
 
     uniform (B,): fp64 numbers in [0, 1), independent of all else; temperature 0 has no use for them."""
@@ -38,5 +38,5 @@ def inverse_transform(weights: Tensor, uniform: Tensor, block: int = 64) -> Tens
 def nucleus(weights: Tensor, top_p: float) -> Tensor:
     """Probabilities (B, V), set to 0 outside the fewest most likely tokens that hold top_p of the whole."""
     ordered, order = weights.sort(-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p  # what comes before already holds top_p
+    outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= top_p  # what comes before already holds top_p
     return weights.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0)

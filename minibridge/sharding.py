@@ -11,6 +11,8 @@ from torch import Tensor
 
 from minibridge.model import Decoder
 
+_copies: WeakKeyDictionary[Decoder, Decoder] = WeakKeyDictionary()
+
 
 def shard(model: Decoder, size: int):
     """Split every parameter among `size` processes, in place; to be done before an optimizer is made.
@@ -38,9 +40,6 @@ def sampling_copy(model: Decoder) -> Decoder:
     for name, tensor in model.state_dict().items():
         _copies[model].get_parameter(name).copy_(whole(tensor.to(model.activation_dtype)))
     return _copies[model]
-
-
-_copies: WeakKeyDictionary[Decoder, Decoder] = WeakKeyDictionary()
 
 
 def whole(tensor: Tensor) -> Tensor:

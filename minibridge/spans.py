@@ -30,7 +30,7 @@ def token_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 
 def token_kinds(tokenizer: Tokenizer, episode: Episode, problem: Problem) -> Tensor:
-    """(T,) indices into KINDS: what the last character that a token has a part in belongs to. A restatement within a failed
+    """(T,) indices into KINDS: the kind of text that a token's last character belongs to. A restatement within a failed
     attempt is a restatement; what has no text, such as the stop token, is the rest."""
     kinds = [REST] * len(episode.text)
     for part in verify(problem, episode.text).spans():  # the parts of a step come after it

@@ -3,13 +3,14 @@
     problems("sft", 2000, ops=(15, 20), scale=igsm.PAPER, seed=0)      iGSM
     arithmetic_problems("rl", 10000, "6op", depth=5, redundant=(0, 8), seed=0)
 
-A problem's structure (its graph and its constants, whatever things are called) decides by its hash which split may hold it.
+A problem's structure (its graph and its constants, whatever things are called and whatever the order of terms) decides by
+its hash which split may hold it.
 Candidate number i of a split comes from a random stream of its own, so any number of processes draws the same problems.
 
     python -m minibridge.splits --files data/sft.jsonl,data/rl.jsonl,data/test.jsonl
 
-reports of written files what a guess would earn, the share of zeros and of the commonest answer, and whether any two of them
-share a problem structure.
+reports, for written files, the share of zeros and of the commonest answer (what a constant guess earns), and how many
+problem structures each two of them share.
 """
 import itertools
 import random
@@ -30,7 +31,7 @@ from minibridge.dag import Problem, read_problem
 SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
           "val": (500, (21, 25), range(8, 9)), "test": (500, (20, 20), range(9, 10))}
 PATIENCE = 20_000  # candidates without a new problem before giving up
-SLOW, HOPELESS = 100, 100_000  # as well: when a new problem takes so many, and all that are missing at least so many
+SLOW, HOPELESS = 100, 100_000  # also when a new problem takes so many, and all the missing ones together at least so many
 BLOCK = 250  # candidates that a process draws at a time
 
 Candidate = Callable[[int], tuple[Problem, str]]  # number -> problem, the hash that decides its split

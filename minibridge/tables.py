@@ -1,7 +1,7 @@
 """Tables of the influence analysis: a table is a list of dicts, one a row, that is printed and written as CSV.
 
-All take tensors of one model's rollouts. Axes: N prompts, G answers to each, T tokens of an answer. "+-" is half of a 95%
-interval of the mean over prompts (Student's t); Q's own sampling error, common to all of them, is not in it.
+All take tensors of one model's rollouts. Axes: N prompts, G answers to each, T tokens of an answer. "+-" is half the width
+of a 95% interval of the mean over prompts (Student's t); Q's own sampling error, common to all of them, is not in it.
 """
 import csv
 import io

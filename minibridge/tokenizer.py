@@ -171,21 +171,21 @@ class Tokenizer:
             text += chat.end_of_turn + chat.after_turn
         return text + chat.header.format(role="assistant") if add_generation_prompt else text
 
-    def encode_prompt(self, messages: list[dict], opening: str = OPENING) -> list[int]:
+    def encode_prompt(self, messages: list[dict]) -> list[int]:
         """Ids the model is given before it writes: the chat, the assistant's header and the opening tag."""
-        return self.encode(self.render(messages, add_generation_prompt=True) + opening)
+        return self.encode(self.render(messages, add_generation_prompt=True) + OPENING)
 
-    def encode_example(self, messages: list[dict], opening: str = OPENING) -> tuple[list[int], list[int]]:
-        """Ids and loss mask of a chat that ends with the assistant's text, which must start with `opening`.
+    def encode_example(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """Ids and loss mask of a chat that ends with the assistant's text, which must start with OPENING.
 
         The ids are exactly `encode_prompt(messages[:-1])`, then the rest of the text, then the end of turn.
         The mask is 0 on the prompt and 1 after it, the end of turn included: stopping has to be learned too.
         """
         text = self.chat.content(messages[-1])
-        if messages[-1]["role"] != "assistant" or not text.startswith(opening):
-            raise InputError(f"the last message must be the assistant's and start with {opening!r}")
-        prompt = self.encode_prompt(messages[:-1], opening)
-        completion = self.encode(text[len(opening) :]) + [self.end_of_turn_id]
+        if messages[-1]["role"] != "assistant" or not text.startswith(OPENING):
+            raise InputError(f"the last message must be the assistant's and start with {OPENING!r}")
+        prompt = self.encode_prompt(messages[:-1])
+        completion = self.encode(text[len(OPENING) :]) + [self.end_of_turn_id]
         return prompt + completion, [0] * len(prompt) + [1] * len(completion)
 
     def save(self, folder: str | Path) -> None:

@@ -163,12 +163,12 @@ def test_attention_by_pieces_equals_attention_by_rows(dtype, close, lengths, aft
     """Few key heads, and scores whose exp() overflows, in value and in gradient."""
     generator, found = torch.Generator().manual_seed(0), []
     inputs = [torch.randn(1, 208, heads, 16, generator=generator).mul(9).to(dtype).requires_grad_() for heads in (4, 2, 2)]
-    weights, positions = torch.randn(1, 208, 4, 16, generator=generator).to(dtype), torch.zeros(1, 208)
+    weights = torch.randn(1, 208, 4, 16, generator=generator).to(dtype)
     assert (inputs[0][0, :, 0] @ inputs[1][0, :, 0].T).max() / 4 > 200
     for threads in (1, 100):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         packed = Packed(lengths, after)
-        out = packed.attention(positions)(0, *inputs)
+        out = packed.attend(0, *inputs)
         assert (packed.rows is None) == (threads == 1)
         found.append((out, *torch.autograd.grad(out, inputs, weights)))
     for by_pieces, by_rows in zip(*found):
@@ -179,7 +179,7 @@ def test_without_fused_kernels_there_are_rows():
     """So that forward-mode derivatives exist."""
     packed = Packed([2, 3], [None, 0])
     with sdpa_kernel(SDPBackend.MATH):
-        packed.attention(torch.zeros(1, 5))(0, *torch.randn(3, 1, 5, 2, 4))
+        packed.attend(0, *torch.randn(3, 1, 5, 2, 4))
     assert packed.rows is not None
 
 
@@ -187,7 +187,7 @@ def test_without_fused_kernels_there_are_rows():
 def test_a_compiled_step_works_on_rows_in_fours(compiled, given):
     cache, found = KVCache(ModelConfig(**SHAPE, **FAMILIES["qwen2"]), 1, 1, 65, 1, compiled=compiled), []
     for rows in (1, 3, 4, 5, 64, 65):
-        cache.turn(lambda *turn: found.append(turn), rows, 7)
+        cache.run_step(lambda *turn: found.append(turn), rows, 7)
     assert found == [(rows, 7) for rows in given]
     assert cache.answers.shape[2] > max(given)
 

@@ -24,8 +24,8 @@ class Config:
     mode: Literal["fast", "slow"] = option("fast", "how")
     level: Literal[1, 2] | None = option(None, "how much")
     limit: int | None = option(3, "at most")
-    device: str = option("cpu", "where", choices=("cpu", "cuda"))
-    out: Path = option(Path("runs/x"), "run folder")
+    device: Literal["cpu", "cuda"] = option("cpu", "where")
+    out: str = option("runs/x", "run folder")
     kl_threshold: float | None = None
 
 
@@ -47,8 +47,8 @@ def test_every_type_is_read():
     words = ("--data a --ops 7-9 --learning-rate 3e-4 --no-mask-prompt --bf16 --mode slow --level 2 "
              "--limit none --device cuda --out y --kl-threshold 0.15")
     config = parse(Config, words.split())
-    assert config == Config("a", (7, 9), 3e-4, False, True, "slow", 2, None, "cuda", Path("y"), 0.15)
-    assert isinstance(config.level, int) and isinstance(config.out, Path)
+    assert config == Config("a", (7, 9), 3e-4, False, True, "slow", 2, None, "cuda", "y", 0.15)
+    assert isinstance(config.level, int)
     with pytest.raises(FrozenInstanceError):
         config.data = "b"
 
@@ -266,9 +266,10 @@ def test_missing_file_and_folder_are_input_errors(tmp_path):
 # ---- run folder
 
 
-def test_run_json_is_the_record_of_the_run(tmp_path):
+def test_run_json_is_the_record_of_the_run(tmp_path, monkeypatch):
     config = Config(data="x")
-    run = Run(tmp_path / "a" / "b", config, argv=["train.py", "--data", "x"], device="cuda:0")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "x"])
+    run = Run(tmp_path / "a" / "b", config, device="cuda:0")
     record = json.loads((run.path / "run.json").read_text())
     assert record["config"] == asdict(config) | {"ops": [15, 20], "out": "runs/x"}
     assert record["argv"] == ["train.py", "--data", "x"] and record["device"] == "cuda:0"

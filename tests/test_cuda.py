@@ -71,11 +71,11 @@ def test_greedy_answers_in_fp32_are_those_of_the_cpu(model, rows):
     ([0, 80, 60, 68], [None, None, 0, 1])], ids=["side by side", "in turns", "nothing to go on from"])
 def test_packed_attention_is_that_of_the_cpu(dtype, close, lengths, after):
     """In value and gradient: in bf16 by pieces, in fp32 by rows."""
-    found, positions = [], torch.zeros(1, 208)
+    found = []
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
         inputs = [torch.randn(1, 208, heads, 64, generator=seeded()).to(device, kind).requires_grad_() for heads in (6, 2, 2)]
         line = packed.Packed(lengths, after)
-        out = line.attention(positions)(0, *inputs)
+        out = line.attend(0, *inputs)
         weights = torch.randn(1, 208, 6, 64, generator=seeded(1)).to(device, kind)
         found.append([x.double().cpu() for x in (out, *torch.autograd.grad(out, inputs, weights))])
     assert (line.rows is None) == (dtype == torch.bfloat16)

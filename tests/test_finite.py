@@ -72,6 +72,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_stays_finite(case, dtype, preset):
     change, flags = CASES[case]
+    if preset == "grpo_zero":  # has no ratios
+        flags = flags.replace("--old-logps sampler", "")
     flags += f" --model x --data x --out x --updates 2 --preset {preset} --kl-coef 0.1 --entropy-coef 0.1"
     config = parse(Config, flags.split())
     model, reference = sharp(40), sharp(-40)  # the reference finds almost impossible what the policy says

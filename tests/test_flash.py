@@ -122,10 +122,10 @@ def test_what_changes_comes_to_the_same_places():
     cache, seen = flash_cache(config, 3, 9, 6, 7), []
     for owners, lengths in ((OWNERS, LENGTHS), ([1, 0, 0], [4, 2])):
         cache.arrange(owners, lengths)
-        told = cache.order, cache.place, cache.asked, cache.by_prompt, cache.lengths
-        seen.append([tensor.data_ptr() for tensor in told])
+        layout = cache.order, cache.place, cache.row_prompts, cache.by_prompt, cache.prompt_lengths
+        seen.append([tensor.data_ptr() for tensor in layout])
     assert seen[0] == seen[1]
-    assert [tensor.tolist() for tensor in told] == [
+    assert [tensor.tolist() for tensor in layout] == [
         [1, 2, 0, 3, 4, 5], [2, 0, 1, 3, 4, 5], [2, 4, 4, 1, 1, 1], [0, 4, 6, 6], [4, 2, 1]]
 
 

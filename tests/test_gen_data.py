@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import gen_data
-from minibridge import arms, igsm, splits, traces
+from conftest import FREE_TOY
+from minibridge import arms, igsm, reproduce, splits, traces
 from minibridge.answer import OPENING, SYSTEM, extract
 from minibridge.config import read_jsonl, run_main, write_jsonl
 from minibridge.dag import Problem
@@ -344,8 +345,19 @@ def test_an_op_range_that_no_problem_has(fails, monkeypatch):
     assert "60-60" in fails("--scale", "toy", "--ops", "60")
 
 
+def test_the_toy_scale_is_that_of_the_base_model(make, tmp_path):
+    """The rows of `reproduce toy`, whose words its base knows."""
+    config = reproduce.Experiment(out=str(tmp_path / "run"), arms="bridge", sft_rows=8, rl_steps=1, rl_prompts=6, test_problems=2)
+    reproduce.make_data(config)
+    toy = ("--scale", "toy", "--balance", "0.05")
+    assert make("--split", "rl", "--ops", "6", "--count", "6", *toy) == read_jsonl(tmp_path / "run" / "rl.jsonl")
+    sft = make("--arm", "bridge", "--ops", "4-6", "--count", "8", *toy)
+    assert sft == read_jsonl(tmp_path / "run" / "sft_bridge.jsonl")
+
+
 def test_a_balance_that_cannot_be_had(fails, monkeypatch):
     """One operation, one digit: ten answers, once each. The script says so, and writes no short file."""
     monkeypatch.setattr(splits, "PATIENCE", 300)
+    monkeypatch.setitem(gen_data.SCALES, "toy", FREE_TOY)
     line = fails("--count", "30", "--balance", "0.05", "--scale", "toy", "--ops", "1")
     assert "10 of 30" in line and "balance 0.05" in line

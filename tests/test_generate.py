@@ -205,6 +205,20 @@ def test_nucleus_is_the_fewest_tokens_that_hold_top_p(top_p):
     assert torch.equal(nucleus(weights, top_p), expected)
 
 
+def test_the_nucleus_of_a_large_vocabulary(top_p=0.9999):
+    """Of 150,000 tokens, whose sum in fp32 is no more than a thousandth right in what its last ones hold."""
+    weights = torch.randn(2, 150_000, generator=seeded()).mul(5).softmax(-1)
+    ordered = weights.double().sort(-1, descending=True).values
+    assert torch.equal((nucleus(weights, top_p) > 0).sum(-1), (ordered.cumsum(-1) - ordered < top_p).sum(-1))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": 1e-39}, {"temperature": float("nan")},
+                                   {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")}])
+def test_a_temperature_or_nucleus_that_nothing_can_be_drawn_by(model, wrong):
+    with pytest.raises(InputError, match=f"^{[*wrong][0]} must be"):
+        generate(model, PROMPTS, 2, 3, **wrong)
+
+
 # Where it ends
 
 
@@ -258,7 +272,7 @@ def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(model, monkey
 
     def noted_step(cache, decoder, ids, positions, longest):
         steps.append(len(ids))
-        assert longest == (positions - cache.lengths[: len(ids)]).max()  # attention reads no further than it must
+        assert longest == (positions - cache.prompt_lengths[: len(ids)]).max()  # attention reads no further than it must
         assert len(cache.grid) <= rows + max(1, rows // samples)  # prompts whose answers are all over are gone
         return step(cache, decoder, ids, positions, longest)
 

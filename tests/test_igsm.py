@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from conftest import FREE_TOY
 from minibridge import igsm
 from minibridge.config import InputError
 from minibridge.dag import Node, Problem, leaves
@@ -151,7 +152,7 @@ def test_in_degrees_of_the_published_generator(kept, ops):
 
 @pytest.fixture(scope="module")
 def everything(made):
-    toy = [igsm.draw(random.Random(seed), (1, 6), igsm.TOY) for seed in range(200)]
+    toy = [igsm.draw(random.Random(seed), (1, 6), FREE_TOY) for seed in range(200)]
     return [*made[PAPER][:300], *made[LONG][:200], *toy]
 
 
@@ -258,7 +259,7 @@ PLACES = {category: place for _, category, place in ITEMS.values()}
 
 def test_structures_are_layers_of_neighbouring_categories(everything):
     for problem in everything:
-        scale = igsm.TOY if problem.num_ops <= 6 else igsm.PAPER
+        scale = FREE_TOY if problem.num_ops <= 6 else igsm.PAPER
         edges = [(node.owner, node.item) for node in problem.nodes.values() if node.stated]
         assert all(key == f"{node.owner}'s {node.item}" for key, node in problem.nodes.items())
         assert len(edges) <= scale.instances
@@ -348,14 +349,14 @@ def test_only_answers_below_a_thousand_are_kept(monkeypatch):
 
 def test_cap_bounds_every_value(monkeypatch):
     scripted(monkeypatch, numbers(50, 1), numbers(-50, 1), numbers(1, 50), numbers(-49, 49))
-    assert igsm.draw(random.Random(0), (1, 6), igsm.TOY) == numbers(-49, 49)
+    assert igsm.draw(random.Random(0), (1, 6), FREE_TOY) == numbers(-49, 49)
 
 
 def test_toy_problems_stay_small():
     for seed in range(200):
-        problem = igsm.draw(random.Random(seed), (1, 8), igsm.TOY)
+        problem = igsm.draw(random.Random(seed), (1, 8), FREE_TOY)
         assert all(abs(value) < 50 for value in problem.values.values())
-        assert len(problem.nodes) <= len(igsm.TOY.letters)
+        assert len(problem.nodes) <= len(FREE_TOY.letters)
 
 
 @pytest.mark.parametrize("ops, share", [((15, 20), .5), ((20, 20), .5), ((18, 25), .5),
@@ -384,7 +385,7 @@ def test_op_range_is_kept(ops):
 def test_impossible_ranges(monkeypatch, ops):
     monkeypatch.setattr(igsm, "MAX_DRAWS", 100)
     with pytest.raises(InputError, match=f"ops: .*{ops[0]}-{ops[1]}[^\n]*$"):
-        igsm.draw(random.Random(0), ops, igsm.TOY)
+        igsm.draw(random.Random(0), ops, FREE_TOY)
 
 
 def test_a_value_of_more_than_a_hundred_digits_is_drawn_again():

@@ -25,8 +25,8 @@ from minibridge.rollout import Episode
 CPU = torch.device("cpu")
 
 
-def shape(kind="qwen2", tied=True, keys=2, vocabulary=768, middle=320, mlp_bias=False) -> ModelConfig:
-    return ModelConfig(kind, vocabulary, hidden_size=128, intermediate_size=middle, num_hidden_layers=4, num_attention_heads=4,
+def shape(kind="qwen2", tied=True, keys=2, vocabulary=768, middle=320, mlp_bias=False, layers=2) -> ModelConfig:
+    return ModelConfig(kind, vocabulary, hidden_size=128, intermediate_size=middle, num_hidden_layers=layers, num_attention_heads=4,
                        num_key_value_heads=keys, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=tied,
                        mlp_bias=mlp_bias)
 
@@ -52,9 +52,9 @@ def live_bytes(phases) -> list[int]:
 
 
 def build(config: ModelConfig, dtype, checkpointing=False) -> Decoder:
-    model = Decoder(config, dtype)
+    model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    model.checkpointing = checkpointing
+    model.compute_dtype, model.checkpointing = dtype, checkpointing
     return model
 
 
@@ -86,9 +86,9 @@ def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
     ({}, 2, 3, 100, 250, 10**6, 6),                       # attention
     ({"checkpointing": True}, 4, 8, 30, 60, 600, 32),
     ({"checkpointing": True}, 2, 3, 100, 200, 10**6, 6),
-    ({"checkpointing": True}, 8, 2, 250, 5, 10**6, 6),    # prompts
-    ({"checkpointing": True, "mlp_rows": 100}, 8, 2, 250, 5, 10**6, 6),  # the MLP by parts
-    ({}, 8, 2, 250, 5, 10**6, 6),
+    ({"checkpointing": True, "layers": 4}, 8, 2, 250, 5, 10**6, 6),  # prompts
+    ({"checkpointing": True, "mlp_rows": 100, "layers": 4}, 8, 2, 250, 5, 10**6, 6),  # the MLP by parts
+    ({"layers": 4}, 8, 2, 250, 5, 10**6, 6),
     ({"vocabulary": 20_000}, 2, 2, 5, 5, 10**6, 4),       # gradients of embedding and head
     ({"vocabulary": 20_000, "tied": False}, 2, 2, 5, 5, 10**6, 4),
     ({"dtype": torch.bfloat16, "reference": True}, 4, 4, 30, 60, 10**6, 16),
@@ -96,7 +96,7 @@ def random_answers(lengths: list[list[int]]) -> list[list[Completion]]:
     ({"kind": "qwen3", "tied": False}, 4, 4, 30, 60, 10**6, 16),
     ({"kind": "llama", "keys": 4, "tied": False}, 4, 8, 30, 60, 400, 16),
     ({"kind": "llama", "mlp_bias": True}, 4, 4, 30, 60, 10**6, 16),
-    ({"middle": 4096}, 2, 2, 20, 20, 10**6, 4),           # the MLP's weights
+    ({"middle": 4096, "layers": 4}, 2, 2, 20, 20, 10**6, 4),  # the MLP's weights
     ({"threads": 100}, 2, 3, 100, 250, 10**6, 6),         # attention by rows
     ({"threads": 100, "dtype": torch.bfloat16}, 4, 4, 30, 60, 10**6, 16),
 ])
@@ -206,9 +206,9 @@ def test_a_gpu_keeps_other_things(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # or attention has rows on the CPU too
     line, places = Line(2 * 30 + 6 * 60, 6, 90, 6 * 60), 6 * 90
     on_cpu, on_gpu = (training(outline(shape(), torch.bfloat16, cuda=cuda), line, True, True) for cuda in (False, True))
-    assert on_gpu["activations"] - on_cpu["activations"] == 4 * 2 * 2 * 320 * line.tokens
+    assert on_gpu["activations"] - on_cpu["activations"] == 2 * 2 * 2 * 320 * line.tokens
     alike, grouped = (training(outline(shape(keys=keys), torch.float32, cuda=True), line, True, False) for keys in (4, 2))
     on_cpu = training(outline(shape(keys=4), torch.float32), line, True, False)
-    of_rows = 4 * (places * (4 * 4 * 128 + 16) - line.tokens * (4 * 3 * 128 + 16))
-    assert alike["activations"] - on_cpu["activations"] == of_rows + 4 * 2 * 4 * 320 * line.tokens
+    of_rows = 2 * (places * (4 * 4 * 128 + 16) - line.tokens * (4 * 3 * 128 + 16))
+    assert alike["activations"] - on_cpu["activations"] == of_rows + 2 * 2 * 4 * 320 * line.tokens
     assert grouped["activations"] == alike["activations"]

@@ -29,9 +29,9 @@ def config_of_each_family(request) -> ModelConfig:
     return ModelConfig(**SHAPE, **FAMILIES[request.param])
 
 
-def random_decoder(config: ModelConfig, **options) -> Decoder:
+def random_decoder(config: ModelConfig) -> Decoder:
     """Weights large enough for sharp attention; biases and norms are random too."""
-    model, generator = Decoder(config, **options), torch.Generator().manual_seed(0)
+    model, generator = Decoder(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
@@ -108,7 +108,8 @@ def test_every_parameter_gets_a_gradient(config):
 
 def test_bfloat16_compute_is_close_and_leaves_parameters_and_logits_in_float32(config):
     ids = random_ids(2, 10)
-    exact, rounded = random_decoder(config), random_decoder(config, compute_dtype=torch.bfloat16)
+    exact, rounded = random_decoder(config), random_decoder(config)
+    rounded.compute_dtype = torch.bfloat16
     logits = rounded.logits(rounded(ids))
     expected = exact.logits(exact(ids))
     assert rounded(ids).dtype == torch.bfloat16 and logits.dtype == torch.float32
@@ -120,7 +121,8 @@ def test_bfloat16_compute_is_close_and_leaves_parameters_and_logits_in_float32(c
 @torch.no_grad()
 def test_bfloat16_copy_equals_bfloat16_compute(config):
     """The sampler's bf16 copy and the learner's cast are one model; neither rounds the rotary table."""
-    ids, rounded = random_ids(2, 40), random_decoder(config, compute_dtype=torch.bfloat16)
+    ids, rounded = random_ids(2, 40), random_decoder(config)
+    rounded.compute_dtype = torch.bfloat16
     copy = random_decoder(config).to(torch.bfloat16)
     assert copy.frequencies.dtype == torch.float32
     torch.testing.assert_close(copy(ids), rounded(ids), atol=0, rtol=0)
@@ -253,6 +255,10 @@ def test_old_and_new_rope_fields_are_read_alike():
     (dict(tie_word_embeddings="false"), "tie_word_embeddings must be true or false, not 'false'"),
     (dict(quantization_config=dict(bits=4)), "quantized"),
     (dict(layer_types="full_attention"), "full attention"),
+    (dict(rope_parameters=dict(rope_type="default", rope_theta=1e4), rope_scaling=dict(type="linear", factor=4.0)), "both given"),
+    (dict(rope_scaling=dict(LLAMA3, rope_type="llama3"), original_max_position_embeddings=3), "is 3, but that of the rope"),
+    (dict(rope_scaling=dict(LLAMA3, rope_type="llama3", high_freq_factor=0.5)), "high_freq_factor must not be below"),
+    (dict(is_causal=False), "only causal attention"),
     (dict(model_type="qwen2", use_sliding_window=True), "sliding window"),
     (dict(model_type="qwen2", layer_types=["full_attention", "sliding_attention"]), "sliding window"),
 ])

@@ -90,24 +90,6 @@ def test_completions_end_with_either_stop_token(toy, three_tokens):
         assert episode.text == "a" * (len(episode.completion.ids) - 1)
 
 
-def test_trained_tokens_are_exactly_the_sampled_ones(toy, three_tokens):
-    prompts = [prompt(5, 6, 7), prompt(toy.tokenizer.pad_id)]
-    groups = rollout(three_tokens, toy.tokenizer, prompts, 16, max_new_tokens=50,
-                     generator=torch.Generator().manual_seed(0))
-    episodes = flat(groups)
-    assert any(episode.completion.ids[-1] == toy.tokenizer.pad_id for episode in episodes)  # as a stop token
-    examples = [episode.example() for episode in episodes]
-    for episode, example in zip(episodes, examples):
-        assert example.ids == episode.prompt.ids + episode.completion.ids
-        assert example.mask == [0] * len(episode.prompt.ids) + [1] * len(episode.completion.ids)
-
-
-def test_padding_that_was_sampled_in_the_middle_is_trained(toy):
-    pad = toy.tokenizer.pad_id
-    example = score(prompt(5, pad), Completion([pad, 8, pad, pad], [-1.0] * 4, "length"), "").example()
-    assert (example.ids, example.mask) == ([5, pad, pad, 8, pad, pad], [0, 0, 1, 1, 1, 1])
-
-
 def test_equal_prompts_are_separate_groups(toy, uniform):
     groups = rollout(uniform, toy.tokenizer, [prompt(5), prompt(6), prompt(5)], 2, max_new_tokens=5,
                      generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from conftest import FREE_TOY
 from minibridge import arms, igsm, splits
 from minibridge.config import InputError, run_main, write_jsonl
 
@@ -14,7 +15,7 @@ from minibridge.config import InputError, run_main, write_jsonl
 
 
 def test_no_structure_stands_in_two_splits():
-    drawn = {split: [problem.structure for problem in splits.problems(split, 120, (1, 1), igsm.TOY, seed=0)]
+    drawn = {split: [problem.structure for problem in splits.problems(split, 120, (1, 1), FREE_TOY, seed=0)]
              for split in splits.SPLITS}
     different = [structure for structures in drawn.values() for structure in set(structures)]
     assert len(different) < 5 * 120  # problems so small that structures do repeat
@@ -24,14 +25,14 @@ def test_no_structure_stands_in_two_splits():
 
 
 def test_problems_of_a_split_differ(monkeypatch):
-    few = [igsm.draw(random.Random(seed), (2, 5), igsm.TOY) for seed in range(30)]
+    few = [igsm.draw(random.Random(seed), (2, 5), FREE_TOY) for seed in range(30)]
     monkeypatch.setattr(igsm, "draw", lambda rng, ops, scale: rng.choice(few))
     monkeypatch.setattr(splits, "PATIENCE", 1000)
     mine = {problem.id for problem in few if int(problem.structure, 16) % 10 in splits.SPLITS["base"][2]}
-    ids = [problem.id for problem in splits.problems("base", len(mine), (2, 5), igsm.TOY, 0)]
+    ids = [problem.id for problem in splits.problems("base", len(mine), (2, 5), FREE_TOY, 0)]
     assert len(ids) == len(mine) and set(ids) == mine
     with pytest.raises(InputError, match=f"{len(mine)} of {len(mine) + 1} "):
-        splits.problems("base", len(mine) + 1, (2, 5), igsm.TOY, 0)
+        splits.problems("base", len(mine) + 1, (2, 5), FREE_TOY, 0)
 
 
 @pytest.mark.parametrize("variant", ["6op", "int"])
@@ -48,7 +49,7 @@ def test_no_arithmetic_structure_stands_in_two_splits(variant):
 @pytest.mark.parametrize("balance, most", [(1.0, 50), (0.1, 5), (0.05, 2)])
 def test_balance_bounds_the_commonest_answer(balance, most):
     def commonest(balance):
-        drawn = splits.problems("sft", 50, (2, 5), igsm.TOY, 0, balance)
+        drawn = splits.problems("sft", 50, (2, 5), FREE_TOY, 0, balance)
         assert len(drawn) == 50
         return Counter(problem.answer for problem in drawn).most_common(1)[0][1]
 
@@ -58,7 +59,7 @@ def test_balance_bounds_the_commonest_answer(balance, most):
 
 def test_patience_counts_from_the_last_new_problem(monkeypatch):
     monkeypatch.setattr(splits, "PATIENCE", 100)
-    assert len(splits.problems("test", 30, (2, 5), igsm.TOY, 0)) == 30  # of about 300 candidates
+    assert len(splits.problems("test", 30, (2, 5), FREE_TOY, 0)) == 30  # of about 300 candidates
 
 
 def test_a_hopeless_balance_is_refused_soon(monkeypatch):
@@ -66,18 +67,18 @@ def test_a_hopeless_balance_is_refused_soon(monkeypatch):
     drawn, draw = [], igsm.draw
     monkeypatch.setattr(igsm, "draw", lambda *args: drawn.append(0) or draw(*args))
     with pytest.raises(InputError, match=r"of 2000 problems found .* balance 0\.001"):
-        splits.problems("sft", 2000, (1, 3), igsm.TOY, 0, balance=.001)
+        splits.problems("sft", 2000, (1, 3), FREE_TOY, 0, balance=.001)
     assert len(drawn) < splits.PATIENCE / 2
 
 
 def test_balance_lets_every_answer_stand_once():
-    drawn = splits.problems("sft", 10, (2, 5), igsm.TOY, 0, balance=.001)
+    drawn = splits.problems("sft", 10, (2, 5), FREE_TOY, 0, balance=.001)
     assert len({problem.answer for problem in drawn}) == 10
 
 
 def test_balance_passes_over_rows_and_changes_none():
-    free = [problem.id for problem in splits.problems("sft", 60, (2, 5), igsm.TOY, 0)]
-    bounded = [problem.id for problem in splits.problems("sft", 20, (2, 5), igsm.TOY, 0, balance=.1)]
+    free = [problem.id for problem in splits.problems("sft", 60, (2, 5), FREE_TOY, 0)]
+    bounded = [problem.id for problem in splits.problems("sft", 20, (2, 5), FREE_TOY, 0, balance=.1)]
     places = [free.index(key) for key in bounded]
     assert places == sorted(places) and places[-1] >= 20
 
@@ -88,15 +89,15 @@ def test_balance_passes_over_rows_and_changes_none():
 def test_any_number_of_processes_draws_the_same(monkeypatch):
     monkeypatch.setattr(splits, "BLOCK", 20)
     for balance in (1.0, .1):
-        alone = splits.problems("val", 30, (2, 5), igsm.TOY, 3, balance)
-        assert alone == splits.problems("val", 30, (2, 5), igsm.TOY, 3, balance, workers=2)
+        alone = splits.problems("val", 30, (2, 5), FREE_TOY, 3, balance)
+        assert alone == splits.problems("val", 30, (2, 5), FREE_TOY, 3, balance, workers=2)
     assert (splits.arithmetic_problems("rl", 8, "int", 3, (0, 2), 0)
             == splits.arithmetic_problems("rl", 8, "int", 3, (0, 2), 0, workers=3))
 
 
 def test_an_error_in_a_process_arrives():
     with pytest.raises(InputError, match="no problem of 50-50 operations"):
-        splits.problems("sft", 5, (50, 50), igsm.TOY, 0, workers=2)
+        splits.problems("sft", 5, (50, 50), FREE_TOY, 0, workers=2)
 
 
 # --- the report ----------------------------------------------------------------------------------------
@@ -109,8 +110,8 @@ def report(capsys, *paths):
 
 def test_report_of_shares_and_of_shared_structures(tmp_path, capsys):
     """A second file with two of the first's four problems, one of them under other names."""
-    problems = splits.problems("sft", 4, (2, 5), igsm.TOY, 0)
-    other = splits.problems("rl", 6, (2, 5), igsm.TOY, 0)
+    problems = splits.problems("sft", 4, (2, 5), FREE_TOY, 0)
+    other = splits.problems("rl", 6, (2, 5), FREE_TOY, 0)
     lines = [arms.record(problem, 0) for problem in problems]
     renamed = json.dumps(problems[1].to_dict())
     for name in {name for node in problems[1].nodes.values() for name in (node.owner, node.item)}:
@@ -131,7 +132,7 @@ def test_report_of_shares_and_of_shared_structures(tmp_path, capsys):
 @pytest.mark.parametrize("files, message", [("{a},", "'' is no name"), ("{a},{a}", "given twice"), ("{a},{a}\nb", "a\\nb")])
 def test_report_of_wrong_files(tmp_path, capsys, files, message):
     """One line, and nothing of a table that will not be finished."""
-    write_jsonl(tmp_path / "a", [arms.record(splits.problems("sft", 1, (2, 5), igsm.TOY, 0)[0], 0)])
+    write_jsonl(tmp_path / "a", [arms.record(splits.problems("sft", 1, (2, 5), FREE_TOY, 0)[0], 0)])
     status, output = report(capsys, files.format(a=tmp_path / "a"))
     assert status == 2 and message in output.err and output.err.count("\n") == 1 and output.out == ""
 

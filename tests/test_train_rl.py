@@ -255,12 +255,15 @@ def test_ratios_are_to_the_trainer_or_to_the_sampler(toy, groups):
     assert "importance" not in found
 
 
-def test_padding_and_flops_are_those_counted_by_hand(toy):
+def test_padding_and_flops_are_those_counted_by_hand(toy, monkeypatch):
     prompt = [Episode(Prompt([5] * 4, "6", {}), Completion([1] * n, [-1.0] * n, "stop"), "", False, False, 0.0)
               for n in (3, 1)]
     batches = pack([prompt], torch.zeros(1, 2), 16384, CPU)
-    assert padding(batches) == pytest.approx(1 - (6 + 4) / (6 + 6))  # rows of a prompt and all but the last token
     model = toy.load()
+    assert padding(model, batches) == 0  # attention by pieces
+    with monkeypatch.context() as many:
+        many.setattr(torch, "get_num_threads", lambda: 100)
+        assert padding(model, batches) == pytest.approx(1 - (6 + 4) / (6 + 6))  # rows of a prompt and all but the last token
     c, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
     pairs = 4**2 / 2 + 3 * 4 + 3**2 / 2 + 1 * 4 + 1 / 2
     head = c.vocab_size * c.hidden_size  # tied: for the four tokens that are scored
@@ -614,7 +617,7 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path
     monkeypatch.setattr(train_rl, "share_of_loss", broken)
     assert long(toy, guesser, tmp_path) == 2
     path = tmp_path / "failed_step_0003.safetensors"
-    assert capsys.readouterr().err == (f"error: step 3: the gradient norm is nan; for a second look: "
+    assert capsys.readouterr().err == (f"error: step 3: the gradient norm is nan; to inspect it: "
                                        f"python train_rl.py --replay {path}\n")
     assert path.is_file()
     assert len(read_jsonl(tmp_path / "rollouts" / "step_0003.jsonl")) == 12  # the batch that did it is kept
@@ -641,6 +644,7 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path
     ("--clip-low 1.5", "clip_low: must be at most 1"),
     ("--preset ppo", "--preset"),
     ("--preset grpo_zero --clip-high 0.3", "clip_low, clip_high: the preset grpo_zero has no ratio to clip"),
+    ("--preset grpo_zero --old-logps sampler", "old_logps: the preset grpo_zero has no ratios"),
     ("--old-logps sampler --tis-cap 2", "tis_cap: with old_logps sampler"),
     ("--tis-cap 0.5", "tis_cap: must be at least 1"),
     ("--seed 99999999999999999999", "seed: must be at most"),
