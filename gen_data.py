@@ -26,7 +26,7 @@ from typing import Literal
 
 from minibridge import custom, igsm, traces
 from minibridge.arms import AUGMENTED, augmented, behaviors_of, middling, own_answers, read_rollouts, record
-from minibridge.config import REQUIRED, InputError, jsonl, option, run_main, write_whole
+from minibridge.config import REQUIRED, InputError, jsonl, option, printable, run_main, write_whole
 from minibridge.dag import Problem
 from minibridge.splits import SPLITS, arithmetic_problems, problems
 
@@ -156,7 +156,7 @@ def summary(lines: list[dict]) -> str:
     answers = Counter(line["answer"] for line in lines)
     common, times = answers.most_common(1)[0]
     shares = f"commonest answer: {common}, {times / len(lines):.1%} of the rows; answer 0: {answers['0'] / len(lines):.1%}"
-    return f"{conversation}\n\noperations: {ops}\n{shares}"
+    return printable(f"{conversation}\n\noperations: {ops}\n{shares}")
 
 
 def matched_steps(rows: int, problems: int) -> str:

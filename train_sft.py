@@ -40,7 +40,7 @@ class Config:
     data: str = option(REQUIRED, "JSONL file of SFT examples")
     out: str = option(REQUIRED, "run folder")
     val: str | None = option(None, "JSONL file of SFT examples held out for the validation loss")
-    epochs: float = option(5.0, "passes over the data", most=1e6)
+    epochs: float = option(5.0, "passes over the data", least=1e-6, most=1e6)
     batch_size: int = option(128, "examples of one optimizer step", least=1)
     micro_tokens: int = option(16384, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
     learning_rate: float = option(5e-6, "peak learning rate", least=0)
@@ -131,8 +131,6 @@ def keep_failed(path: Path, indices: list[int], config: Config, ranks: Ranks):
 def main(config: Config, ranks: Ranks = ALONE):
     if config.plan:
         return print(plan.sft(config))
-    if config.epochs <= 0:
-        raise InputError(f"epochs: must be above 0, not {config.epochs:g}")
     device = pick_device(config.device)
     model, tokenizer = open_model(config.model, device, config.dtype)
     mark = fingerprint(config)

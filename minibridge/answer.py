@@ -106,6 +106,8 @@ def check_scoring(record: dict, where: str) -> None:
     right, tolerance = record.get("answer"), record.get("tolerance", 0.0)
     if not isinstance(right, str):
         raise InputError(f"{where}: field 'answer' must be a string")
+    if right != right.strip() or "}" in right:
+        raise InputError(f"{where}: field 'answer' is {_shown(right)}: no box can hold a }} or blanks around its content")
     if type(tolerance) not in (int, float) or not 0 <= tolerance < 1:
         raise InputError(f"{where}: field 'tolerance' must be a number of at least 0 and below 1")
     if tolerance and number(right) is None:

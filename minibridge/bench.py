@@ -34,7 +34,7 @@ from minibridge.generate import Completion, generate
 from minibridge.grpo import group_advantages
 from minibridge.jvp import directional, directional_naive, gradient
 from minibridge.logprob import fused_loss, token_logprobs, token_logprobs_naive
-from minibridge.measure import bandwidth, clock, matmul_rate, peak_memory, rates, report, row
+from minibridge.measure import Repeats, bandwidth, clock, matmul_rate, peak_memory, rates, report, row
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
 from minibridge.optim import adamw, pick_device, pick_dtype, training_flops
@@ -50,16 +50,14 @@ SHAPES = {  # Qwen2.5's, with random weights: hidden, MLP, layers, heads, key he
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(Repeats):
     shape: Literal["toy", "0.5b", "1.5b"] = option("toy", "shape of the model")
     prompts: int = option(8, "prompts", least=1)
     prompt_tokens: int = option(128, "tokens of each", least=2)
     samples: int = option(8, "answers to each", least=2)
     new_tokens: int = option(256, "longest answer, in tokens", least=2)
     micro_tokens: int = option(8192, "tokens of a micro-batch", least=1)
-    repeats: int = option(5, "repeats that count", least=1)
     peers: bool = option(False, "the same work through the libraries, in turns")
-    json: str | None = option(None, "file for the rows")
     eager: bool = option(False, "ours without torch.compile")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
@@ -129,11 +127,9 @@ def decode_limit(model: Decoder, answers: list[list[Completion]], prompt_tokens:
 
 
 @dataclass(frozen=True)
-class LogProb:
+class LogProb(Repeats):
     shape: Literal["toy", "0.5b", "1.5b"] = option("0.5b", "shape of the model: its width and its vocabulary")
     tokens: int = option(1024, "tokens", least=16)
-    repeats: int = option(5, "repeats that count", least=1)
-    json: str | None = option(None, "file for the rows")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
@@ -290,13 +286,11 @@ def main_influence(config: Work):
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Repeats):
     count: int = option(500, "problems of each repeat", least=10)
-    repeats: int = option(5, "repeats that count", least=1)
     ops: tuple[int, int] = option((15, 20), "operations of a problem")
     workers: int = option(2, "processes of the last row", least=1, most=256)
     seed: int = option(0, "seed of the problems", least=0)
-    json: str | None = option(None, "file for the rows")
     shape, device = "iGSM", "cpu"  # for the rows
 
 

@@ -52,12 +52,15 @@ class Settings:
         path = Path(rollouts).parent.parent / "run.json"
         try:
             saved = read_json(path)["config"]
-            return cls(str(saved["data"]), str(saved["model"]), float(saved["temperature"]), int(saved["max_new_tokens"]),
-                       int(saved["prompts"]))
+            kinds = {"data": str, "model": str, "temperature": float, "max_new_tokens": int, "prompts": int}
+            found = {name: saved[name] for name, kind in kinds.items() if type(saved[name]) is kind}
+            if found.keys() == kinds.keys() and min(found["max_new_tokens"], found["prompts"]) > 0 < found["temperature"]:
+                return cls(**found)
         except InputError as error:
             raise InputError(f"{error}; --rollouts must lie in a run folder") from None
-        except (ValueError, OverflowError, KeyError, TypeError):
-            raise InputError(f"{path}: not the record of a run of train_rl.py") from None
+        except (KeyError, TypeError):
+            pass
+        raise InputError(f"{path}: not the record of a run of train_rl.py")
 
 
 def step_gradient(model: Decoder, reference: Decoder, groups: list[list[Episode]], recipe: Recipe, run: Settings,

@@ -37,6 +37,9 @@ REQUIRED = dataclasses.MISSING  # default of an option that the command line mus
 MOST = 2**53  # largest number of any option: JSON readers keep whole numbers exactly up to here
 
 
+WRITTEN = ("out", "json")  # options that name what is written
+
+
 class InputError(Exception):
     """What a user can mend, mostly a wrong file or flag; the message is one line that names the file, field or line."""
 
@@ -82,6 +85,10 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise InputError(f"{field.name}: must be {bound}, not {value}")
     if isinstance(value, str) and (not value or strictjson.SURROGATE.search(value)):
         raise InputError(f"{field.name}: {value!r} is " + ("not UTF-8" if value else "empty"))
+    if field.name in WRITTEN and value is not None and ".." in (parts := Path(value).parts):
+        before = Path(*parts[: max(n for n, part in enumerate(parts) if part == "..")])
+        if not before.is_dir():  # once it were there, the path might be that of something else
+            raise InputError(f"{field.name}: {value}: there is no folder {before}")
 
 
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
@@ -136,7 +143,8 @@ def _shown(value: Any) -> str:
 
 
 def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None = None) -> int:
-    """Parse, call `main(config)`, return the exit status: 0 done, 2 bad input or disk trouble, 130 stopped.
+    """Parse, call `main(config)`, return the exit status: 0 done, 2 bad input, no memory or disk trouble, 130 stopped, 141
+    when nobody reads the output any more.
 
     The user's mistakes end in one line on stderr, ours in a traceback.
     """
@@ -147,15 +155,20 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
         main(parse(cls, argv))
         return 0
     except KeyboardInterrupt:
-        message, status = "interrupted: files are written whole, so the last checkpoint is intact", 130
+        message, status = "interrupted: what was already written is whole", 130
     except InputError as error:
         message, status = f"error: {error}", 2
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as of a process that SIGPIPE ends
     except OSError as error:  # no permission, disk full: an open knows its filename, a write does not
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         message, status = f"error: {reason}", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        lines = str(error).strip().splitlines() or ["out of memory"]
+        message, status = f"error: no memory: {lines[0]} (fewer --rows, --micro-tokens or tokens take less)", 2
     print(printable(shortened(message)).replace("\n", r"\n"), file=sys.stderr)  # it may quote a file
     return status
 
@@ -190,8 +203,8 @@ def read_json(path: str | Path) -> dict:
 def _contents(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # the latter of a path with a NUL in it
+        raise InputError(f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -199,8 +212,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
     try:
         with open(path, "rb") as file:  # bytes: text mode would also break lines at a lone carriage return
             return [_read_object(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
 def _read_object(data: bytes, where: str) -> dict:

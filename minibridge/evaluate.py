@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 from minibridge import answer
-from minibridge.config import InputError, option, read_jsonl, run_main, write_jsonl
+from minibridge.config import InputError, option, printable, read_jsonl, run_main, write_jsonl, write_whole
 from minibridge.dag import read_problem
 from minibridge.data import load_prompts
 from minibridge.optim import open_model, pick_device, prompt_limit
@@ -98,7 +98,7 @@ def table(problems: list[Scored]) -> str:
             text.append(f"| {name} | {len(chosen)} | {accuracy(chosen):.1%} | {low:.1%} to {high:.1%} |"
                         + "".join(f" {value:.1%} |" for value in passes))
     constant, share = best_constant(problems)
-    return "\n".join([*text, "", f"best constant answer: {constant}, {share:.1%}"])
+    return "\n".join([*text, "", f"best constant answer: {printable(constant)}, {share:.1%}"])
 
 
 def behaviors(verdicts: list[Verdict]) -> str:
@@ -126,10 +126,13 @@ def rescore(path: str) -> list[Scored]:
     """Score saved answers (of this module, or a step of rollouts) by today's rule."""
     groups: dict[int, list[dict]] = {}
     verdicts: dict[int, list[Verdict]] = defaultdict(list)
-    for _, line, verdict in _saved(path, {"group": int, "text": str, "num_ops": int}):
+    for where, line, verdict in _saved(path, {"group": int, "text": str, "num_ops": int}):
         if verdict is not None:
             verdicts[line["group"]].append(verdict)
-        groups.setdefault(line["group"], []).append(line)
+        group = groups.setdefault(line["group"], [])
+        group.append(line)
+        if any(line.get(name) != group[0].get(name) for name in ("id", "answer")):
+            raise InputError(f"{where}: another prompt than that of its group's first line")
     return [Scored(group[0]["answer"], group[0].get("num_ops"), [answer.correct(*_scoring(line)) for line in group],
                    tuple(verdicts[number])) for number, group in groups.items()]
 
@@ -202,7 +205,8 @@ def main(config: Config):
             raise InputError("give --model, --data and --out, or --rescore, or --explain")
         if Path(config.out).exists():
             raise InputError(f"out: {config.out} is there already; remove it or choose another")
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it is said before hours of sampling
+        write_whole(config.out, "")  # what is wrong with it is said before hours of sampling
+        Path(config.out).unlink()
         write_jsonl(config.out, sample(config))
     problems = rescore(config.rescore or config.out)
     print(table(problems))

@@ -28,14 +28,14 @@ from minibridge import plots, tables
 from minibridge.coinfluence import (
     Measured, adam_scale, check_live, live_prompts, means, measure, mix, packed, per_step, rewards, taken
 )
-from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
+from minibridge.config import REQUIRED, InputError, option, read_json, run_main, write_jsonl
 from minibridge.dag import Problem
 from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches
 from minibridge.grpo import group_advantages
 from minibridge.jvp import Direction
 from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
-from minibridge.optim import open_model, pick_device, prompt_limit
+from minibridge.optim import fingerprint, open_model, pick_device, prompt_limit
 from minibridge.policy import example_hidden
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.run_folder import Run, same_settings
@@ -163,13 +163,16 @@ def doubts(summary: dict[str, float | None], live: int) -> list[str]:
 def main(config: Config):
     out, device = Path(config.out), pick_device(config.device)
     same_settings(out, config, but=("out",))
+    mark = fingerprint(config)
+    if (out / "run.json").exists() and read_json(out / "run.json").get("fingerprint", mark) != mark:
+        raise InputError(f"{out}: {config.data} or {config.model} has changed since; choose another --out")
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts, held_out = read_prompts(config, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
     problems = [problem_of(prompt, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
     longest = min(config.micro_tokens, model.config.max_position_embeddings)
     examples = load_sft(config.reference, tokenizer, longest)[:config.prompts] if config.reference else []
     scale = adam_scale(config.adam, model) if config.adam else None
-    run = Run(out, config, device=str(device))
+    run = Run(out, config, device=str(device), fingerprint=mark)
     print(f"sampling {config.samples} answers to each of {len(held_out)} prompts of Q and {len(prompts)} others", flush=True)
     generator = torch.Generator().manual_seed(config.seed)
 

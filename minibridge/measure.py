@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from minibridge.config import InputError, option, write_whole
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,7 +46,18 @@ def report(config, rows: list[Row]):
         share = f"{r.limit_share:.0%}" if r.limit else ""
         print(f"| {r.work} | {r.shape} | {r.unit} | {ours} | {r.peer} | {theirs} | {ratio} | {limit} | {share} |")
     if config.json:
-        Path(config.json).write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+        write_whole(config.json, json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What every command of `bench` has."""
+    repeats: int = option(5, "repeats that count", least=1)
+    json: str | None = option(None, "new file for the rows")
+
+    def __post_init__(self):
+        if self.json is not None and Path(self.json).exists():
+            raise InputError(f"json: {self.json} is there already; remove it or choose another")
 
 
 def clock() -> float:

@@ -38,15 +38,14 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"device {name!r}: each of several processes takes a GPU of its own; say cuda")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r}: only cpu and cuda are supported")
     try:
-        if (kind := torch.empty(0, device=name).device.type) in ("cpu", "cuda"):
-            if kind == "cuda":
-                torch.cuda.set_device(name)  # what is timed and counted without a name is then this one
-            return torch.device(name)
-        reason = "only cpu and cuda are supported"
+        if torch.empty(0, device=name).device.type == "cuda":
+            torch.cuda.set_device(name)  # what is timed and counted without a name is then this one
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-    raise InputError(f"device {name!r}: {reason}")
+        raise InputError(f"device {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

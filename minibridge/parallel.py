@@ -125,7 +125,7 @@ def run(main: Callable, cls: type) -> int:
     One of several leaves from here: a thread of gloo that lets go of a tensor while Python shuts down would abort it
     (https://github.com/pytorch/pytorch/issues/190489), and those threads outlive the group if modules keep it.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:  # torchrun sets both
         return run_main(main, cls)
     store, rank, size = next(dist.rendezvous("env://"))  # where processes can leave notes
 

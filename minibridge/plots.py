@@ -69,7 +69,7 @@ def numeric(table: Table, path: Path, texts: tuple[str, ...], numbers: tuple[str
         found = {name: number(row, name, f"{path}: row {line}") for name in numbers}
         for name, value in found.items():
             low, high = RANGES.get(name, (0.0 if name.endswith("+-") else -math.inf, math.inf))
-            if not low <= value <= high and not (math.isnan(value) and name != "problems"):
+            if not low <= value <= high and not (math.isnan(value) and name not in ("problems", "alpha", "share")):
                 raise InputError(f"{path}: row {line}: field {name!r} is {value:g}")
         rows.append({name: row[name] for name in texts} | found)
     if not rows:

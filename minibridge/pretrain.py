@@ -28,6 +28,7 @@ from minibridge import arms, checkpoint, igsm, splits, traces
 from minibridge.config import option, run_main, write_jsonl
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
+from minibridge.optim import pick_device
 from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer, train_toy
 
@@ -91,7 +92,7 @@ SIZES = {
 class Config:
     out: str = option("runs/base", "run folder; the model is in its folder toy_base or small_base")
     size: Literal["toy", "small"] = option("toy", "which model")
-    epochs: float = option(1.0, "passes over the examples of each stage")
+    epochs: float = option(1.0, "passes over the examples of each stage", least=1e-6, most=1e6)
     share: float = option(1.0, "share of the examples that is drawn", least=1e-6, most=1)
     workers: int = option(2, "processes that draw problems", least=1, most=256)
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
@@ -99,6 +100,7 @@ class Config:
 
 def main(config: Config):
     size, out = SIZES[config.size], Path(config.out)
+    pick_device(config.device)  # InputError now, and not when all problems are drawn
     same_settings(out, config, but=("out", "workers"))
     run, start = Run(out, config), out / "init"
     if not start.exists():

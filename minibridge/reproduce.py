@@ -16,33 +16,26 @@ interrupted run is continued by the same command; it may then name more arms or 
 import dataclasses
 import hashlib
 import itertools
-import re
 import shlex
-import signal
 import sys
-import time
-from collections.abc import Iterable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 import train_rl
 import train_sft
 from minibridge import arms, checkpoint, evaluate, igsm, plan, results, splits, tables, traces
 from minibridge.config import InputError, option, read_json, run_command, write_jsonl, write_whole
 from minibridge.dag import Problem
+from minibridge.data import load_prompts, load_sft
+from minibridge.jobs import side_by_side
 from minibridge.optim import pick_device
 from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 TESTS = {"id": "ops", "ood": "ood_ops"}  # the test sets, and the settings that hold their op ranges
-REPORTS = 60  # seconds between two, of jobs side by side
 MAY_CHANGE = ("out", "base", "workers", "arms", "seeds", "rows", "micro_tokens", "checkpointing", "plan")
 
 
@@ -61,7 +54,7 @@ class Experiment:
     rl_ops: tuple[int, int] = option((6, 6), "operations of the RL problems")
     ood_ops: tuple[int, int] = option((7, 7), "operations of the out-of-distribution test problems")
     sft_rows: int = option(1600, "SFT examples of each arm", least=1)
-    sft_epochs: float = option(1.0, "passes over them", most=1e6)
+    sft_epochs: float = option(1.0, "passes over them", least=1e-6, most=1e6)
     sft_batch: int = option(32, "examples of an SFT step", least=1)
     sft_learning_rate: float = option(5e-4, "peak", least=0)
     rl_steps: int = option(40, "rollout batches", least=1)
@@ -139,12 +132,13 @@ def main(config: Experiment):
     run = Run(out, config, base=base_mark(config, out))  # before any file of these seeds, so that others' cannot join them
     for one in config.one_seed_each:
         make_data(one)
+        check_data(one)
     jobs = [(one, arm) for one in config.one_seed_each for arm in config.names]
     if config.workers == 1:
         for job in jobs:
             run_arm(*job)
     else:
-        side_by_side(jobs, config.workers)
+        side_by_side(run_arm, jobs, config.workers)
     text = write_results(config)
     run.finish()
     print(f"\n{text}\n\nwritten: table.md, results.csv, gains.csv, curves.csv in {out}; {run.record['seconds']:.0f} s")
@@ -168,6 +162,15 @@ def check(config: Experiment):
         if needed > base.config.max_position_embeddings:
             raise InputError(f"{name}: {needed} tokens in all, but the base has positions for "
                              f"{base.config.max_position_embeddings}")
+
+
+def check_data(config: Experiment):
+    """InputError for rows longer than the settings allow, which training would find after hours."""
+    out, tokenizer = Path(config.out), Tokenizer.load(config.base)
+    for arm in config.names:
+        load_sft(out / f"sft_{arm}.jsonl", tokenizer, config.max_length, truncate=config.as_authors)
+    for name in ("rl", "test_id", "test_ood", *["val"] * bool(config.val_problems)):
+        load_prompts(out / f"{name}.jsonl", tokenizer, config.max_prompt)
 
 
 def base_mark(config: Experiment, out: Path) -> str:
@@ -195,62 +198,6 @@ def behaviors_of(arm: str) -> traces.Behaviors:
     return found
 
 
-def side_by_side(jobs: list[tuple[Experiment, str]], workers: int):
-    """What a job prints goes to a file of its own. The first that fails ends the others, which have their checkpoints."""
-    waiting, running, threads = list(jobs), {}, max(1, torch.get_num_threads() // workers)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.pop(0)
-                process = get_context("spawn").Process(target=run_logged, args=(*job, threads))
-                process.start()
-                print(f"begun: seed {job[0].seed}, {job[1]}; what it says: {log_of(*job)}", flush=True)
-                running[process.sentinel] = process, job
-            ended = connection.wait(running, timeout=REPORTS)
-            if not ended:
-                report(job for _, job in running.values())
-            for sentinel in ended:
-                process, (one, arm) = running.pop(sentinel)
-                process.join()
-                if process.exitcode:
-                    said = lines_of_log(one, arm) if process.exitcode > 0 else ["killed"]
-                    raise InputError(f"seed {one.seed}, {arm}: {said[-1] if said else 'failed'}")
-                print(f"done: seed {one.seed}, {arm}", flush=True)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        signal.signal(signal.SIGTERM, before)
-
-
-def report(jobs: Iterable[tuple[Experiment, str]]):
-    """Prints how far each job has come, by the last line of its log that says so."""
-    for one, arm in jobs:
-        if newest := [line for line in lines_of_log(one, arm) if re.match("step +[0-9]|=== ", line)][-1:]:
-            print(f"{time.strftime('%H:%M')}  seed {one.seed}, {arm}: {newest[0].removeprefix('=== ')}", flush=True)
-
-
-def log_of(config: Experiment, arm: str) -> Path:
-    return Path(config.out) / f"{arm}.log"
-
-
-def lines_of_log(config: Experiment, arm: str) -> list[str]:
-    path = log_of(config, arm)
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-
-
-def run_logged(config: Experiment, arm: str, threads: int):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    torch.set_num_threads(threads)
-    with open(log_of(config, arm), "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            run_arm(config, arm)
-        except (InputError, OSError) as error:
-            print(error)
-            sys.exit(2)
-
-
 def run_arm(config: Experiment, arm: str):
     out = Path(config.out)
     if announce_if_missing(out / f"sft_{arm}" / "model", f"SFT, {arm}"):
@@ -270,11 +217,11 @@ def announce_if_missing(path: Path, title: str) -> bool:
 def make_data(config: Experiment):
     """All arms get as many SFT rows, of the same problems; those that write a problem four times get the first quarter of
     them. No answer of the toy's is more frequent than 5%, so that none is a shortcut."""
-    out = Path(config.out)
-    sets = [("sft", config.sft_ops, config.sft_rows, {f"sft_{arm}": partial(sft_rows, config, arm) for arm in config.names}),
-            ("rl", config.rl_ops, config.rl_steps * config.rl_prompts, {"rl": partial(prompt_rows, config)})]
-    sets += [("val", (21, 25), config.val_problems, {"val": partial(prompt_rows, config)})] * bool(config.val_problems)
-    sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": partial(prompt_rows, config)})
+    out, prompts = Path(config.out), partial(rows, config, None)
+    sets = [("sft", config.sft_ops, config.sft_rows, {f"sft_{arm}": partial(rows, config, arm) for arm in config.names}),
+            ("rl", config.rl_ops, config.rl_steps * config.rl_prompts, {"rl": prompts})]
+    sets += [("val", (21, 25), config.val_problems, {"val": prompts})] * bool(config.val_problems)
+    sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": prompts})
              for name, ops in TESTS.items()]
     balance = 1.0 if config.problems == "paper" else 0.05
     for split, ops, count, files in sets:
@@ -284,16 +231,14 @@ def make_data(config: Experiment):
                 write_jsonl(out / f"{name}.jsonl", files[name](drawn))
 
 
-def sft_rows(config: Experiment, arm: str, problems: list[Problem]) -> list[dict]:
+def rows(config: Experiment, arm: str | None, problems: list[Problem]) -> list[dict]:
+    """Of an SFT file; without an arm, prompts."""
     if arm in arms.AUGMENTED:
         first = problems[:-(-len(problems) // arms.FORMS)]
-        rows = [row for problem in first for row in arms.augmented(arm, problem, config.seed, config.scale.letters)]
-        return rows[:len(problems)]
-    return [arms.record(problem, config.seed, behaviors_of(arm), config.scale.letters) for problem in problems]
-
-
-def prompt_rows(config: Experiment, problems: list[Problem]) -> list[dict]:
-    return [arms.record(problem, config.seed, None, config.scale.letters) for problem in problems]
+        return [row for problem in first
+                for row in arms.augmented(arm, problem, config.seed, config.scale.letters)][:len(problems)]
+    behaviors = None if arm is None else behaviors_of(arm)
+    return [arms.record(problem, config.seed, behaviors, config.scale.letters) for problem in problems]
 
 
 def sft_config(config: Experiment, out: Path, arm: str) -> train_sft.Config:

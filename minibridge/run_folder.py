@@ -79,8 +79,11 @@ class Run:
 
     def log(self, step: int, console: Sequence[str] | None = None, **numbers: Any) -> None:
         """Append to metrics.jsonl; print the numbers named in `console` (default: all; empty: no line)."""
-        with open(self.metrics, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json_line({"step": step} | numbers))
+        try:
+            with open(self.metrics, "a", encoding="utf-8", newline="\n") as file:
+                file.write(json_line({"step": step} | numbers))
+        except OSError as error:  # a full disk's error does not name the file
+            raise InputError(f"{self.metrics}: not written ({error.strerror})") from None
         names = [name for name in (numbers if console is None else console) if name in numbers]
         if names:
             width, total = (5, "") if self.steps is None else (len(str(self.steps)), f"/{self.steps}")

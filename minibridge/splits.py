@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -94,8 +95,11 @@ def _of_split(candidate: Candidate, split: str, workers: int) -> Iterator[tuple[
     with process_pool(workers) if workers > 1 else nullcontext() as pool:
         run = pool.map if pool else map
         while True:
-            for block in run(partial(_block, candidate, split), itertools.islice(blocks, workers)):
-                yield from block
+            try:
+                for block in run(partial(_block, candidate, split), itertools.islice(blocks, workers)):
+                    yield from block
+            except BrokenProcessPool:
+                raise InputError("workers: a process that draws problems was killed") from None
 
 
 def _block(candidate: Candidate, split: str, numbers: range) -> list[tuple[int, Problem | None]]:

@@ -20,8 +20,7 @@ def loads(data: bytes) -> dict:
         raise ValueError("blank line" if data else "empty file")
     try:
         text = data.decode("utf-8").rstrip("\r\n")  # or an error at the end of a line would be said to be on the next
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=int,  # int("NaN") raises a ValueError
-                           parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"not valid JSON: {error.msg} at {line}column {error.colno}") from None
@@ -42,6 +41,10 @@ def _finite(number: str) -> float:
     if math.isinf(value := float(number)):
         raise ValueError(f"{number[:20]} is beyond what a float can hold")
     return value
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is no JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:

@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minibridge.answer import OPENING
-from minibridge.config import InputError
+from minibridge.config import InputError, write_whole
 
 # How Qwen cuts text into pieces before BPE: contractions; words with the one character before them; single
 # digits; punctuation with the newlines after it; blank space.
@@ -191,8 +191,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, so that transformers and vLLM see the same chat."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        write_whole(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.chat.begin or None,
@@ -202,7 +201,7 @@ class Tokenizer:
             "chat_template": self.chat.template(),
         }
         text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / "tokenizer_config.json", text + "\n")
 
 
 def _chat_format(tokenizer: tokenizers.Tokenizer) -> str:

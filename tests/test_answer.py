@@ -240,3 +240,9 @@ def test_chat():
 def test_the_system_message_shows_the_tags_of_the_contract():
     assert OPENING == "<think>\n"
     assert all(tag in SYSTEM for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+
+
+@pytest.mark.parametrize("answer", [" 24 ", "24\n", "\\frac{1}{2}"])
+def test_an_answer_that_no_box_can_hold_is_refused(answer):
+    with pytest.raises(InputError, match="^x:3: field 'answer' is .* no box can hold"):
+        check_scoring({"answer": answer}, "x:3")

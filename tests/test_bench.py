@@ -138,3 +138,9 @@ def test_the_peer_does_the_same_work(tmp_path):
     ids = torch.tensor(prompts)
     before = peer.model.get_input_embeddings().weight.clone()
     assert peer.trainer(ids)() == 18 and not torch.equal(before, peer.model.get_input_embeddings().weight)
+
+
+def test_rows_replace_no_file(tmp_path):
+    (tmp_path / "mine.json").write_text("mine")
+    with pytest.raises(InputError, match="json: .*mine.json is there already"):
+        parse(bench.Data, ["--json", str(tmp_path / "mine.json")])

@@ -145,3 +145,17 @@ def test_bad_input_is_one_line(toy, guesser, step, tmp_path, capsys):
             tmp_path / "run" / "run.json")
     (tmp_path / "run" / "run.json").write_text('{"config": {"data": 1}}')
     refused("run.json: not the record of a run of train_rl.py")
+
+
+@pytest.mark.parametrize("name, value", [("temperature", 0.0), ("temperature", -1.0), ("prompts", 0), ("prompts", 2.7), ("prompts", True),
+                                         ("max_new_tokens", 0), ("data", None)])
+def test_settings_that_no_run_has(step, guesser, tmp_path, capsys, name, value):
+    record = json.loads((step / "run.json").read_text())
+    record["config"][name] = value
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "rollouts").mkdir()
+    rollouts = tmp_path / "rollouts" / "step_0001.jsonl"
+    rollouts.write_bytes((step / "rollouts" / "step_0001.jsonl").read_bytes())
+    words = ["--rollouts", str(rollouts), "--model", str(guesser), "--device", "cpu"]
+    assert run_main(compare_losses.main, compare_losses.Config, words) == 2
+    assert f"{tmp_path}/run.json: not the record of a run of train_rl.py" in capsys.readouterr().err

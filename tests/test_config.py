@@ -140,13 +140,13 @@ def test_a_long_message_keeps_its_beginning_and_its_end(capsys):
     assert error.startswith("error: begins xx") and error.endswith("xx and ends\n") and 400 < len(error) <= 501
 
 
-def test_interruption_is_130_and_says_that_the_checkpoint_is_whole(capsys):
+def test_interruption_is_130_and_says_that_files_are_whole(capsys):
     def main(config):
         raise KeyboardInterrupt
 
     assert run_main(main, Config, ["--data", "x"]) == 130
     error = capsys.readouterr().err
-    assert "checkpoint is intact" in error and error.count("\n") == 1
+    assert "is whole" in error and error.count("\n") == 1
 
 
 def test_os_errors_name_the_file(capsys, tmp_path):
@@ -380,3 +380,50 @@ def test_nothing_but_a_file_is_replaced(tmp_path):
     with pytest.raises(InputError, match="not a file"):
         write_jsonl(tmp_path, [{"a": 1}])
     assert tmp_path.is_dir()
+
+
+# ---- what ends a script
+
+
+@pytest.mark.parametrize("trouble", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you")])
+def test_no_memory_is_one_line(capsys, trouble):
+    def main(config):
+        raise trouble
+
+    assert "no memory" in one_line_error(capsys, "--data", "x", main=main)
+
+
+def test_an_error_of_ours_stays_a_traceback():
+    def main(config):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError):
+        run_main(main, Config, ["--data", "x"])
+
+
+def test_output_that_nobody_reads_is_no_success(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom dataclasses import dataclass\nfrom minibridge.config import run_main\n\n\n"
+                      "@dataclass(frozen=True)\nclass Config:\n    pass\n\n\n"
+                      "def main(config):\n    for line in range(10**6):\n        print(line)\n\n\nsys.exit(run_main(main, Config))\n")
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1],
+                               env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == b""
+
+
+def test_a_way_through_a_folder_that_is_not_there_is_no_other_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("rows.jsonl", [{"a": 1}])
+    for path, fits in (("there/../rows.jsonl", False), ("../rows.jsonl", True), ("rows.jsonl", True)):
+        if fits:
+            assert parse(Config, ["--data", "x", "--out", path]).out == path
+        else:
+            assert f"out: {path}: there is no folder there" in one_line_error(capsys, "--data", "x", "--out", path)
+
+
+def test_nan_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": NaN}\n')
+    with pytest.raises(InputError, match="rows.jsonl:1: not readable JSON: NaN is no JSON"):
+        read_jsonl(tmp_path / "rows.jsonl")

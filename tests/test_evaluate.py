@@ -306,3 +306,11 @@ def test_answers_never_replace_their_prompts(toy, tmp_path, capsys):
     assert run_main(evaluate.main, evaluate.Config, words) == 2
     assert capsys.readouterr().err.endswith("data.jsonl is there already; remove it or choose another\n")
     assert data.read_bytes() == Path(toy.rl).read_bytes()
+
+
+@pytest.mark.parametrize("change", [{"answer": "5"}, {"id": "another"}])
+def test_answers_to_different_prompts_are_no_group(tmp_path, capsys, change):
+    row = {"group": 0, "id": "one", "text": "\\boxed{4}", "answer": "4", "num_ops": 2}
+    write_jsonl(tmp_path / "both.jsonl", [row, row | change])
+    assert run("--rescore", tmp_path / "both.jsonl") == 2
+    assert f"{tmp_path}/both.jsonl:2: another prompt than that of its group's first line" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -241,7 +242,7 @@ def test_an_unreliable_ranking_is_called_so(arguments, tmp_path, capsys, monkeyp
     ("--model {model} --data {rl} --prompts 7", "val: Q needs 2 prompts, and there are 1 in {rl} after its first 7"),
     ("--model {model} --data {rl} --val {one}", "val: Q needs 2 prompts, and there are 1 in {one}"),
     ("--model {model} --data {rl} --val {rl}", "val: 8 of its prompts are also measured"),
-    ("--model {model} --data {rl} --prompts 4", "needs two; 0% of the answers are right, 98% were cut off at --max-new"),
+    ("--model {model} --data {rl} --prompts 4", "needs two; 0% of the answers are right, "),
     ("--model {model} --data {rl} --prompts 4 --adam {model}", "{model}/training.json: No such file"),
     ("--model {model} --data {rl} --prompts 4 --reference {rl}", "{rl}:1: field 'messages'"),
     ("--model {model} --data {rl} --prompts 4 --out {training}", "{training}/run.json: not the record of such a run, but of another"),
@@ -260,3 +261,20 @@ def test_wrong_input_is_one_line(toy, tmp_path, capsys, argv, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message.format(**names) in error and error.count("\n") == 1
     assert read_jsonl(names["training"] / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_an_analysis_of_other_weights_is_not_replaced(arguments, tmp_path, capsys, no_figures):
+    """Under the same name; the same weights may be measured again."""
+    model = tmp_path / "model"
+    shutil.copytree(arguments[1], model)
+    words = ["--model", model, *arguments[2:], "--out", tmp_path / "out", "--no-halves"]
+    assert run(*words) == 0 and run(*words) == 0
+    before = (tmp_path / "out" / "rollouts.jsonl").read_bytes()
+    other = checkpoint.load(model)
+    with torch.no_grad():
+        other.lm_head_weight.mul_(1.5)
+    checkpoint.save(other, model)
+    capsys.readouterr()
+    assert run(*words) == 2
+    assert "has changed since; choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "out" / "rollouts.jsonl").read_bytes() == before

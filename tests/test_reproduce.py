@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minibridge import reproduce, results, tables
+from minibridge import jobs, reproduce, results, tables
 from minibridge.checkpoint import load, save
 from minibridge.config import InputError, read_jsonl, run_command, run_main, write_jsonl
 from minibridge.dag import Problem
@@ -97,13 +97,13 @@ def test_several_seeds_side_by_side(finished, tmp_path, capsys):
 
 
 def test_jobs_side_by_side_say_how_far_they_are(finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "REPORTS", 0.05)
+    monkeypatch.setattr(jobs, "REPORTS", 0.05)
     job = dataclasses.replace(finished[0], out=str(tmp_path))
-    log = reproduce.log_of(job, "bridge")
-    reproduce.report([(job, "bridge")])  # no log yet
+    log = jobs.log_of(job, "bridge")
+    jobs.report([(job, "bridge")])  # no log yet
     assert not capsys.readouterr().out
     log.write_text("=== GRPO, bridge\nstep 1/2 | accuracy 0\n--- reward 0\nstep by step\n<think>\n")
-    reproduce.report([(job, "bridge"), (job, "vanilla")])
+    jobs.report([(job, "bridge"), (job, "vanilla")])
     assert capsys.readouterr().out[5:] == "  seed 0, bridge: step 1/2 | accuracy 0\n"
     config = dataclasses.replace(finished[0], out=str(tmp_path / "run"), arms="bridge", workers=2, rl_steps=1, test_problems=2)
     reproduce.main(config)
@@ -180,9 +180,9 @@ def test_damaged_answers_are_named(finished, damage, message):
 
 def test_a_log_of_anything_is_reported(finished, tmp_path, capsys):
     job = dataclasses.replace(finished[0], out=str(tmp_path))
-    reproduce.log_of(job, "bridge").write_bytes(b"step 3/4 | \xff\n\xe2\x82")
-    reproduce.log_of(job, "vanilla").mkdir()
-    reproduce.report([(job, "bridge"), (job, "vanilla")])
+    jobs.log_of(job, "bridge").write_bytes(b"step 3/4 | \xff\n\xe2\x82")
+    jobs.log_of(job, "vanilla").mkdir()
+    jobs.report([(job, "bridge"), (job, "vanilla")])
     assert capsys.readouterr().out.endswith("seed 0, bridge: step 3/4 | \ufffd\n")
 
 
@@ -332,3 +332,11 @@ def test_the_shipped_base_is_small_and_opens():
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     model = load(reproduce.TOY_BASE)
     assert model.config.max_position_embeddings >= reproduce.Experiment().max_prompt + reproduce.Experiment().max_new_tokens
+
+
+def test_prompts_that_are_too_long_are_found_before_any_training(finished, toy, tmp_path, monkeypatch):
+    for script in (reproduce.train_sft, reproduce.train_rl):
+        monkeypatch.setattr(script, "main", lambda config: pytest.fail("trained"))
+    for settings, message in (({"max_prompt": 30}, "a prompt of"), ({"max_length": 90}, "90")):
+        with pytest.raises(InputError, match=message):
+            reproduce.main(dataclasses.replace(finished[0], out=str(tmp_path / message.split()[0]), **settings))
