@@ -27,7 +27,7 @@ ARMS = ("vanilla", "bridge", "pp-aug", "subgoal+reflection@0.3")
 def finished(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("reproduce") / "run"
     config = reproduce.Experiment(out=str(out), base=toy.model, workers=1, arms=",".join(ARMS),
-                           sft_ops=(2, 3), ops=(2, 3), rl_ops=(2, 3), sft_rows=33, sft_batch=32,
+                           sft_ops=(4, 5), ops=(4, 5), rl_ops=(4, 5), sft_rows=33, sft_batch=32,
                            sft_epochs=1.0, rl_steps=2, rl_prompts=2, rl_samples=2, test_problems=24, test_samples=3,
                            max_new_tokens=24)
     with pytest.MonkeyPatch.context() as patch:
@@ -122,7 +122,7 @@ def test_a_process_that_fails_ends_the_whole_in_a_line(finished, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks Linux which processes there are")
 def test_a_run_that_is_terminated_takes_its_processes_along(toy, tmp_path):
-    words = (f"toy --base {toy.model} --out {tmp_path} --sft-ops 2-3 --rl-ops 2-3 --ops 2-3 --ood-ops 4 --sft-rows 32"
+    words = (f"toy --base {toy.model} --out {tmp_path} --sft-ops 4-5 --rl-ops 4-5 --ops 4-5 --ood-ops 6 --sft-rows 32"
              " --rl-steps 50 --rl-prompts 4 --test-problems 2")
     parent = subprocess.Popen([sys.executable, "-m", "minibridge.reproduce", *words.split()],
                               stdout=subprocess.PIPE, text=True, cwd=Path(reproduce.__file__).parents[1])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from conftest import FREE_TOY
 from minibridge import dag, igsm, traces
 from minibridge.answer import OPENING, extract, well_formed
 from minibridge.config import InputError
@@ -28,7 +29,7 @@ RESTATED = {0: (0, 0, 0, 0), 1: (0, .1, .4, .8), 2: (.1, .4, .8, 1), 3: (.4, .8,
 @pytest.fixture(scope="module")
 def problems():
     """360 problems: training range, validation range and toy scale in turn."""
-    kinds = [((15, 20), igsm.PAPER), ((21, 25), igsm.PAPER), ((1, 8), igsm.TOY), ((15, 20), igsm.PAPER)]
+    kinds = [((15, 20), igsm.PAPER), ((21, 25), igsm.PAPER), ((1, 8), FREE_TOY), ((15, 20), igsm.PAPER)]
     return [igsm.draw(random.Random(f"traces {i}"), *kinds[i % len(kinds)]) for i in range(360)]
 
 
@@ -570,9 +571,9 @@ def test_letters_are_drawn_anew_for_every_stream(problems):
     answers = [traces.answer(problems[0], random.Random(seed)) for seed in range(600)]
     letters = {next(read_steps(problems[0], answer)).letter for answer in answers}
     assert len(letters) == 52
-    few = [traces.answer(problems[2], random.Random(seed), BRIDGE, igsm.TOY.letters) for seed in range(200)]
+    few = [traces.answer(problems[2], random.Random(seed), BRIDGE, FREE_TOY.letters) for seed in range(200)]
     letters = {step.letter for answer in few for step in read_steps(problems[2], answer)}
-    assert letters == set(igsm.TOY.letters)
+    assert letters == set(FREE_TOY.letters)
 
 
 def test_more_nodes_than_letters():

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from conftest import FREE_TOY
 from minibridge import arithmetic, custom, dag, formula, igsm, traces, verify
 from minibridge.dag import Node, Problem
 from minibridge.formula import ARITHMETIC, UNKNOWN, UNREADABLE
@@ -16,7 +17,7 @@ from minibridge.verify import (RESTATEMENT, BOX, CLOSING, FAILED_ATTEMPT, LOCK, 
                                SUBGOAL, SUBSTITUTION, UNDEFINED, UNFINISHED, WRONG_BOX, WRONG_CLOSING)
 
 COMBINATIONS = [traces.Behaviors(*choice) for choice in itertools.product((False, True), (0, 2, 4), (0.0, 0.1, 0.5))]
-KINDS = [((15, 20), igsm.PAPER), ((21, 25), igsm.PAPER), ((1, 8), igsm.TOY), ((3, 14), igsm.PAPER)]
+KINDS = [((15, 20), igsm.PAPER), ((21, 25), igsm.PAPER), ((1, 8), FREE_TOY), ((3, 14), igsm.PAPER)]
 
 
 def draw(i) -> Problem:
