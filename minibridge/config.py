@@ -35,8 +35,6 @@ from minibridge import strictjson
 
 REQUIRED = dataclasses.MISSING  # default of an option that the command line must give
 MOST = 2**53  # largest number of any option: JSON readers keep whole numbers exactly up to here
-
-
 WRITTEN = ("out", "json")  # options that name what is written
 
 

@@ -67,7 +67,7 @@ def generate(
     completion ends with one of stop_ids, with the token that completes one of stop_strings in the decoded
     text, or after max_new_tokens. `compiled`: layers and drawing each run as a graph of torch.compile, which takes from
     seconds to minutes to make and is worth it for long runs. Raises InputError for a prompt that is empty or, with
-    max_new_tokens, longer than the model's max_position_embeddings.
+    max_new_tokens, longer than the model's max_position_embeddings, and for numbers that nothing can be drawn by.
 
     Each prompt has a seed of its own for all its samples: what is drawn for it depends neither on the other prompts nor on
     `rows`, but for the rounding of logits. By default the seeds come from `generator` (a CPU one; None: torch's own).

@@ -169,7 +169,7 @@ def check_data(config: Experiment):
     out, tokenizer = Path(config.out), Tokenizer.load(config.base)
     for arm in config.names:
         load_sft(out / f"sft_{arm}.jsonl", tokenizer, config.max_length, truncate=config.as_authors)
-    for name in ("rl", "test_id", "test_ood", *["val"] * bool(config.val_problems)):
+    for name in ("rl", *(f"test_{test}" for test in TESTS), *["val"] * bool(config.val_problems)):
         load_prompts(out / f"{name}.jsonl", tokenizer, config.max_prompt)
 
 

@@ -4,8 +4,8 @@
     arithmetic_problems("rl", 10000, "6op", depth=5, redundant=(0, 8), seed=0)
 
 A problem's structure (its graph and its constants, whatever things are called and whatever the order of terms) decides by
-its hash which split may hold it.
-Candidate number i of a split comes from a random stream of its own, so any number of processes draws the same problems.
+its hash which split may hold it. Candidate number i of a split comes from a random stream of its own, so any number of
+processes draws the same problems.
 
     python -m minibridge.splits --files data/sft.jsonl,data/rl.jsonl,data/test.jsonl
 

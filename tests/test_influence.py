@@ -242,7 +242,7 @@ def test_an_unreliable_ranking_is_called_so(arguments, tmp_path, capsys, monkeyp
     ("--model {model} --data {rl} --prompts 7", "val: Q needs 2 prompts, and there are 1 in {rl} after its first 7"),
     ("--model {model} --data {rl} --val {one}", "val: Q needs 2 prompts, and there are 1 in {one}"),
     ("--model {model} --data {rl} --val {rl}", "val: 8 of its prompts are also measured"),
-    ("--model {model} --data {rl} --prompts 4", "needs two; 0% of the answers are right, "),
+    ("--model {model} --data {rl} --prompts 4", "needs two; 0% of the answers are right, 95% were cut off at --max-new"),
     ("--model {model} --data {rl} --prompts 4 --adam {model}", "{model}/training.json: No such file"),
     ("--model {model} --data {rl} --prompts 4 --reference {rl}", "{rl}:1: field 'messages'"),
     ("--model {model} --data {rl} --prompts 4 --out {training}", "{training}/run.json: not the record of such a run, but of another"),

@@ -86,8 +86,9 @@ def said(out: Path) -> str:
 
 SFT = ("--model {model} --data {sft} --val {sft} --batch-size 5 --epochs 2 --learning-rate .003 --save-every 2"
        " --eval-every 1 --micro-tokens 400 --device cpu")
-RL = ("--model {guesser} --data {rl} --val {rl} --prompts 3 --samples 4 --max-new-tokens 8 --steps 4 --learning-rate .001"
-      " --kl-coef .1 --updates 2 --refill 2 --checkpointing --save-every 2 --eval-every 2 --micro-tokens 400 --device cpu")
+RL = ("--model {guesser} --data {rl} --val {rl} --prompts 3 --samples 4 --max-new-tokens 8 --steps 4 --learning-rate .01"
+      " --kl-coef .1 --updates 2 --refill 2 --checkpointing --save-every 2 --eval-every 2 --micro-tokens 400 --device cpu"
+      " --seed 3")  # no gradient that nearly cancels, of whose rounding Adam would make a step
 
 
 @pytest.fixture(scope="module")
@@ -114,22 +115,21 @@ def tensors(path: Path, ends: str) -> dict[str, torch.Tensor]:
 def assert_same_run(out: Path, whole: Path):
     """The same files; numbers within rounding."""
     assert {path.relative_to(out) for path in out.rglob("*")} == {path.relative_to(whole) for path in whole.rglob("*")}
-    for ends, most in (("model", 1e-5), ("training", 2e-7)):
+    for ends, most in (("model", 2e-6), ("training", 2e-7)):
         one, other = tensors(out, ends), tensors(whole, ends)
         assert one.keys() == other.keys() and len(one) > 10
         for name in one:
             assert one[name].shape == other[name].shape and one[name].dtype == other[name].dtype
-            gap = (one[name] - other[name]).abs()  # where a gradient nearly cancels, Adam makes a step of its rounding
-            assert gap.square().mean().sqrt() < most and gap.max() < 1e-3, name
+            assert (one[name] - other[name]).abs().max() < most, name
     assert len(metrics(out)) == len(metrics(whole)) > 3
     for one, other in zip(metrics(out), metrics(whole)):
         assert one.keys() == other.keys()
         for name in one.keys() - {"padding", "seconds", "decode_seconds", "tokens_per_second", "utilisation", "memory_gib"}:
-            noise = 5e-6 if name.startswith("mismatch") else 1e-7
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=noise), (one["step"], name)
+            noise = 5e-6 if name.startswith("mismatch") else 2e-8
+            assert one[name] == pytest.approx(other[name], rel=1e-6, abs=noise), (one["step"], name)
     for path in out.glob("rollouts/*"):
         for one, other in zip(read_jsonl(path), read_jsonl(whole / "rollouts" / path.name), strict=True):
-            assert one.pop("logprobs") == pytest.approx(other.pop("logprobs"), abs=1e-4)
+            assert one.pop("logprobs") == pytest.approx(other.pop("logprobs"), abs=1e-5)
             assert one == other
 
 
