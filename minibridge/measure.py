@@ -81,13 +81,14 @@ def rates(repeats: int, *functions: Callable[[], int]) -> list[list[float]]:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Floating-point operations per second of a square matrix product, by default one that takes little time."""
-    size = size or (4096 if device.type == "cuda" else 768)
+    cuda = device.type == "cuda"
+    size, count = size or (4096 if cuda else 768), 4 if cuda else 1  # a CPU without bf16 units takes a second for one
     a = torch.randn(size, size, device=device).to(dtype)
 
     def products() -> int:
-        for _ in range(4):
+        for _ in range(count):
             a @ a
-        return 4 * 2 * size**3
+        return count * 2 * size**3
 
     return max(rates(3, products)[0])
 

@@ -206,7 +206,7 @@ def test_epochs_that_match_the_steps_of_the_plain_arm():
 
 def test_epochs_are_printed_for_the_augmented_arms(tmp_path, capsys):
     for arm, rows, printed in (("rc-aug", "none", True), ("rc-aug", "128", False), ("vanilla", "none", False)):
-        argv = ["--arm", arm, "--count", "128", "--rows", rows, "--scale", "toy", "--ops", "2", "--out", str(tmp_path / f"{arm}_{rows}")]
+        argv = ["--arm", arm, "--count", "128", "--rows", rows, "--scale", "toy", "--ops", "4", "--out", str(tmp_path / f"{arm}_{rows}")]
         assert run_main(gen_data.main, gen_data.Config, argv) == 0
         assert ("--epochs 1.2500\n" in capsys.readouterr().out) == printed
 

@@ -51,6 +51,8 @@ def test_every_stage_runs_and_the_last_model_is_the_base(name, tmp_path, monkeyp
     size = SIZES[name]
     stages = tuple(replace(stage, rows={3: 110, 4: 104}) for stage in size.stages)
     monkeypatch.setitem(SIZES, name, replace(size, model=size.model | TINY, stages=stages, batch=4))
+    draw = splits.problems  # fewer for the tokenizer
+    monkeypatch.setattr(splits, "problems", lambda split, count, *rest, **named: draw(split, min(count, 300), *rest, **named))
     config = pretrain.Config(str(tmp_path / "run"), name, workers=1, device="cpu")
     pretrain.main(config)
     folder = tmp_path / "run"
