@@ -42,16 +42,17 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: Tensor, grid: Tensor, place: Tensor,
-                     prompt_bias: Tensor, answer_bias: Tensor) -> Tensor:
+                     prompt_bias: Tensor, answer_bias: Tensor, flat: Tensor | None = None) -> Tensor:
     """Attention (B, K, G, D) of new tokens' q (B, K, G, D), each over its prompt, its answer so far, and itself.
 
-    k and v (B, K, D) are the new tokens'; prompts (2, N, K, P, D) and answers (2, B, K, S, D) hold keys and values.
+    k and v (B, K, D) are the new tokens'; prompts (2, N, K, P, D) and answers (2, B, K, S, D) hold keys and values, and
+    answers may have more rows and slots than are read. flat: as `KVCache.flat` gives it.
     grid (N, J) names the rows of q that belong to each prompt, filled up with any row; place (B,) is where a row is
     found in the flattened grid. The biases, (N, P) and (B, S), are 0 where there is a token and -inf elsewhere.
     The three parts have one softmax, in fp32: each is summed relative to its own maximum, and scaled to the common one.
     Prompts with fewer answers than the most have fillers in the grid, whose results nobody reads.
     """
-    J, G = grid.shape[1], q.shape[2]
+    J, G, (B, S) = grid.shape[1], q.shape[2], answer_bias.shape
     q = q * q.shape[-1] ** -0.5
     grouped = q[grid].transpose(1, 2).flatten(2, 3)  # (N, K, J*G, D)
     scores = (grouped @ prompts[0].mT).float() + prompt_bias[:, None, None]  # (N, K, J*G, P)
@@ -61,20 +62,28 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: 
     shared = torch.cat(summed, -1).unflatten(2, (J, G)).transpose(1, 2).flatten(0, 1)[place]  # (B, K, G, D + 2)
     out, total, top = shared.split((q.shape[-1], 1, 1), -1)
 
-    scores = _met(q, answers[0]) + answer_bias[:, None, None]  # (B, K, G, S)
+    scores = _scores(q, answers[0, :B, :, :S], flat) + answer_bias[:, None, None]  # (B, K, G, S)
     itself = (q * k[:, :, None]).float().sum(-1, keepdim=True)  # (B, K, G, 1)
     highest = torch.maximum(torch.maximum(top, itself), scores.amax(-1, keepdim=True))
     scale, weights, weight = (top - highest).exp(), (scores - highest).exp(), (itself - highest).exp()
-    out = out * scale + _met(weights.to(q.dtype), answers[1].mT) + weight * v[:, :, None].float()
+    out = out * scale + _sums(weights.to(q.dtype), answers[1], flat) + weight * v[:, :, None].float()
     return (out / (total * scale + weights.sum(-1, keepdim=True) + weight)).to(q.dtype)
 
 
-def _met(few: Tensor, many: Tensor) -> Tensor:
-    """few (B, K, G, X) times the transpose of many (B, K, Y, X): (B, K, G, Y) in fp32. Of one or two rows a matrix
-    product is slower on a CPU than the loop that torch.compile makes of the sum itself."""
-    if torch.compiler.is_compiling() and few.is_cpu and few.shape[2] <= 2:
-        return (few[:, :, :, None].float() * many[:, :, None].float()).sum(-1)
-    return (few @ many.mT).float()
+def _scores(q: Tensor, keys: Tensor, flat: Tensor | None) -> Tensor:
+    """(B, K, G, S) in fp32, of q (B, K, G, D) and keys (B, K, S, D)."""
+    if flat is None:
+        return (q @ keys.mT).float()
+    return (q[:, :, :, None].float() * keys[:, :, None].float()).sum(-1)  # of which torch.compile makes a loop
+
+
+def _sums(weights: Tensor, values: Tensor, flat: Tensor | None) -> Tensor:
+    """(B, K, G, D) in fp32: the first rows and slots of values (B, K, S, D), weighted by (B, K, G, S)."""
+    B, K, G, S = weights.shape
+    if flat is None:
+        return (weights @ values[:B, :, :S]).float()
+    sums = F.embedding_bag(flat, values.flatten(0, 2), per_sample_weights=weights.flatten(0, 2), mode="sum")
+    return sums.view(B, K, G, -1).float()
 
 
 @dataclass
@@ -83,10 +92,11 @@ class _Step:
     only then does torch.compile update the cache in place."""
 
     prompts: Tensor  # (L, 2, N, K, P, D)
-    answers: Tensor  # (L, 2, B, K, S, D)
+    answers: Tensor  # (L, 2, B, K, S, D), the whole cache
     grid: Tensor
     place: Tensor
     prompt_bias: Tensor
+    flat: Tensor | None
     answer_bias: Tensor
     new: list[Tensor] = field(default_factory=list)  # (2, B, K, D) of each layer
 
@@ -96,25 +106,25 @@ class _Step:
         self.new.append(torch.stack((k, v)))
         q = q.reshape(B, k.shape[1], -1, D)
         out = shared_attention(q, k, v, self.prompts[layer], self.answers[layer], self.grid, self.place, self.prompt_bias,
-                               self.answer_bias)
+                               self.answer_bias, self.flat)
         return out.reshape(B, 1, H, D)
 
 
 def decode_step(model, ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, answers: Tensor, prompts: Tensor,
-                *read: Tensor) -> Tensor:
+                *read: Tensor | None) -> Tensor:
     """Hidden states (B, C) of one new token a row, ids (B,) at positions (B,), whose keys and values are written into
     `answers`, the whole cache, in place: to slot `lengths` (B,) of the row, the tokens that its answer had.
 
     slots (S,) are the numbers 0, 1, ... of those that are read; prompts and `read` are as in `_Step`."""
     rows = torch.arange(len(ids), device=ids.device)
-    step = _Step(prompts, answers[:, :, : len(ids), :, : len(slots)], *read, _bias(slots < lengths[:, None]))
+    step = _Step(prompts, answers, *read, _bias(slots < lengths[:, None]))
     hidden = model(ids[:, None], positions[:, None], step)
     answers[:, :, rows, :, lengths] = torch.stack(step.new).permute(2, 0, 1, 3, 4)
     return hidden[:, 0]
 
 
 # Of `decode_step`'s inputs the dimensions that change in size, by place: rows, prompts, slots.
-SIZES = {1: (0,), 2: (0,), 3: (0,), 4: (0,), 5: (2, 4), 6: (2, 4), 7: (0, 1), 8: (0,), 9: (0, 1)}
+SIZES = {1: (0,), 2: (0,), 3: (0,), 4: (0,), 5: (2, 4), 6: (2, 4), 7: (0, 1), 8: (0,), 9: (0, 1), 10: (0, 1)}
 
 
 def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *inputs) -> Any:
@@ -123,7 +133,8 @@ def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *
     if not compiled:
         return function(*inputs)
     for place, dims in sizes.items():
-        torch._dynamo.mark_dynamic(inputs[place], dims)
+        if inputs[place] is not None:
+            torch._dynamo.mark_dynamic(inputs[place], dims)
     return compiled_form(function, next(x for x in inputs if isinstance(x, Tensor)).is_cpu)(*inputs)
 
 
@@ -151,8 +162,9 @@ class KVCache:
         prompts, prompt_slots, rows, slots = (size + 2 for size in (prompts, prompt_slots, fitting(rows), slots))
         self.prompts = torch.zeros(layers, 2, prompts, K, prompt_slots, D, dtype=dtype, device=device)
         self.answers = torch.zeros(layers, 2, rows, K, slots, D, dtype=dtype, device=device)
-        self.slots = torch.arange(slots, device=device)
-        self.used, self.compiled = 0, compiled
+        self.slots = torch.arange(slots, dtype=torch.int32, device=device)
+        self.used, self.compiled, self.grouped = 0, compiled, config.num_attention_heads // K
+        self.starts = torch.arange(rows * K, dtype=torch.int32, device=device).repeat_interleave(self.grouped)[:, None] * slots
 
     def put_prompts(self, first: int, filled: "PromptCache"):
         """Copy prefilled prompts to places first, first + 1, ...; there is always room: it doubles when it is short."""
@@ -196,9 +208,17 @@ class KVCache:
         B = len(ids)
         lengths = (positions - self.prompt_lengths[:B]) * self.owned[:B]
         prompts = self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
-        self.used = longest + 1
-        return run(decode_step, self.compiled, SIZES, model, ids, positions, lengths, self.slots[: max(2, longest)],
-                   self.answers, prompts, self.grid, self.place[:B], self.prompt_bias)
+        self.used, slots = longest + 1, self.slots[: max(2, longest)]
+        return run(decode_step, self.compiled, SIZES, model, ids, positions, lengths, slots, self.answers, prompts,
+                   self.grid, self.place[:B], self.prompt_bias, self.flat(B, slots))
+
+    def flat(self, rows: int, slots: Tensor) -> Tensor | None:
+        """(B*K*G, S): where the values of each query's slots stand among all of a layer, one (D,) after another. Only for a
+        compiled step on a CPU: their weighted sums as sums of rows of that table, which are read once and in order, take half
+        the time of matrix products or of a loop that torch.compile makes."""
+        if not (self.compiled and slots.is_cpu):
+            return None
+        return self.starts[: rows * self.answers.shape[3] * self.grouped] + slots
 
 
 def fitting(rows: int) -> int:

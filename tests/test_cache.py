@@ -107,8 +107,10 @@ def test_shared_attention_is_finite_whichever_part_is_loud(loud):
     torch.testing.assert_close(out, torch.full((2, 1, 1, 4), values[loud]))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_shared_attention_equals_attention_on_copies(dtype, close):
+def test_shared_attention_equals_attention_on_copies(dtype, close, compiled):
+    """As matrix products, and as a compiled step has it."""
     generator = torch.Generator().manual_seed(0)
     N, B, K, G, P, S, D = 3, 6, 2, 3, 9, 4, 8
     q, k, v = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((B, K, G, D), (B, K, D), (B, K, D)))
@@ -117,7 +119,12 @@ def test_shared_attention_equals_attention_on_copies(dtype, close):
     answer_bias = torch.zeros(B, S).masked_fill(torch.arange(S) >= torch.tensor([3, 0, 4, 1, 2, 0])[:, None], -torch.inf)
     bias = torch.cat((prompt_bias[OWNERS], answer_bias, torch.zeros(B, 1)), 1)  # (B, P + S + 1)
     grid, place = torch.tensor([[1, 4, 0], [3, 0, 0], [0, 2, 5]]), torch.tensor([6, 0, 7, 3, 1, 8])
-    out = shared_attention(q, k, v, prompts, answers, grid, place, prompt_bias, answer_bias)
+    config = ModelConfig(**SHAPE | {"num_attention_heads": K * G}, **FAMILIES["qwen2"])
+    cache = KVCache(config, 2, 2, rows=B, slots=S, dtype=dtype, compiled=compiled)
+    cache.answers[0, :, :B, :, :S] = answers
+    flat = cache.flat(B, cache.slots[:S])
+    assert (flat is not None) == compiled
+    out = shared_attention(q, k, v, prompts, cache.answers[0], grid, place, prompt_bias, answer_bias, flat)
     keys, values = torch.cat((prompts[:, OWNERS], answers, torch.stack((k, v))[:, :, :, None]), 3).float()
     scores = q.float() @ keys.mT / D**0.5 + bias[:, None, None]
     assert out.dtype == dtype
