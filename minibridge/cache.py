@@ -164,7 +164,8 @@ class KVCache:
         self.answers = torch.zeros(layers, 2, rows, K, slots, D, dtype=dtype, device=device)
         self.slots = torch.arange(slots, dtype=torch.int32, device=device)
         self.used, self.compiled, self.grouped = 0, compiled, config.num_attention_heads // K
-        self.starts = torch.arange(rows * K, dtype=torch.int32, device=device).repeat_interleave(self.grouped)[:, None] * slots
+        starts = torch.arange(rows * K, dtype=torch.int32, device=device)[:, None] * slots
+        self.starts = starts.repeat_interleave(self.grouped, 0)  # (B*K*G, 1)
 
     def put_prompts(self, first: int, filled: "PromptCache"):
         """Copy prefilled prompts to places first, first + 1, ...; there is always room: it doubles when it is short."""
@@ -213,9 +214,9 @@ class KVCache:
                    self.grid, self.place[:B], self.prompt_bias, self.flat(B, slots))
 
     def flat(self, rows: int, slots: Tensor) -> Tensor | None:
-        """(B*K*G, S): where the values of each query's slots stand among all of a layer, one (D,) after another. Only for a
-        compiled step on a CPU: their weighted sums as sums of rows of that table, which are read once and in order, take half
-        the time of matrix products or of a loop that torch.compile makes."""
+        """(B*K*G, S): where the values of each query's slots stand among all of a layer, one (D,) after another. Only for
+        a compiled step on a CPU: there weighted sums of rows of that table, each read once and in order, take half the time
+        of matrix products, or of the loop that torch.compile makes of the sum."""
         if not (self.compiled and slots.is_cpu):
             return None
         return self.starts[: rows * self.answers.shape[3] * self.grouped] + slots
