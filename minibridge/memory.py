@@ -174,7 +174,7 @@ def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, row
     places = min(-(-rows // samples) + batch, prompts)  # unless answers of more prompts live at once, one or two of each
     slots = (places + 2) * (prompt + 2) + (fitting(live) + 2) * (answer + 2)  # of cache.KVCache
     drawing = 12 * live * c.vocab_size  # logits, probabilities, and these in blocks
-    scores = 12 * live * c.num_attention_heads * max(prompt, answer)  # fp32: scores, these less the highest, and their exp
+    scores = 12 * live * c.num_attention_heads * max(prompt, answer)  # scores, less the highest, exp; or these and `flat`
     tokens = batch * prompt
     mlp_rows = min(tokens, MLP_ROWS) if s.mlp_by_hand else tokens  # at a time; of several parts it joins the results
     results = c.hidden_size * tokens * (mlp_rows < tokens)
