@@ -85,9 +85,9 @@ def test_each_command_measures_and_writes_its_rows(work, flags, names, tmp_path,
 
 def test_peak_memory_sees_what_a_function_held_for_a_while():
     def held():
-        torch.ones(2**24).add_(1)  # 64 MiB, gone at the end
+        torch.ones(2**26).add_(1)  # 256 MiB, gone at the end; more than earlier tests leave free in this process
 
-    assert 60 * 2**20 < measure.peak_memory(CPU, held) < 100 * 2**20
+    assert 252 * 2**20 < measure.peak_memory(CPU, held) < 292 * 2**20
 
 
 @pytest.mark.parametrize("work, packages", [("decode", "transformers"), ("train", "transformers"),
