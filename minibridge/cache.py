@@ -7,7 +7,8 @@ Every layer of `Decoder.forward` calls a cache's `attend` with its q, k and v:
     _Step         a step of sampling
 
 What sampling keeps is in a `KVCache`, a fixed place for prompts and one for answers, written as the answers grow, or on a
-GPU in a `FlashCache` (flash.py). Both have `step`, which runs the model on the newest token of each row.
+GPU in a `FlashCache` (flash.py). Both have `step`, which runs the model on the newest token of each row and draws the
+next.
 
 In sampling, with G answers to each prompt, the keys of a prompt are read once a step instead of G times: the queries of
 its answers are laid side by side and meet them in one product (the idea of Hydragen, arXiv 2402.05099).
@@ -48,7 +49,7 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: 
     k and v (B, K, D) are the new tokens'; prompts (2, N, K, P, D) and answers (2, B, K, S, D) hold keys and values, and
     answers may have more rows and slots than are read. flat: as `KVCache.flat` gives it.
     grid (N, J) names the rows of q that belong to each prompt, filled up with any row; place (B,) is where a row is
-    found in the flattened grid. The biases, (N, P) and (B, S), are 0 where there is a token and -inf elsewhere.
+    found in the flattened grid. The biases, (N, P) and (B, S), are 0 where there is a token, see `_bias`.
     The three parts have one softmax, in fp32: each is summed relative to its own maximum, and scaled to the common one.
     Prompts with fewer answers than the most have fillers in the grid, whose results nobody reads.
     """
@@ -110,32 +111,37 @@ class _Step:
         return out.reshape(B, 1, H, D)
 
 
-def decode_step(model, ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, answers: Tensor, prompts: Tensor,
-                *read: Tensor | None) -> Tensor:
-    """Hidden states (B, C) of one new token a row, ids (B,) at positions (B,), whose keys and values are written into
-    `answers`, the whole cache, in place: to slot `lengths` (B,) of the row, the tokens that its answer had.
+def decode_step(model, answers: Tensor, prompts: Tensor, slots: Tensor, prompt_lengths: Tensor, owned: Tensor, grid: Tensor,
+                place: Tensor, prompt_bias: Tensor, flat: Tensor | None, draw: Callable, newest: Tensor, lengths: Tensor,
+                *more) -> Any:
+    """`KVCache.step` of all that it needs. New keys and values are written into `answers`, the whole cache, in place: to
+    slot `lengths` of the row, or to slot 0 where no answer owns it (owned (B,): whether one does).
 
-    slots (S,) are the numbers 0, 1, ... of those that are read; prompts and `read` are as in `_Step`."""
-    rows = torch.arange(len(ids), device=ids.device)
-    step = _Step(prompts, answers, *read, _bias(slots < lengths[:, None]))
-    hidden = model(ids[:, None], positions[:, None], step)
-    answers[:, :, rows, :, lengths] = torch.stack(step.new).permute(2, 0, 1, 3, 4)
-    return hidden[:, 0]
+    slots (S,) are the numbers 0, 1, ... of those that are read; grid and so on are as in `_Step`."""
+    rows, written = torch.arange(len(newest), device=newest.device), lengths * owned
+    step = _Step(prompts, answers, grid, place, prompt_bias, flat, _bias(slots < written[:, None]))
+    hidden = model(newest[:, None], (prompt_lengths + written)[:, None], step)
+    answers[:, :, rows, :, written] = torch.stack(step.new).permute(2, 0, 1, 3, 4)
+    return draw(model, hidden[:, 0], newest, lengths, *more)
 
 
 # Of `decode_step`'s inputs the dimensions that change in size, by place: rows, prompts, slots.
-SIZES = {1: (0,), 2: (0,), 3: (0,), 4: (0,), 5: (2, 4), 6: (2, 4), 7: (0, 1), 8: (0,), 9: (0, 1), 10: (0, 1)}
+SIZES = {1: (2, 4), 2: (2, 4), 3: (0,), 4: (0,), 5: (0,), 6: (0, 1), 7: (0,), 8: (0, 1), 9: (0, 1)}
 
 
 def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *inputs) -> Any:
-    """function(*inputs), by one graph of torch.compile if `compiled`. sizes: of inputs, by place, the dimensions that change
-    from call to call, none of them 1."""
+    """function(*inputs), by one graph of torch.compile if `compiled`. sizes: of inputs, by place, the dimensions to `mark`."""
     if not compiled:
         return function(*inputs)
     for place, dims in sizes.items():
         if inputs[place] is not None:
-            torch._dynamo.mark_dynamic(inputs[place], dims)
+            mark(inputs[place], *dims)
     return compiled_form(function, next(x for x in inputs if isinstance(x, Tensor)).is_cpu)(*inputs)
+
+
+def mark(tensor: Tensor, *dims: int):
+    """Tells torch.compile which dimensions of an input change from call to call, none of them 1."""
+    torch._dynamo.mark_dynamic(tensor, dims)
 
 
 @cache
@@ -195,23 +201,24 @@ class KVCache:
         self.prompt_lengths = torch.tensor([lengths[prompt] for prompt in owner] + spare, device=device)  # (B,)
         self.owned = torch.arange(len(self.place), device=device) < len(owner)  # (B,)
         self.prompt_limit = max(2, *lengths)
-        seen = torch.tensor([*lengths, 1, 1][: len(grid)], device=device)  # at least one slot of each
+        seen = torch.tensor([*lengths, 0, 0][: len(grid)], device=device)
         self.prompt_bias = _bias(torch.arange(self.prompt_limit, device=device) < seen[:, None])  # (N, P)
 
     def run_step(self, advance: Callable[[int, int], None], rows: int, longest: int):
         """advance(rows, longest), which calls `step`; if compiled, for as many rows as are `fitting`."""
         advance(fitting(rows) if self.compiled else rows, longest)
 
-    def step(self, model, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """Hidden states (B, C) of one new token for each row, ids (B,) at positions (B,); their keys and values are kept.
+    def step(self, model, longest: int, draw: Callable, newest: Tensor, lengths: Tensor, *more) -> Any:
+        """Runs the newest token (B,) of each row, keeps its keys and values, and gives its hidden states (B, C) to
+        draw(model, hidden, newest, lengths, *more), which draws the next; if compiled, all in one graph.
 
-        longest: tokens that the longest of the answers had before."""
-        B = len(ids)
-        lengths = (positions - self.prompt_lengths[:B]) * self.owned[:B]
-        prompts = self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
+        lengths (B,): the tokens that a row's answer has, and longest those of the longest. The newest is the last of these,
+        or of the prompt's where there are none. If compiled, what changes in size must be marked (`mark`)."""
+        B, prompts = len(newest), self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
         self.used, slots = longest + 1, self.slots[: max(2, longest)]
-        return run(decode_step, self.compiled, SIZES, model, ids, positions, lengths, slots, self.answers, prompts,
-                   self.grid, self.place[:B], self.prompt_bias, self.flat(B, slots))
+        return run(decode_step, self.compiled, SIZES, model, self.answers, prompts, slots, self.prompt_lengths[:B],
+                   self.owned[:B], self.grid, self.place[:B], self.prompt_bias, self.flat(B, slots), draw, newest, lengths,
+                   *more)
 
     def flat(self, rows: int, slots: Tensor) -> Tensor | None:
         """(B*K*G, S): where the values of each query's slots stand among all of a layer, one (D,) after another.
@@ -229,8 +236,9 @@ def fitting(rows: int) -> int:
 
 
 def _bias(seen: Tensor) -> Tensor:
-    """0 where there is something to see, -inf elsewhere."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
+    """0 where there is something to see, elsewhere the lowest number: of -inf alone, as where a prompt is empty, a softmax
+    would be NaN."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
 
 
 class PromptCache:

@@ -9,6 +9,7 @@ Axes: N prompts of P slots, B rows of S slots, L layers, H query and K key heads
 """
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +72,9 @@ def decode_block(block, x: Tensor, cos: Tensor, sin: Tensor, prompts: Tensor, an
         own = varlen(q.flatten(0, 1), *answers.flatten(1, 2), by_row, row_starts, (G, S), used=answer_lengths)
         shared, shared_sums = (x.unflatten(0, (B, G))[place] for x in (shared[0], shared[1].T))  # (B, G, K, ...)
         own, own_sums = (x.unflatten(0, (B, G)) for x in (own[0], own[1].T))
-        own_sums = own_sums.where(answer_lengths[:, None, None] > 0, -torch.inf)
         itself = (q * k).float().sum(-1) * D**-0.5  # (B, G, K)
-        share = torch.stack((shared_sums, own_sums, itself)).softmax(0)[..., None]
+        sums = torch.stack((shared_sums, own_sums, itself))
+        share = sums.masked_fill(sums == torch.inf, -torch.inf).softmax(0)[..., None]  # inf: where there are no keys
         out = share[0] * shared + share[1] * own + share[2] * v
         return out.to(q.dtype).transpose(1, 2).reshape(B, 1, -1, D)
 
@@ -162,15 +163,16 @@ class FlashCache:
             advance(size, 0)
         return graph
 
-    def step(self, model, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
+    def step(self, model, longest: int, draw: Callable, newest: Tensor, lengths: Tensor, *more) -> Any:
         """As `KVCache.step`."""
-        B = len(ids)
-        lengths = (positions - self.row_prompts[:B]).clamp(0, self.answers.shape[3] - 1)  # (B,) of answers: the new slots
+        B = len(newest)
+        written = lengths.clamp(max=self.answers.shape[3] - 1)  # (B,): the new slots
         read = (self.order[:B], self.place[:B], self.by_prompt, self.prompt_starts, self.prompt_lengths,
-                self.by_row[: B + 1], self.row_starts[: B + 1], lengths.int())
-        (x, rope), new = model.embed(ids[:, None], positions[:, None]), []
+                self.by_row[: B + 1], self.row_starts[: B + 1], written.int())
+        (x, rope), new = model.embed(newest[:, None], (self.row_prompts[:B] + written)[:, None]), []
         for block, prompts, answers in zip(model.model.layers, self.prompts, self.answers):
             x, added = run(decode_block, self.compiled, SIZES, block, x, *rope, prompts, answers, *read)
             new.append(added)
-        self.answers[:, :, self.rows[:B], lengths] = torch.stack(new)
-        return model.model.norm(x)[:, 0]
+        self.answers[:, :, self.rows[:B], written] = torch.stack(new)
+        hidden = model.model.norm(x)[:, 0]
+        return run(draw, self.compiled and B > 1, {1: (0,)}, model, hidden, newest, lengths, *more)

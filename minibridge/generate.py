@@ -1,13 +1,14 @@
 """Sampling completions: prompts in, token ids and their log-probabilities out.
 
-Each prompt is prefilled once and its samples share its keys and values. Live rows are always the first ones of the
-cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end. So no
-step computes anything for a finished row, with two exceptions: on a GPU one step is under way before the host hears of
-the end, and compiled steps round up the number of rows (`KVCache.run_step`). Sampled tokens stay on the device until
-their row has finished; each step the host asks only which rows have. Not here: chat format, rewards, penalties, beam
-search.
+Each prompt is prefilled once, but for its last token, and its samples share its keys and values. A row begins with
+that last token; each step runs the newest token of every row and draws the next. Live rows are always the first ones
+of the cache: when a row finishes, the last live row moves into its place and the next waiting sample joins at the end.
+So no step computes anything for a finished row, with two exceptions: on a GPU one step is under way before the host
+hears of the end, and compiled steps round up the number of rows (`KVCache.run_step`). Sampled tokens stay on the
+device until their row has finished; each step the host asks only which rows have. Not here: chat format, rewards,
+penalties, beam search.
 
-Axes: N prompts of P tokens, B rows, C hidden, V vocabulary.
+Axes: N prompts of P tokens, B rows, T tokens of an answer at most, C hidden, V vocabulary.
 """
 
 import math
@@ -19,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minibridge.cache import PromptCache, run
+from minibridge.cache import PromptCache, mark
 from minibridge.config import InputError
 from minibridge.flash import decoding_cache
 from minibridge.model import Decoder
@@ -65,8 +66,8 @@ def generate(
     Tokens are drawn from softmax(logits / temperature), cut to its top_p nucleus (arXiv 1904.09751);
     temperature 0 takes the most likely token and gives its log-probability under softmax(logits). A
     completion ends with one of stop_ids, with the token that completes one of stop_strings in the decoded
-    text, or after max_new_tokens. `compiled`: layers and drawing each run as a graph of torch.compile, which takes from
-    seconds to minutes to make and is worth it for long runs. Raises InputError for a prompt that is empty or, with
+    text, or after max_new_tokens. `compiled`: steps run as graphs of torch.compile, which take from seconds to minutes
+    to make and are worth it for long runs. Raises InputError for a prompt that is empty or, with
     max_new_tokens, longer than the model's max_position_embeddings, and for numbers that nothing can be drawn by.
 
     Each prompt has a seed of its own for all its samples: what is drawn for it depends neither on the other prompts nor on
@@ -79,8 +80,8 @@ def generate(
         seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator).tolist()
     pool = _Pool(model, prompts, results, seeds, rows, stop, (temperature, top_p), compiled)
     while pool.admit():
-        if not pool.retire():
-            pool.advance()
+        pool.advance()
+        pool.retire()
     return results
 
 
@@ -106,39 +107,38 @@ def prefill_batch(rows: int, samples: int, longest: int) -> int:
     return max(1, min(rows // samples, PREFILL_TOKENS // longest))
 
 
-def draw(model: Decoder, hidden: Tensor, numbers: Tensor, ids: Tensor, logprobs: Tensor, lengths: Tensor, over: Tensor,
-         ends: Tensor, temperature: float, top_p: float):
-    """The token after each of the hidden states (B, C), and its log-probability, go to place `lengths` (B,) of ids and
-    logprobs (B, T + 1); then `lengths` and `over` (B,) are updated. What is drawn for rows already over is discarded.
-    numbers (B, T + 1): uniform ones to draw by; ends (V,): true for stop tokens."""
+def draw(model: Decoder, hidden: Tensor, newest: Tensor, lengths: Tensor, over: Tensor, ids: Tensor, logprobs: Tensor,
+         numbers: Tensor, ends: Tensor, temperature: float, top_p: float):
+    """The token after each of the hidden states (B, C) becomes `newest` (B,), and goes to place `lengths` (B,) of ids
+    (B, T + 1), as its log-probability does of logprobs (B, T + 1); then `lengths` and `over` (B,) are updated. What is
+    drawn for rows already over is discarded. numbers (B, T + 1): uniform ones to draw by; ends (V,): true for stop tokens.
+    """
     at = lengths[:, None]  # (B, 1)
     tokens, drawn = sample(model.logits(hidden), temperature, top_p, numbers.gather(1, at)[:, 0])  # (B,), (B,)
+    newest.copy_(tokens)
     ids.scatter_(1, at, tokens[:, None])
     logprobs.scatter_(1, at, drawn[:, None])
     lengths += ~over
     over |= ends[tokens] | (lengths >= ids.shape[1] - 1) | ~drawn.isfinite()
 
 
-# Of `draw`'s inputs the dimensions that change in size, by place: rows, tokens.
-SIZES = {1: (0,), 2: (0, 1), 3: (0, 1), 4: (0, 1), 5: (0,), 6: (0,)}
-
-
 @dataclass
 class _Prompt:
-    """A prefilled prompt: where the cache has it, the hidden state (C,) of its last token, its unfinished samples."""
+    """Where the cache has a prompt, how many of its tokens (all but the last), and its unfinished samples."""
 
     place: int
     length: int
-    hidden: Tensor
     samples: int
 
 
 @dataclass
 class _Row:
-    """A completion in the making, the uniform numbers (T,) that draw its tokens, and the step its first was drawn in."""
+    """A completion in the making, the token it begins with, the uniform numbers (T,) that draw its tokens, and how many
+    steps there had been before its first."""
 
     completion: Completion
     prompt: _Prompt
+    first: int
     numbers: Tensor
     born: int = 0
 
@@ -154,7 +154,7 @@ class _Pool:
         samples = len(results[0]) if results else 1
         self.model, self.rows, self.seeds = model, min(rows, samples * len(prompts)), seeds
         self.stop, self.how, self.compiled = stop, how, compiled
-        longest, device = max(map(len, prompts), default=1), model.device
+        longest, device = max([2, *map(len, prompts)]) - 1, model.device  # of which at least one is prefilled
         self.batch = prefill_batch(rows, samples, longest)
         self.cache = decoding_cache(
             model.config, min(-(-rows // samples) + self.batch, len(prompts)), longest, self.rows, stop.max_new_tokens,
@@ -165,12 +165,14 @@ class _Pool:
         self.steps = 0  # so far
         self.waiting = self._prefill(prompts, results)
         # (B, T + 1): rows that are over draw into the place after their last. The cache may have more rows than ever live:
-        # a step may take them for live ones, with one token said.
+        # a step may take them for live ones.
         shape = self.cache.answers.shape[2], stop.max_new_tokens + 1
         self.ids, self.logprobs = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
         self.numbers = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.prompt_lengths, self.answer_lengths = torch.ones(2, shape[0], dtype=torch.long, device=device)  # (B,) each
+        self.newest, self.lengths = (torch.zeros(shape[0], dtype=torch.long, device=device) for _ in range(2))  # (B,)
         self.over = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self.state = self.newest, self.lengths, self.over, self.ids, self.logprobs, self.numbers  # as `draw` takes it
+        self.parts: dict[int, list[Tensor]] = {}  # of the state, by the number of first rows
         self.ahead = runs_ahead(device) and not stop.strings
         self.pending: Callable[[], list[bool]] = list  # of the step before the last, if we run ahead, which rows were over
         self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
@@ -179,24 +181,23 @@ class _Pool:
     def _prefill(self, prompts, results: list[list[Completion]]) -> Iterator[_Row]:
         """Each sample in order. A batch of prompts is run when the first of its samples is asked for."""
         for start in range(0, len(prompts), self.batch):
-            lengths = [len(prompt) for prompt in prompts[start : start + self.batch]]
-            ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)  # (N, P), padded on the right
-            for n, length in enumerate(lengths):
-                ids[n, :length] = torch.as_tensor(prompts[start + n])
+            given = [torch.as_tensor(prompt) for prompt in prompts[start : start + self.batch]]
+            ids = torch.zeros(len(given), max(2, *map(len, given)) - 1, dtype=torch.long)  # (N, P), padded on the right
+            for row, prompt in zip(ids, given):
+                row[: len(prompt) - 1] = prompt[:-1]
             filled, first = PromptCache(), len(self.prompts)
-            hidden = self.model(ids.to(self.model.device), cache=filled)  # (N, P, C)
+            self.model(ids.to(self.model.device), cache=filled)
             self.cache.put_prompts(first, filled)
-            self.prompts += [_Prompt(first + n, length, hidden[n, length - 1].clone(), len(results[start + n]))
-                             for n, length in enumerate(lengths)]
-            del filled, hidden  # while samples wait, only the ends and what the cache holds are needed
-            for prompt, group, seed in zip(self.prompts[first:], results[start:], self.seeds[start:]):
+            self.prompts += [_Prompt(first + n, len(prompt) - 1, len(results[start + n])) for n, prompt in enumerate(given)]
+            del filled  # while samples wait, only what the cache holds is needed
+            for prompt, tokens, group, seed in zip(self.prompts[first:], given, results[start:], self.seeds[start:]):
                 shape, stream = (len(group), self.stop.max_new_tokens), torch.Generator().manual_seed(seed)
                 numbers = torch.rand(shape, dtype=torch.float64, generator=stream).to(self.model.device)
                 for completion, row in zip(group, numbers):
-                    yield _Row(completion, prompt, row)
+                    yield _Row(completion, prompt, tokens[-1].item(), row)
 
     def admit(self) -> bool:
-        """Fill the free rows with waiting samples, and draw their first tokens; False when nothing is left to decode."""
+        """Fill the free rows with waiting samples; False when nothing is left to decode."""
         first = len(self.live)
         new = list(islice(self.waiting, self.rows - first))
         if new:
@@ -205,13 +206,12 @@ class _Pool:
                 row.born = self.steps
             self.live += new
             self.numbers[rows, :-1] = torch.stack([row.numbers for row in new])
-            self.prompt_lengths[rows] = torch.tensor([row.prompt.length for row in new], device=self.model.device)
-            self.answer_lengths[rows], self.over[rows] = 0, False
-            self._draw(rows, torch.stack([row.prompt.hidden for row in new]))
+            self.newest[rows] = torch.tensor([row.first for row in new], device=self.model.device)
+            self.lengths[rows], self.over[rows] = 0, False
         return bool(self.live)
 
-    def retire(self) -> bool:
-        """Let go of the rows that have come to their end, and of prompts whose last sample has; whether there were any."""
+    def retire(self):
+        """Let go of the rows that have come to their end, and of prompts whose last sample has."""
         ask = deferred(self.over[: len(self.live)])
         if self.ahead:
             ask, self.pending = self.pending, ask
@@ -220,8 +220,8 @@ class _Pool:
             over = [ends or found for ends, found in zip(over, self._strings())]
         ended = [b for b, ends in enumerate(over) if ends]
         if not ended:
-            return False
-        ends = (x[ended].tolist() for x in (self.ids, self.logprobs, self.answer_lengths))
+            return
+        ends = (x[ended].tolist() for x in (self.ids, self.logprobs, self.lengths))
         for b, ids, logprobs, length in zip(ended, *ends):
             self.stop.finish(self.live[b].completion, ids[:length], logprobs[:length])
             self.live[b].prompt.samples -= 1
@@ -232,38 +232,33 @@ class _Pool:
         for n, prompt in enumerate(self.prompts):
             prompt.place = n
         self.pending = deferred(self.over[: len(self.live)])  # the rows are others now
-        return True
 
     def advance(self):
         """Run the newest token of every live row, and draw the next."""
         if self.changed:
             self.cache.arrange([row.prompt.place for row in self.live], [prompt.length for prompt in self.prompts])
             self.changed = False
+        self.cache.run_step(self._advance, len(self.live), self.steps - min(row.born for row in self.live))
         self.steps += 1
-        self.cache.run_step(self._advance, len(self.live), self.steps - 1 - min(row.born for row in self.live))
 
     def _advance(self, rows: int, longest: int):
-        """Of the first `rows`; longest: tokens that the longest of the answers had before its newest."""
-        last = self.answer_lengths[:rows] - 1  # (B,)
-        newest = self.ids[:rows].gather(1, last[:, None])[:, 0]
-        self._draw(slice(rows), self.cache.step(self.model, newest, self.prompt_lengths[:rows] + last, longest))
-
-    def _draw(self, rows: slice, hidden: Tensor):
-        """The next token of each of the rows, from hidden (B, C)."""
-        kept = (x[rows] for x in (self.numbers, self.ids, self.logprobs, self.answer_lengths, self.over))
-        run(draw, self.compiled and len(hidden) > 1, SIZES, self.model, hidden, *kept, self.ends, *self.how)
+        """Of the first `rows`; longest: tokens that the longest of the answers has."""
+        if rows not in self.parts:
+            self.parts[rows] = [tensor[:rows] for tensor in self.state]
+            if self.compiled:
+                for part in self.parts[rows]:
+                    mark(part, *range(part.ndim))
+        self.cache.step(self.model, longest, draw, *self.parts[rows], self.ends, *self.how)
 
     def _strings(self) -> list[bool]:
         """Whether each live row's newest token completes a stop string."""
-        newest = self.ids[: len(self.live)].gather(1, self.answer_lengths[: len(self.live), None] - 1)[:, 0]
-        for row, token in zip(self.live, newest.tolist()):
-            if len(row.completion.ids) <= self.steps - row.born:  # not seen before
-                row.completion.ids.append(token)
+        for row, token in zip(self.live, self.newest[: len(self.live)].tolist()):
+            row.completion.ids.append(token)
         return [self.stop.completes_string(row.completion.ids) for row in self.live]
 
     def _move_rows(self, sources: list[int], places: list[int]):
         self.cache.move_rows(sources, places)
-        for tensor in (self.ids, self.logprobs, self.numbers, self.prompt_lengths, self.answer_lengths, self.over):
+        for tensor in self.state:
             tensor[places] = tensor[sources]
 
 

@@ -170,6 +170,7 @@ def _corners(rows: int, asked: int, prompt: int, longest: int, limit: int) -> se
 
 def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, rows: int) -> Counter:
     """The highest moment of `generate.generate`, without what `held` counts."""
+    prompt = max(1, prompt - 1)  # its last token is run with the answers
     c, live, batch = s.config, min(rows, prompts * samples), min(prompts, prefill_batch(rows, samples, prompt))
     places = min(-(-rows // samples) + batch, prompts)  # unless answers of more prompts live at once, one or two of each
     slots = (places + 2) * (prompt + 2) + (fitting(live) + 2) * (answer + 2)  # of cache.KVCache

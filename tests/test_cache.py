@@ -34,8 +34,13 @@ def prefill(model, cache: KVCache, ids: torch.Tensor, lengths: list[int], first:
 
 def step(model, cache: KVCache, texts: torch.Tensor, owners: list[int], lengths: list[int], said: int) -> torch.Tensor:
     """Hidden states (B, C) of token `said` of each row's answer; row b of texts is its prompt and its answer."""
-    positions = torch.tensor([lengths[owner] + said for owner in owners])  # (B,)
-    return cache.step(model, texts.gather(1, positions[:, None])[:, 0], positions, longest=said)
+    newest = torch.tensor([text[lengths[owner] + said] for text, owner in zip(texts.tolist(), owners)])  # (B,)
+    return cache.step(model, said, hidden_states, newest, torch.full_like(newest, said))
+
+
+def hidden_states(model, hidden: torch.Tensor, *_) -> torch.Tensor:
+    """In place of `generate.draw`."""
+    return hidden
 
 
 def texts_of(owners: list[int], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +140,7 @@ def test_a_step_writes_one_slot_of_each_row():
     config = ModelConfig(**SHAPE, **FAMILIES["qwen2"])
     cache = KVCache(config, prompts=2, prompt_slots=5, rows=5, slots=30)
     cache.arrange([1, 0, 0], [2, 5])
-    cache.step(random_decoder(config), torch.tensor([3, 4, 5]), torch.tensor([5, 5, 3]), longest=3)
+    cache.step(random_decoder(config), 3, hidden_states, torch.tensor([3, 4, 5]), torch.tensor([0, 3, 1]))
     written = cache.answers[:, :, [0, 1, 2], :, [0, 3, 1]]  # the slots that are new in their answers
     assert written.ne(0).all() and cache.answers.count_nonzero() == written.numel()
     assert cache.prompts.count_nonzero() == 0
@@ -203,8 +208,8 @@ def test_rows_that_nobody_owns_write_to_slot_0_and_others_never_past_their_last(
     config = ModelConfig(**SHAPE, **FAMILIES["qwen2"])
     model, cache = random_decoder(config), KVCache(config, prompts=2, prompt_slots=5, rows=5, slots=6)
     cache.arrange([1, 0, 0], [2, 5])
-    cache.step(model, torch.tensor([3, 4, 5, 6]), torch.tensor([5, 5, 3, 99]), longest=3)
+    cache.step(model, 3, hidden_states, torch.tensor([3, 4, 5, 6]), torch.tensor([0, 3, 1, 97]))
     written = cache.answers[:, :, [0, 1, 2, 3], :, [0, 3, 1, 0]]
     assert written.ne(0).all() and cache.answers.count_nonzero() == written.numel()
     with pytest.raises(IndexError):
-        cache.step(model, torch.tensor([3, 4, 5]), torch.tensor([5, 5, 99]), longest=6)
+        cache.step(model, 6, hidden_states, torch.tensor([3, 4, 5]), torch.tensor([0, 3, 97]))

@@ -1,6 +1,8 @@
 """What torch.compile makes of the decoding step and of the log-probs: the same numbers, from one graph for all sizes."""
 
+import ctypes
 import shutil
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from minibridge import cache, logprob
 from minibridge.generate import generate
 from minibridge.measure import peak_memory
+from test_cache import hidden_states
 from test_generate import PROMPTS, decoder, flat, seeded  # noqa: F401 (a fixture)
 from test_logprob import assert_all_close, fused_gradients, gradients, inputs
 
@@ -34,7 +37,7 @@ def test_a_compiled_step_gives_the_same_numbers_by_the_same_graphs(model):
         assert [completion.ids for completion in found] == [completion.ids for completion in expected]
         for a, b in zip(found, expected):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    assert graphs() - before == 2  # of the step and of the draw; none anew as answers grow and rows leave
+    assert graphs() - before == 1  # none anew as answers grow and rows leave
 
 
 @pytest.mark.parametrize("with_entropy", [True, False])
@@ -68,7 +71,20 @@ def test_no_more_than_an_eighth_of_the_logits_is_in_memory(form):
 
     run()  # compiles
     hidden.grad = weight.grad = None
-    assert peak_memory(torch.device("cpu"), run) - weight.nbytes - hidden.nbytes < 1.1 * 4 * tokens * vocabulary / 8
+    with blocks_given_back():
+        highest = peak_memory(torch.device("cpu"), run)
+    assert highest - weight.nbytes - hidden.nbytes < 1.1 * 4 * tokens * vocabulary / 8
+
+
+@contextmanager
+def blocks_given_back():
+    """What was freed goes to the system, now and from here on: what malloc keeps of it counts as memory in use, and it
+    is 0 to 30 MiB by chance."""
+    threshold, libc = -3, ctypes.CDLL(None)  # M_MMAP_THRESHOLD
+    libc.mallopt(threshold, 2**20)
+    libc.malloc_trim(0)
+    yield
+    libc.mallopt(threshold, 2**25)  # where malloc itself stops raising it
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of the CPU is read from Linux")
@@ -78,7 +94,10 @@ def test_a_step_writes_into_the_cache_and_copies_none_of_it(model):
 
     @torch.inference_mode()
     def step():
-        kept.step(model, torch.tensor([1, 2, 3]), torch.tensor([9, 8, 7]), 5)
+        newest, lengths = torch.tensor([1, 2, 3]), torch.tensor([5, 5, 4])
+        cache.mark(newest, 0)
+        cache.mark(lengths, 0)
+        kept.step(model, 5, hidden_states, newest, lengths)
 
     step()  # compiles
     assert kept.answers.nbytes > 2**28 and peak_memory(torch.device("cpu"), step) < 2**24

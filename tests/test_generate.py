@@ -50,7 +50,12 @@ def naive_greedy(model: Decoder, prompt: list[int], tokens: int) -> list[int]:
 def test_a_step_begun_before_the_ends_are_known_changes_nothing(model, monkeypatch, rows, longest, stop_ids):
     """As on a GPU: rows that are over run once more, and what is drawn then is in no answer."""
     steps, step = [], KVCache.step
-    monkeypatch.setattr(KVCache, "step", lambda cache, model, ids, *rest: steps.append(len(ids)) or step(cache, model, ids, *rest))
+
+    def noted_step(cache, decoder, longest, draw, newest, *more):
+        steps.append(len(newest))
+        step(cache, decoder, longest, draw, newest, *more)
+
+    monkeypatch.setattr(KVCache, "step", noted_step)
     expected = generate(model, PROMPTS, 3, longest, stop_ids=stop_ids, generator=seeded(), rows=rows)
     work, steps[:] = sum(steps), []
     monkeypatch.setattr(generate_module, "runs_ahead", lambda device: True)
@@ -87,13 +92,14 @@ def test_logprobs_are_those_of_the_full_forward(model, rows, temperature):
 
 def test_a_bfloat16_copy_is_sampled_in_bfloat16(model):
     rounded = copy.deepcopy(model).to(torch.bfloat16)
-    results = generate(rounded, PROMPTS, 2, 6, generator=seeded(), rows=5)
+    results, gaps = generate(rounded, PROMPTS, 4, 6, generator=seeded(), rows=5), []
     for prompt, group in zip(PROMPTS, results):
         for completion in group:
             with torch.no_grad():
                 hidden = rounded(torch.tensor([prompt + completion.ids]))[0, len(prompt) - 1 : -1]  # (T, C)
             expected = rounded.logits(hidden).log_softmax(-1)[range(6), completion.ids]
-            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=0.1, rtol=0)
+            gaps.append((torch.tensor(completion.logprobs) - expected).abs())
+    assert torch.cat(gaps).max() < 0.2 and torch.cat(gaps).mean() < 0.02
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
@@ -270,18 +276,18 @@ def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(model, monkey
         prefills.append(len(filled.layers[0][0]))
         put_prompts(cache, first, filled)
 
-    def noted_step(cache, decoder, ids, positions, longest):
-        steps.append(len(ids))
-        assert longest == (positions - cache.prompt_lengths[: len(ids)]).max()  # attention reads no further than it must
+    def noted_step(cache, decoder, longest, draw, newest, lengths, *more):
+        steps.append(len(newest))
+        assert longest == lengths.max()  # attention reads no further than it must
         assert len(cache.grid) <= rows + max(1, rows // samples)  # prompts whose answers are all over are gone
-        return step(cache, decoder, ids, positions, longest)
+        step(cache, decoder, longest, draw, newest, lengths, *more)
 
     monkeypatch.setattr(KVCache, "put_prompts", noted_prompts)
     monkeypatch.setattr(KVCache, "step", noted_step)
     completions = flat(generate(model, PROMPTS, samples, 9, stop_ids=(0, 1, 2, 3), generator=seeded(), rows=rows))
     assert sum(prefills) == len(PROMPTS) and max(prefills) <= max(1, rows // samples)
     assert max(steps) <= rows
-    assert sum(steps) == sum(len(completion.ids) - 1 for completion in completions)
+    assert sum(steps) == sum(len(completion.ids) for completion in completions)
     ideal = sum(steps) / min(rows, len(completions))
     assert len(steps) <= ideal + 2 * 9  # rows are refilled as they end
 
