@@ -130,7 +130,7 @@ SIZES = {1: (2, 4), 2: (2, 4), 3: (0,), 4: (0,), 5: (0,), 6: (0, 1), 7: (0,), 8:
 
 
 def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *inputs) -> Any:
-    """function(*inputs), by one graph of torch.compile if `compiled`. sizes: the dimensions to `mark`, by an input's place."""
+    """function(*inputs), by one graph of torch.compile if `compiled`. sizes: by an input's place the dimensions to mark."""
     if not compiled:
         return function(*inputs)
     for place, dims in sizes.items():
