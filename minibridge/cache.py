@@ -188,7 +188,7 @@ class KVCache:
         self.answers[:, :, places, :, : self.used] = self.answers[:, :, sources, :, : self.used]
 
     def arrange(self, owner: list[int], lengths: list[int]):
-        """Row b answers prompt owner[b]; lengths: tokens of each prompt, by place."""
+        """Row b answers prompt owner[b]; lengths: tokens kept of each prompt, by place."""
         members: list[list[int]] = [[] for _ in range(max(2, len(lengths)))]
         for row, prompt in enumerate(owner):
             members[prompt].append(row)
@@ -212,8 +212,8 @@ class KVCache:
         """Runs the newest token (B,) of each row, keeps its keys and values, and gives its hidden states (B, C) to
         draw(model, hidden, newest, lengths, *more), which draws the next; if compiled, all in one graph.
 
-        lengths (B,): the tokens that a row's answer has, and longest those of the longest. The newest is the last of these,
-        or of the prompt's where there are none. If compiled, what changes in size must be marked (`mark`)."""
+        lengths (B,): slots of its answer that a row has filled, and longest the most of these; the newest token goes to the
+        next slot, so in `generate` the prompt's last to slot 0. `draw` may change them. If compiled, what changes in size must be marked (`mark`)."""
         B, prompts = len(newest), self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
         self.used, slots = longest + 1, self.slots[: max(2, longest)]
         return run(decode_step, self.compiled, SIZES, model, self.answers, prompts, slots, self.prompt_lengths[:B],

@@ -130,7 +130,7 @@ class FlashCache:
         self.answers[:, :, places] = self.answers[:, :, sources]
 
     def arrange(self, owner: list[int], lengths: list[int]):
-        """Row b answers prompt owner[b]; lengths: tokens of each prompt, by place."""
+        """Row b answers prompt owner[b]; lengths: tokens kept of each prompt, by place."""
         B, N = self.answers.shape[2], self.prompts.shape[2]
         order = sorted(range(len(owner)), key=owner.__getitem__) + [*range(len(owner), B)]
         place = sorted(range(B), key=order.__getitem__)
