@@ -213,7 +213,8 @@ class KVCache:
         draw(model, hidden, newest, lengths, *more), which draws the next; if compiled, all in one graph.
 
         lengths (B,): slots of its answer that a row has filled, and longest the most of these; the newest token goes to the
-        next slot, so in `generate` the prompt's last to slot 0. `draw` may change them. If compiled, what changes in size must be marked (`mark`)."""
+        next slot, so in `generate` the prompt's last to slot 0. `draw` may change them. If compiled, what changes in size
+        must be marked (`mark`)."""
         B, prompts = len(newest), self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
         self.used, slots = longest + 1, self.slots[: max(2, longest)]
         return run(decode_step, self.compiled, SIZES, model, self.answers, prompts, slots, self.prompt_lengths[:B],
