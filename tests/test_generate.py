@@ -99,7 +99,7 @@ def test_a_bfloat16_copy_is_sampled_in_bfloat16(model):
                 hidden = rounded(torch.tensor([prompt + completion.ids]))[0, len(prompt) - 1 : -1]  # (T, C)
             expected = rounded.logits(hidden).log_softmax(-1)[range(6), completion.ids]
             gaps.append((torch.tensor(completion.logprobs) - expected).abs())
-    assert torch.cat(gaps).max() < 0.2 and torch.cat(gaps).mean() < 0.02
+    assert torch.cat(gaps).max() < 0.12 and torch.cat(gaps).mean() < 0.015
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
