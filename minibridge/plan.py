@@ -163,7 +163,7 @@ def _rl_seconds(config: Any, model: Decoder, s: Sizes, prompt: float, reference:
     read = (s.body + s.head) * s.size
     read += s.slot * live * (prompt / config.samples + answer / 2)
     flops = training_flops(model, live, live, live * (prompt + answer / 2), passes=1)
-    prefill = training_flops(model, config.prompts * prompt, config.prompts, config.prompts * prompt**2 / 2, passes=1)
+    prefill = training_flops(model, config.prompts * prompt, 0, config.prompts * prompt**2 / 2, passes=1)
     recomputed = config.updates > 1 and config.old_logps == "recomputed"
     passes = (3 + config.checkpointing) * config.updates + reference + recomputed
     pairs = config.prompts * prompt**2 / 2 + answers * answer * (prompt + answer / 2)
