@@ -31,7 +31,7 @@ from minibridge.dag import Problem
 from minibridge.splits import SPLITS, arithmetic_problems, problems
 
 SCALES = {"paper": igsm.PAPER, "toy": igsm.TOY}
-DEPTHS = {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}  # of arithmetic trees; rows and shares as above
+DEPTHS = {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}  # of arithmetic trees
 REDUNDANT = (0, 8)
 VARIANTS = {"arithmetic": "6op", "arithmetic-int": "int"}
 FITS = {"igsm": ("task", "ops", "scale", "balance", "workers"),  # options that others do not have

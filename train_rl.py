@@ -1,6 +1,7 @@
 """GRPO from a Hugging Face folder and a JSONL file of prompts with known answers.
 
     python train_rl.py --model runs/sft_bridge/model --data data/rl.jsonl --val data/val.jsonl --out runs/rl_bridge
+    python train_rl.py --replay runs/rl_bridge/failed_step_0007.safetensors      # what was not finite, and where
 
 A step: sample a group of answers for each prompt, score them, turn rewards into advantages within each group, take one
 or more optimizer steps on the clipped surrogate with a KL penalty towards the model it started from, or on another loss
@@ -22,8 +23,9 @@ from typing import Literal
 
 import torch
 
-from minibridge import checkpoint, coinfluence, parallel, plan, replay, spans
+from minibridge import checkpoint, coinfluence, parallel, plan, replay
 from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
+from minibridge.dag import problem_in
 from minibridge.data import Prompt, load_prompts, prompt_stream, sample_seed
 from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import highest_memory, start_peak
@@ -196,7 +198,7 @@ def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks
     held_out = load_prompts(config.val, tokenizer, limit) if config.val else []
     ranks.check("prompts", config.prompts)
     for number, prompt in enumerate(prompts, 1):
-        spans.problem_of(prompt, f"{config.data}:{number}")  # what is wrong is said now
+        problem_in(prompt.record, f"{config.data}:{number}")  # what is wrong is said now
     if config.influence_every:
         if ranks.size > 1 or min(len(held_out), config.prompts) < 2:
             raise InputError("influence_every: needs two prompts of --val in a batch of --prompts, and one process")
@@ -205,8 +207,6 @@ def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks
             raise InputError(f"influence_every: {shared} prompts of --val are also in --data")
     if len(prompts) < config.prompts:
         raise InputError(f"prompts: {config.prompts} of a batch, but {config.data} has only {len(prompts)} rows")
-    if (longest := max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens) > config.micro_tokens:
-        raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold the longest prompt and answer, {longest} tokens")
     return prompts, held_out
 
 
@@ -264,7 +264,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     prompts, held_out = open_data(config, model, tokenizer, ranks)
     state = load_state(saved, model, optimizer, config)
     planned = plan.rl(config, [len(prompt.ids) for prompt in prompts], len(held_out))
-    run = ranks.open_run(config.out, config, device=str(device), steps=config.steps,
+    run = ranks.open_run(config.out, config, device=device, steps=config.steps,
                          resume_step=state["step"] + 1 if saved else None, plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)

@@ -21,7 +21,7 @@ import torch
 
 from minibridge import checkpoint, parallel, plan
 from minibridge.config import REQUIRED, InputError, option, read_jsonl, write_jsonl
-from minibridge.data import Example, batches, index_stream, load_sft, micro_batches
+from minibridge.data import Example, index_stream, load_sft, micro_batches
 from minibridge.logprob import fused_loss
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
@@ -142,12 +142,12 @@ def main(config: Config, ranks: Ranks = ALONE):
         ranks.shard(model)
     optimizer = adamw(model, (0.9, config.beta2), config.weight_decay)
     examples, held_out = open_data(config, model, tokenizer, ranks)
-    steps = round(config.epochs * len(batches(len(examples), config.batch_size, config.seed, 0)))
+    steps = round(config.epochs * (len(examples) // config.batch_size))
     if steps < 1:
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
-    planned = plan.sft(config, [len(example.ids) for example in examples])
-    run = ranks.open_run(config.out, config, device=str(device), steps=steps, resume_step=start + 1 if saved else None,
+    planned = plan.sft(config, examples)
+    run = ranks.open_run(config.out, config, device=device, steps=steps, resume_step=start + 1 if saved else None,
                          plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)

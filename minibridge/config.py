@@ -20,6 +20,7 @@ training.
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
@@ -171,10 +172,9 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
     return status
 
 
-def shortened(text: str, most: int = 500) -> str:
+def shortened(text: str) -> str:
     """A long text without its middle: a message's beginning says what is wrong, its end what to do."""
-    kept = (most - 5) // 2
-    return text if len(text) <= most else f"{text[:kept]} ... {text[-kept:]}"
+    return text if len(text) <= 500 else f"{text[:247]} ... {text[-247:]}"
 
 
 def printable(text: str) -> str:
@@ -207,11 +207,8 @@ def _contents(path: str | Path) -> bytes:
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """One JSON object a line. Raises InputError("path:line: reason"), also for a blank line."""
-    try:
-        with open(path, "rb") as file:  # bytes: text mode would also break lines at a lone carriage return
-            return [_read_object(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', error)}") from None
+    lines = io.BytesIO(_contents(path))  # bytes: a text would also be broken at a lone carriage return
+    return [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def _read_object(data: bytes, where: str) -> dict:

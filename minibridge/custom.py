@@ -22,11 +22,11 @@ import re
 import string
 from decimal import Decimal
 
+from minibridge.arithmetic import TOLERANCE
 from minibridge.config import InputError, read_jsonl
 from minibridge.dag import Expr, Node, Number, Problem, evaluate, leaves, rounded
 from minibridge.formula import plain
 
-TOLERANCE = 1e-4  # of the score, and the most that rounding may move the answer
 LARGEST = 10**9
 MOST_TOKENS = 100  # of a formula; it also bounds how deep its parentheses go
 OPERATORS = "+-*/()"

@@ -294,6 +294,11 @@ def read_problem(line: dict, where: str) -> Problem:
     return problem
 
 
+def problem_in(line: dict, where: str) -> Problem | None:
+    """`read_problem` of a line that holds a graph; elsewhere "problem" is often a text."""
+    return read_problem(line, where) if isinstance(line.get("problem"), dict) else None
+
+
 PROBLEM_FIELDS = {"task": str, "num_ops": int, "nodes": list, "order": list, "redundant": list, "tolerance": float,
                   "ask": str}
 NODE_FIELDS = {"owner": str, "item": str, "expr": (int, float, str, list), "stated": bool, "text": str}

@@ -25,7 +25,7 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, option, printable, read_jsonl, run_main, write_jsonl, write_whole
-from minibridge.dag import read_problem
+from minibridge.dag import problem_in
 from minibridge.data import load_prompts
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
@@ -58,9 +58,10 @@ class Scored:
     verdicts: tuple[Verdict, ...] = ()
 
 
-def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(mean: float, count: int) -> tuple[float, float]:
     """95% interval of a share of `count` independent problems (Wilson 1927); for means of several answers a problem it
     errs on the wide side."""
+    z = 1.96
     centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
     reach = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
     return max(0.0, centre - reach), min(1.0, centre + reach)
@@ -166,7 +167,8 @@ def _saved(path: str, fields: dict[str, type]) -> Iterator[tuple[str, dict, Verd
         for field, kind in fields.items():
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{where}: no saved answer: field {field!r} must be of type {kind.__name__}")
-        yield where, line, None if line.get("problem") is None else verify(read_problem(line, where), line["text"])
+        problem = problem_in(line, where)
+        yield where, line, problem and verify(problem, line["text"])
 
 
 def _scoring(line: dict) -> tuple[str, str, float]:
@@ -182,11 +184,8 @@ def sample(config: Config) -> list[dict]:
     device = pick_device(config.device)
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts = load_prompts(config.data, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
-    graphs = [prompt.record.get("problem") for prompt in prompts]
-    graphs = [graph if isinstance(graph, dict) else None for graph in graphs]  # elsewhere "problem" is often a text
-    for number, (prompt, graph) in enumerate(zip(prompts, graphs), 1):
-        if graph is not None:  # what is wrong is said before the answers are sampled
-            read_problem(prompt.record, f"{config.data}:{number}")
+    graphs = [prompt.record["problem"] if problem_in(prompt.record, f"{config.data}:{number}") else None
+              for number, prompt in enumerate(prompts, 1)]  # what is wrong is said before the answers are sampled
     generator = torch.Generator().manual_seed(config.seed)
     episodes = rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
                        temperature=config.temperature, rows=config.rows, generator=generator)

@@ -29,7 +29,7 @@ from minibridge.coinfluence import (
     Measured, adam_scale, check_live, live_prompts, means, measure, mix, packed, per_step, rewards, taken
 )
 from minibridge.config import REQUIRED, InputError, option, read_json, run_main, write_jsonl
-from minibridge.dag import Problem
+from minibridge.dag import Problem, problem_in
 from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches
 from minibridge.grpo import group_advantages
 from minibridge.jvp import Direction
@@ -39,7 +39,7 @@ from minibridge.optim import fingerprint, open_model, pick_device, prompt_limit
 from minibridge.policy import example_hidden
 from minibridge.rollout import Episode, lines, rollout
 from minibridge.run_folder import Run, same_settings
-from minibridge.spans import problem_of, token_kinds
+from minibridge.spans import token_kinds
 from minibridge.tokenizer import Tokenizer
 
 NOT_PRINTED = ("factor +-", "K+ +-", "K- +-", "influence, half", "K++", "K+-", "K-+", "K--")  # columns left to the CSV
@@ -168,11 +168,11 @@ def main(config: Config):
         raise InputError(f"{out}: {config.data} or {config.model} has changed since; choose another --out")
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts, held_out = read_prompts(config, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
-    problems = [problem_of(prompt, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
+    problems = [problem_in(prompt.record, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
     longest = min(config.micro_tokens, model.config.max_position_embeddings)
     examples = load_sft(config.reference, tokenizer, longest)[:config.prompts] if config.reference else []
     scale = adam_scale(config.adam, model) if config.adam else None
-    run = Run(out, config, device=str(device), fingerprint=mark)
+    run = Run(out, config, device=device, fingerprint=mark)
     print(f"sampling {config.samples} answers to each of {len(held_out)} prompts of Q and {len(prompts)} others", flush=True)
     generator = torch.Generator().manual_seed(config.seed)
 

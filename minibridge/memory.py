@@ -6,9 +6,9 @@
     decoding    `generate.generate`: the cache, and the largest of what comes and goes beside it
 
 Each gives the bytes of the highest moment by what they are for. The counts follow model.py, functional.py, cache.py,
-policy.py, logprob.py, generate.py and sampling.py and must change with them; tests/test_memory.py holds them to what
-the allocator reports. Not counted: ids and masks, what the allocator loses between blocks, what libraries take for
-themselves.
+packed.py, policy.py, logprob.py, generate.py and sampling.py and must change with them; tests/test_memory.py holds them
+to what the allocator reports. Not counted: ids and masks, what the allocator loses between blocks, what libraries take
+for themselves.
 
 Axes: N prompts of P tokens, B answers of T tokens, C hidden, V vocabulary, L layers.
 """

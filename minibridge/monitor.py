@@ -4,6 +4,7 @@ from collections import Counter
 from minibridge import coinfluence, spans
 from minibridge.answer import extract
 from minibridge.config import printable
+from minibridge.dag import problem_in
 from minibridge.rollout import Episode, dead
 from minibridge.verify import verify
 
@@ -44,7 +45,7 @@ def wasted(groups: list[list[Episode]], mask_truncated: bool = False) -> float:
 def behaviors(groups: list[list[Episode]], data: str) -> dict[str, float]:
     """What some answers to each prompt show: the verifier takes milliseconds for each. data: their file, to name it."""
     some = max(1, VERIFIED // len(groups))
-    problems = [spans.problem_of(group[0].prompt, data) for group in groups]
+    problems = [problem_in(group[0].prompt.record, data) for group in groups]
     if None in problems:
         return {}
     verdicts = [verify(problem, episode.text) for group, problem in zip(groups, problems) for episode in group[:some]]

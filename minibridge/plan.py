@@ -19,7 +19,7 @@ import torch
 from minibridge import checkpoint
 from minibridge.packed import PLACES
 from minibridge.config import InputError
-from minibridge.data import load_sft
+from minibridge.data import Example, load_sft
 from minibridge.logprob import chunk_tokens
 from minibridge.measure import bandwidth, free_memory, matmul_rate, resident
 from minibridge.memory import ITEMS, Sizes, decoding, held, highest, sizes
@@ -106,35 +106,39 @@ def rl(config: Any, prompts: Sequence[int] = (), held_out: int | None = None) ->
     return _plan(config, s, device, dtype, about, phases, seconds, config.steps, rates, flags)
 
 
-def sft(config: Any, lengths: Sequence[int] = ()) -> Plan:
-    """Of train_sft.py's Config. A run that has loaded its model and data gives the lengths of its examples. InputError
-    for a wrong model folder, or if no micro-batch holds the longest example."""
+def sft(config: Any, examples: Sequence[Example] = ()) -> Plan:
+    """Of train_sft.py's Config. A run that has loaded its model and data gives its examples. InputError for a wrong model
+    folder, or if no micro-batch holds the longest example."""
     device, dtype, model, s = _opened(config)
-    longest = max(lengths, default=min(config.max_length, model.config.max_position_embeddings))
+    longest = min(config.max_length, model.config.max_position_embeddings)
+    longest = max((len(example.ids) for example in examples), default=longest)
     _check_micro(config, longest, f"an example of {longest} tokens")
 
     def phases(config: Any) -> Phases:
         found = highest(replace(s, checkpointing=config.checkpointing), config.batch_size, 1, 0, longest,
                         config.micro_tokens, entropy=False)
-        return _with_held({"training": found}, held(s, False, sampled=False), s, loaded=bool(lengths))
+        return _with_held({"training": found}, held(s, False, sampled=False), s, loaded=bool(examples))
 
-    mean, count = _examples(config, longest) if not lengths else (sum(lengths) / len(lengths), len(lengths))
+    seen, count = (examples, len(examples)) if examples else _examples(config, longest)
+    mean = sum(len(example.ids) for example in seen) / len(seen)
+    scored = sum(sum(example.mask[1:]) for example in seen) / len(seen)
     rates, tokens = _rates(device, dtype), config.batch_size * mean
     about = f"{config.batch_size} examples of at most {longest:,} tokens, {mean:,.0f} on average"
-    flops = training_flops(model, tokens, tokens, tokens * mean / 2, 3 + config.checkpointing)
+    flops = training_flops(model, tokens, config.batch_size * scored, tokens * mean / 2)
+    flops += training_flops(model, tokens, 0, tokens * mean / 2, passes=config.checkpointing)
     return _plan(config, s, device, dtype, about, phases, {"training": flops / rates[0]},
                  round(config.epochs * (count // config.batch_size)), rates,
                  {"micro_tokens": (longest, config.batch_size * longest)})
 
 
-def _examples(config: Any, longest: int) -> tuple[float, int]:
-    """Mean length of the first examples, and the number of all; without the file or the tokenizer: the longest, and 0."""
+def _examples(config: Any, longest: int) -> tuple[list[Example], int]:
+    """The first examples, and the number of all; without the file or the tokenizer: one as long as can be, and 0."""
     if not Path(config.data).is_file() or not (Path(config.model) / "tokenizer.json").is_file():
-        return longest, 0
+        return [Example([0] * longest, [1] * longest)], 0
     examples = load_sft(config.data, Tokenizer.load(config.model), config.max_length, config.whole_chat, config.truncate,
                         LOOKED_AT)
     with open(config.data, "rb") as file:
-        return sum(len(example.ids) for example in examples) / len(examples), sum(1 for _ in file)
+        return examples, sum(1 for _ in file)
 
 
 def _opened(config: Any) -> tuple[torch.device, torch.dtype, Decoder, Sizes]:
@@ -165,9 +169,11 @@ def _rl_seconds(config: Any, model: Decoder, s: Sizes, prompt: float, reference:
     flops = training_flops(model, live, live, live * (prompt + answer / 2), passes=1)
     prefill = training_flops(model, config.prompts * prompt, 0, config.prompts * prompt**2 / 2, passes=1)
     recomputed = config.updates > 1 and config.old_logps == "recomputed"
-    passes = (3 + config.checkpointing) * config.updates + reference + recomputed
+    passes = 3 * config.updates + reference + recomputed
     pairs = config.prompts * prompt**2 / 2 + answers * answer * (prompt + answer / 2)
-    training = training_flops(model, config.prompts * prompt + answers * answer, answers * answer, pairs, passes)
+    tokens = config.prompts * prompt + answers * answer
+    training = training_flops(model, tokens, answers * answer, pairs, passes)
+    training += training_flops(model, tokens, 0, pairs, passes=config.checkpointing * config.updates)
     return {"decoding": -(-answers // live) * answer * max(flops / rate, read / speed) + prefill / rate,
             "training": training / rate}
 

@@ -100,9 +100,9 @@ class Config:
 
 def main(config: Config):
     size, out = SIZES[config.size], Path(config.out)
-    pick_device(config.device)  # InputError now, and not when all problems are drawn
+    device = pick_device(config.device)  # InputError now, and not when all problems are drawn
     same_settings(out, config, but=("out", "workers"))
-    run, start = Run(out, config), out / "init"
+    run, start = Run(out, config, device=device), out / "init"
     if not start.exists():
         tokenizer = shared_tokenizer(size)
         model = Decoder(ModelConfig.from_hf({**size.model, "vocab_size": -(-tokenizer.vocab_size // 64) * 64}))

@@ -28,7 +28,7 @@ import train_sft
 from minibridge import arms, checkpoint, evaluate, igsm, plan, results, splits, tables, traces
 from minibridge.config import InputError, option, read_json, run_command, write_jsonl, write_whole
 from minibridge.dag import Problem
-from minibridge.data import load_prompts, load_sft
+from minibridge.data import Example, load_prompts, load_sft
 from minibridge.jobs import side_by_side
 from minibridge.optim import pick_device
 from minibridge.run_folder import Run, same_settings
@@ -129,7 +129,8 @@ def main(config: Experiment):
     check(config)
     if config.plan:
         return print_plans(config)
-    run = Run(out, config, base=base_mark(config, out))  # before any file of these seeds, so that others' cannot join them
+    device, base = pick_device(config.device), base_mark(config, out)
+    run = Run(out, config, device=device, base=base)  # before any file of these seeds, so that others' cannot join them
     for one in config.one_seed_each:
         make_data(one)
         check_data(one)
@@ -185,8 +186,8 @@ def base_mark(config: Experiment, out: Path) -> str:
 
 def print_plans(config: Experiment):
     """As if every prompt and example were as long as is allowed."""
-    where = Path(config.out), config.names[0]
-    print(f"=== SFT\n{plan.sft(sft_config(config, *where), [config.max_length] * config.sft_rows)}\n")
+    where, longest = (Path(config.out), config.names[0]), Example([0] * config.max_length, [1] * config.max_length)
+    print(f"=== SFT\n{plan.sft(sft_config(config, *where), [longest] * config.sft_rows)}\n")
     print(f"=== RL\n{plan.rl(replace(rl_config(config, *where), model=config.base))}\n")
     print(f"Of one arm and seed, without the tests; there are {len(config.names)} arms and {config.seeds} seeds.")
 

@@ -64,7 +64,7 @@ def answers(path: Path) -> tuple[list[evaluate.Scored], float]:
     """Saved answers, scored, and their mean length in tokens. InputError for lines that are not whole."""
     scored, lines = evaluate.rescore(str(path)), read_jsonl(path)
     for number, line in enumerate(lines, start=1):
-        if not isinstance(line.get("ids"), list) or line.get("problem") is None:
+        if not isinstance(line.get("ids"), list) or not isinstance(line.get("problem"), dict):
             raise InputError(f"{path}:{number}: an answer without its ids or its problem")
     return scored, mean(len(line["ids"]) for line in lines)
 

@@ -6,7 +6,7 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, read_jsonl
-from minibridge.data import Prompt
+from minibridge.data import COPIED, Prompt
 from minibridge.generate import Completion, generate
 from minibridge.model import Decoder
 from minibridge.parallel import ALONE, Ranks
@@ -25,7 +25,7 @@ class Episode:
 
     def to_dict(self) -> dict:
         """Enough to score it again, and to train on it again."""
-        keep = {key: self.prompt.record[key] for key in ("id", "task", "num_ops", "tolerance") if key in self.prompt.record}
+        keep = {key: self.prompt.record[key] for key in (*COPIED, "tolerance") if key in self.prompt.record}
         return {**keep, "answer": self.prompt.answer, "text": self.text, "reward": self.reward, "correct": self.correct,
                 "well_formed": self.well_formed, "finish_reason": self.completion.finish_reason,
                 "ids": self.completion.ids, "logprobs": [round(logprob, 6) for logprob in self.completion.logprobs]}
@@ -60,7 +60,7 @@ def dead(group: list[Episode]) -> bool:
 
 
 def refilled(sample: Callable[[int], list[list[Episode]]], count: int, rounds: int) -> list[list[Episode]]:
-    """`count` groups; then, in at most `rounds` rounds, as many more as are dead so far (the dynamic sampling of DAPO,
+    """`count` groups; then, in at most `rounds` rounds, as many more as live ones are missing (the dynamic sampling of DAPO,
     arXiv 2503.14476, 3.2): those to train on first, the dead ones last. sample(n) gives n new groups."""
     groups = sample(count)
     for _ in range(rounds):

@@ -56,7 +56,7 @@ class Run:
     `run.path` is the folder: `run.path / "checkpoints"`. `steps` is the total on the console.
     """
 
-    def __init__(self, folder: str | Path, config: Any, device: str = "cpu", steps: int | None = None,
+    def __init__(self, folder: str | Path, config: Any, device: Any, steps: int | None = None,
                  resume_step: int | None = None, **facts: Any):
         self.path, self.steps = Path(folder), steps
         self.path.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from minibridge import answer
 from minibridge.config import REQUIRED, InputError, option, printable, read_jsonl, run_main
-from minibridge.dag import Problem, read_problem
+from minibridge.dag import Problem, problem_in
 from minibridge.traces import formula
 from minibridge.verify import Step, verify
 
@@ -50,8 +50,7 @@ def turns(record: dict, where: str) -> tuple[str | None, str | None]:
 
 def graph(problem: Problem) -> str:
     """Every quantity with its formula and value: the needed ones in a solving order, then the others."""
-    names = {key: key for key in problem.nodes}
-    rows = [(key, formula(problem.nodes[key].expr, names), str(problem.values[key]))
+    rows = [(key, formula(problem.nodes[key].expr), str(problem.values[key]))
             for key in (*problem.order, *problem.redundant)]
     notes = {key: ", ".join(["asked"] * (key == problem.target) + ["not needed"] * (key in problem.redundant)
                             + ["not stated"] * (not node.stated)) for key, node in problem.nodes.items()}
@@ -93,7 +92,7 @@ def main(config: Config):
     for path in config.data.split(","):
         record, where = line_of(path, config.line), f"{path}:{config.line}"
         question, text = turns(record, where)
-        problem = read_problem(record, where) if isinstance(record.get("problem"), dict) else None
+        problem = problem_in(record, where)
         told = [question, graph(problem)] if problem else [question]
         parts = [f"=== {where}", *(part for part in told if part and told != before)]
         before = told

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minibridge.data import Prompt
-from minibridge.dag import Problem, read_problem
+from minibridge.dag import Problem
 from minibridge.rollout import Episode
 from minibridge.tokenizer import Tokenizer
 from minibridge.verify import FAILED_ATTEMPT, RESTATEMENT, SUBGOAL, Verdict, verify
@@ -39,11 +38,6 @@ def token_kinds(tokenizer: Tokenizer, episode: Episode, problem: Problem) -> Ten
     ids = episode.completion.ids
     silent = {token for token in set(ids) if not tokenizer.decode([token])}
     return torch.tensor([REST if token in silent else kinds[end - 1] for token, end in zip(ids, token_ends(tokenizer, ids))])
-
-
-def problem_of(prompt: Prompt, where: str) -> Problem | None:
-    """The problem behind a prompt, if its line holds one. InputError("where: what") if it is not whole."""
-    return read_problem(prompt.record, where) if isinstance(prompt.record.get("problem"), dict) else None
 
 
 def behavior_rates(verdicts: Sequence[Verdict]) -> dict[str, float]:

@@ -16,7 +16,7 @@ use the same letters (if any) for the same nodes.
 """
 import random
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -205,9 +205,7 @@ def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA,
 def equations(problem: Problem) -> str:
     """A solution in bare equations without letters, one way of writing it: what the toy's base model learns from.
     "- Fir's Cafe = 6 * Elm's Shop = 6 * 8 = 48." """
-    names = {key: key for key in problem.nodes}
-    steps = ["- " + compute(problem.nodes[key].expr, names[key], names, problem.values, subgoal=False)
-             for key in problem.order]
+    steps = ["- " + compute(problem.nodes[key].expr, key, {}, problem.values, subgoal=False) for key in problem.order]
     return OPENING + "\n".join([*steps, _result(problem)])
 
 
@@ -290,11 +288,11 @@ def reduce_once(expr: tuple) -> Expr:
     return (op, first, *args[2:]) if len(args) > 2 else first
 
 
-def formula(expr: Expr, names: dict[str, str] | None = None) -> str:
+def formula(expr: Expr, names: Mapping[str, str] = {}) -> str:
     """Infix text; negative numbers stand bare ("4 - -3"), nested groups in parentheses, but for a product or quotient in
     a sum or difference; roots and squares are written sqrt(x), square(x)."""
     if not isinstance(expr, tuple):
-        return names[expr] if isinstance(expr, str) else str(expr)
+        return names.get(expr, expr) if isinstance(expr, str) else str(expr)
     op, *args = expr
     if op in UNARY:
         return f"{op}({formula(args[0], names)})"

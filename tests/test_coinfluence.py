@@ -287,7 +287,10 @@ def test_adams_scale_from_a_checkpoint(tmp_path):
     with pytest.raises(InputError, match="training.json"):
         checkpoint.save(model, tmp_path / "plain")
         adam_scale(str(tmp_path / "plain"), model)
-    checkpoint.save_training(tmp_path / "fresh", model, optimizer, {"step": 0})
+    checkpoint.save_training(tmp_path / "sft", model, optimizer, {"step": 0})
+    with pytest.raises(InputError, match="sft: not a checkpoint of train_rl.py"):
+        adam_scale(str(tmp_path / "sft"), model)
+    checkpoint.save_training(tmp_path / "fresh", model, optimizer, {"step": 0, "drawn": 0})
     with pytest.raises(InputError, match="no second moments"):
         adam_scale(str(tmp_path / "fresh"), model)
     generator = torch.Generator().manual_seed(3)
@@ -297,7 +300,7 @@ def test_adams_scale_from_a_checkpoint(tmp_path):
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name].clone()
         optimizer.step()
-    checkpoint.save_training(tmp_path / "c", model, optimizer, {"step": 3})
+    checkpoint.save_training(tmp_path / "c", model, optimizer, {"step": 3, "drawn": 9})
     weight = model.lm_head_weight.clone()
     found = adam_scale(str(tmp_path / "c"), make_model(50, seed=1))
     for name, tensor in found.items():

@@ -286,7 +286,7 @@ def test_commit_is_recorded_in_a_work_tree_only(tmp_path, monkeypatch):
     package.mkdir()
     (package / "run_folder.py").write_text("a = 1\n")
     monkeypatch.setattr(minibridge.run_folder, "__file__", str(package / "run_folder.py"))
-    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record
+    assert "commit" not in Run(tmp_path / "run", Config(data="x"), "cpu").record
 
     def git(*arguments):
         settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
@@ -295,20 +295,20 @@ def test_commit_is_recorded_in_a_work_tree_only(tmp_path, monkeypatch):
 
     git("init", "-q")
     git("commit", "-q", "-m", "of someone else", "--allow-empty")
-    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record  # in a repository, not of it
+    assert "commit" not in Run(tmp_path / "run", Config(data="x"), "cpu").record  # in a repository, not of it
     git("add", "run_folder.py")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD").stdout.strip()
-    assert Run(tmp_path / "run", Config(data="x")).record["commit"] == commit
+    assert Run(tmp_path / "run", Config(data="x"), "cpu").record["commit"] == commit
     (package / "run_folder.py").write_text("a = 2\n")
-    assert Run(tmp_path / "run", Config(data="x")).record["commit"] == commit + "-dirty"
+    assert Run(tmp_path / "run", Config(data="x"), "cpu").record["commit"] == commit + "-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
-    assert "commit" not in Run(tmp_path / "run", Config(data="x")).record
+    assert "commit" not in Run(tmp_path / "run", Config(data="x"), "cpu").record
 
 
 def test_log_writes_valid_json_and_prints_one_aligned_line(tmp_path, capsys):
     torch = pytest.importorskip("torch")
-    run = Run(tmp_path, Config(data="x"), steps=200)
+    run = Run(tmp_path, Config(data="x"), "cpu", steps=200)
     run.log(9, loss=torch.tensor(0.123456), accuracy=1, kl=float("nan"))
     run.log(12, loss=1.23456e-06, accuracy=12345678, kl=float("inf"))
     assert capsys.readouterr().out.splitlines() == [
@@ -320,7 +320,7 @@ def test_log_writes_valid_json_and_prints_one_aligned_line(tmp_path, capsys):
 
 
 def test_console_shows_the_numbers_asked_for(tmp_path, capsys):
-    run = Run(tmp_path, Config(data="x"))
+    run = Run(tmp_path, Config(data="x"), "cpu")
     run.log(1, console=("accuracy", "absent"), loss=1.0, accuracy=0.25)
     run.log(2, console=(), loss=1.0)
     assert capsys.readouterr().out == "step     1 | accuracy 0.25\n"
@@ -328,12 +328,12 @@ def test_console_shows_the_numbers_asked_for(tmp_path, capsys):
 
 
 def test_resume_repeats_no_step_and_loses_none(tmp_path):
-    run = Run(tmp_path, Config(data="x"))
+    run = Run(tmp_path, Config(data="x"), "cpu")
     for step in [1, 2, 2, 3, 4]:
         run.log(step, console=(), old=step)
     with open(run.metrics, "a") as file:
         file.write('{"step": 5, "ol')  # killed while appending
-    resumed = Run(tmp_path, Config(data="x"), resume_step=3)
+    resumed = Run(tmp_path, Config(data="x"), "cpu", resume_step=3)
     resumed.log(3, console=(), new=3)
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 2, 3]
     assert read_jsonl(run.metrics)[-1] == {"step": 3, "new": 3}
@@ -342,23 +342,23 @@ def test_resume_repeats_no_step_and_loses_none(tmp_path):
 
 @pytest.mark.parametrize("second, reason", [("", "blank line"), ('{"loss": 1}', "has no step"), ("[]", "not a JSON object")])
 def test_a_damaged_line_of_metrics_is_named(tmp_path, second, reason):
-    Run(tmp_path, Config(data="x")).metrics.write_text(f'{{"step": 0}}\n{second}\n')
+    Run(tmp_path, Config(data="x"), "cpu").metrics.write_text(f'{{"step": 0}}\n{second}\n')
     with pytest.raises(InputError, match=f"metrics.jsonl:2: {reason}"):
-        Run(tmp_path, Config(data="x"), resume_step=3)
+        Run(tmp_path, Config(data="x"), "cpu", resume_step=3)
 
 
 def test_metrics_that_cannot_be_read_stop_a_resumed_run(tmp_path):
-    run = Run(tmp_path, Config(data="x"))
+    run = Run(tmp_path, Config(data="x"), "cpu")
     run.metrics.unlink()
     run.metrics.mkdir()
     with pytest.raises(InputError, match="metrics.jsonl: Is a directory"):
-        Run(tmp_path, Config(data="x"), resume_step=3)
+        Run(tmp_path, Config(data="x"), "cpu", resume_step=3)
 
 
 def test_a_new_run_starts_its_metrics_afresh(tmp_path):
-    Run(tmp_path, Config(data="x")).log(1, console=(), loss=1.0)
-    assert read_jsonl(Run(tmp_path, Config(data="x")).metrics) == []
-    assert read_jsonl(Run(tmp_path / "never", Config(data="x"), resume_step=5).metrics) == []
+    Run(tmp_path, Config(data="x"), "cpu").log(1, console=(), loss=1.0)
+    assert read_jsonl(Run(tmp_path, Config(data="x"), "cpu").metrics) == []
+    assert read_jsonl(Run(tmp_path / "never", Config(data="x"), "cpu", resume_step=5).metrics) == []
 
 
 @dataclass(frozen=True)

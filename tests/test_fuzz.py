@@ -350,7 +350,7 @@ def write_run(folder: Path, model: Decoder):
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.step()
-    run = Run(folder, Settings("here"))  # the folder may be moved
+    run = Run(folder, Settings("here"), "cpu")  # the folder may be moved
     for step in (1, 2):
         run.log(step, console=(), loss=0.5)
     state = {"step": 1, "fingerprint": fingerprint(Settings("here")), "drawn": 3}

@@ -13,6 +13,7 @@ import train_sft
 from conftest import metrics
 from minibridge import measure, plan
 from minibridge.config import run_main
+from minibridge.data import Example
 
 QWEN_7B = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
@@ -143,10 +144,13 @@ def test_seconds(folder, monkeypatch):
     once = 2 * body * tokens + 2 * 1536 * 1000 * 32 * 50 + 4 * 2 * 12 * 128 * pairs
     assert plan.rl(config).seconds["training"] == pytest.approx(4 * once)
     found = plan.rl(replace(config, kl_coef=0.0, updates=2, checkpointing=True)).seconds["training"]
-    assert found == pytest.approx(9 * once)
+    again = once - 2 * 1536 * 1000 * 32 * 50  # layers, without the head
+    assert found == pytest.approx(7 * once + 2 * again)
     config = train_sft.Config(model=model, data="x", out="x", device="cpu", batch_size=3, max_length=100)
-    assert plan.sft(config).seconds == {
-        "training": pytest.approx(3 * (2 * body * 300 + 2 * 1536 * 1000 * 300 + 4 * 2 * 12 * 128 * 3 * 100**2 / 2))}
+    layers, head = 2 * body * 300 + 4 * 2 * 12 * 128 * 3 * 100**2 / 2, 2 * 1536 * 1000 * 3
+    assert plan.sft(config).seconds["training"] == pytest.approx(3 * (layers + 99 * head))
+    known = plan.sft(replace(config, checkpointing=True), [Example([0] * 100, [0] * 60 + [1] * 40)])
+    assert known.seconds["training"] == pytest.approx(4 * layers + 3 * 40 * head)
 
 
 @pytest.mark.parametrize("script, flags", [(train_rl, "--prompts 3 --samples 2 --max-new-tokens 8 --steps 2 --show-every 0"),
