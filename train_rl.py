@@ -8,8 +8,8 @@ or more optimizer steps on the clipped surrogate with a KL penalty towards the m
 (--preset). The defaults are those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B. Where it departs from the authors'
 code: gradients are those of the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step
 does train (theirs has rate 0), exactly the sampled tokens are trained, the stop token included, answers stop at the
-end-of-turn token and not at "</answer>", blanks around a boxed answer are forgiven, and a prompt that is too long is an
-error.
+end-of-turn token and not at "</answer>", blanks around a boxed answer are forgiven, a well-formed answer (--format-scale)
+has each tag once and nothing behind the last, and a prompt that is too long is an error.
 
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """

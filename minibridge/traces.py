@@ -8,7 +8,7 @@ The behaviors of the paper (arXiv 2505.18917, section 4), written once over `Pro
     reflection  exploration: with probability p try a node out of turn; if a parent is still unknown, notice, go back
     analysis    exploitation: restate what the question says about the node before computing it
     subgoal     exploitation: reduce a formula one operation at a time
-in the variant of the authors' code or, `strict`, in that of the paper's Algorithm 1.
+in the variant of the authors' code or, `strict`, as we read the paper's Algorithm 1.
 The answer is made in two hops: `plan` decides which node is tried when, `answer` puts each attempt into words. Nodes get
 letters to compute with; where every name is one word, as in arithmetic, names stand in the formulas themselves.
 Three random streams are split off the one given (wording, reflection, analysis), so that two arms of one seed
@@ -49,7 +49,9 @@ class Behaviors:
 
     By default they act as in the authors' code: a pick out of turn may turn out solvable and is then solved; analysis
     is drawn at failed attempts too, with a probability that grows with the in-degree; with `subgoal`, every formula is
-    reduced stepwise. strict=True is the paper's Algorithm 1, with p = `reflection` for everything:
+    reduced stepwise. (Two things are not as there: a negative number in parentheses is no operation, and gets no step;
+    and an answer ends once the target is solved.) strict=True is our reading of the paper's Algorithm 1, with p =
+    `reflection` for everything:
         exploration   a pick out of turn is made among the locked nodes alone (redundant: 3 in 10), so it always fails
         exploitation  at each unlocked node one draw of probability p decides whether its condition is restated (if
                       analysis > 0, whatever the level) and its formula reduced stepwise (if subgoal); else it is plain
