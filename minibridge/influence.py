@@ -104,8 +104,8 @@ def own_rows(groups: list[list[Episode]], tokens: list[list[Tensor]]) -> list[di
 
 
 def columns_of(found: Measured, correct: Tensor, kappa: Tensor) -> dict[str, Tensor]:
-    """Everything that is known of each prompt, (N,) each. K+- and the like: the first sign is that of Q's answers, which count as in g_Q, so
-    that K+ - K- = (K++ - K+-) - (K-+ - K--)."""
+    """Everything that is known of each prompt, (N,) each. K+- and the like: the first sign is that of Q's answers, which
+    count as in g_Q, so that K+ - K- = (K++ - K+-) - (K-+ - K--)."""
     influence = found.influence
     columns = {"factor": influence.factor, "K+": influence.right, "K-": influence.wrong,
                "K+ - K-": influence.right - influence.wrong, "influence": influence.value}
