@@ -51,7 +51,8 @@ class Config:
                                    "@0.3: as --strict --reflection 0.3, pp-aug, rc-aug, own-answers, prompts; none: bridge")
     analysis: int | None = option(None, "level 0..4 of restating conditions; none: 2 in arms that have it")
     reflection: float | None = option(None, "probability of trying a node out of turn; none: 0.1 in arms that have it")
-    strict: bool = option(False, "the paper's Algorithm 1, with --reflection for every probability; see traces.Behaviors")
+    strict: bool = option(False, "our reading of the paper's Algorithm 1 (traces.Behaviors), with --reflection for every "
+                                "probability")
     count: int | None = option(None, "problems; none: the paper's (2000 sft, 10000 rl, 500 val and test), or all your own")
     rows: int | None = option(None, "most rows to write; none: all", least=1)
     ops: tuple[int, int] | None = option(None, "igsm: operations, as 15-20 or 20; none: the paper's for the split")

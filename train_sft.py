@@ -142,11 +142,11 @@ def main(config: Config, ranks: Ranks = ALONE):
         ranks.shard(model)
     optimizer = adamw(model, (0.9, config.beta2), config.weight_decay)
     examples, held_out = open_data(config, model, tokenizer, ranks)
-    steps = round(config.epochs * (len(examples) // config.batch_size))
+    planned = plan.sft(config, examples)
+    steps = planned.steps
     if steps < 1:
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
-    planned = plan.sft(config, examples)
     run = ranks.open_run(config.out, config, device=device, steps=steps, resume_step=start + 1 if saved else None,
                          plan=planned.record())
     print(planned.verdict(), flush=True)

@@ -217,20 +217,21 @@ def _scaled(direction: Direction, scale: Direction | None) -> Direction:
 
 
 def adam_scale(folder: str, model: Decoder) -> Direction:
-    """1 / (sqrt(v) + 1e-8), with the second moments v that a checkpoint of train_rl.py holds: what Adam does to a gradient,
+    """1 / (sqrt(v) + eps), with the second moments v that a checkpoint of train_rl.py holds: what Adam does to a gradient,
     but for momentum. v is taken as fixed; if it moved, the influences of prompts would not add up. Where v is 0, because
     there was never a gradient (embeddings of tokens that did not occur), the scale is 0 and not 1e8."""
     trained = checkpoint.load(folder, device=model.device)
     if trained.config != model.config:
         raise InputError(f"adam: {folder} holds another kind of model")
     optimizer = adamw(trained, (0.9, 0.999), 0.0)  # as train_rl.py has it
+    beta2, eps = optimizer.defaults["betas"][1], optimizer.defaults["eps"]
     if "drawn" not in checkpoint.load_training(folder, trained, optimizer, updates=None):
         raise InputError(f"adam: {folder}: not a checkpoint of train_rl.py")
     if not optimizer.state:
         raise InputError(f"adam: {folder} holds no second moments")
 
     def scale_of(state: dict) -> Tensor:
-        moment = state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))
-        return torch.where(moment > 0, 1 / (moment.sqrt() + 1e-8), 0.0)
+        moment = state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))
+        return torch.where(moment > 0, 1 / (moment.sqrt() + eps), 0.0)
 
     return {name: scale_of(optimizer.state[parameter]) for name, parameter in trained.named_parameters()}

@@ -25,7 +25,7 @@ import torch
 
 from minibridge import answer
 from minibridge.config import InputError, option, printable, read_jsonl, run_main, write_jsonl, write_whole
-from minibridge.dag import problem_in
+from minibridge.dag import problem_in, read_problem
 from minibridge.data import load_prompts
 from minibridge.optim import open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
@@ -167,8 +167,8 @@ def _saved(path: str, fields: dict[str, type]) -> Iterator[tuple[str, dict, Verd
         for field, kind in fields.items():
             if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
                 raise InputError(f"{where}: no saved answer: field {field!r} must be of type {kind.__name__}")
-        problem = problem_in(line, where)
-        yield where, line, problem and verify(problem, line["text"])
+        graph = not isinstance(line.get("problem"), str | None)  # a text is of another's data
+        yield where, line, verify(read_problem(line, where), line["text"]) if graph else None
 
 
 def _scoring(line: dict) -> tuple[str, str, float]:

@@ -129,8 +129,8 @@ def main(config: Experiment):
     check(config)
     if config.plan:
         return print_plans(config)
-    device, base = pick_device(config.device), base_mark(config, out)
-    run = Run(out, config, device=device, base=base)  # before any file of these seeds, so that others' cannot join them
+    # before any file of these seeds, so that others' cannot join them
+    run = Run(out, config, pick_device(config.device), base=base_mark(config, out))
     for one in config.one_seed_each:
         make_data(one)
         check_data(one)
@@ -186,7 +186,8 @@ def base_mark(config: Experiment, out: Path) -> str:
 
 def print_plans(config: Experiment):
     """As if every prompt and example were as long as is allowed."""
-    where, longest = (Path(config.out), config.names[0]), Example([0] * config.max_length, [1] * config.max_length)
+    where = Path(config.out), config.names[0]
+    longest = Example([0] * config.max_length, [1] * config.max_length)
     print(f"=== SFT\n{plan.sft(sft_config(config, *where), [longest] * config.sft_rows)}\n")
     print(f"=== RL\n{plan.rl(replace(rl_config(config, *where), model=config.base))}\n")
     print(f"Of one arm and seed, without the tests; there are {len(config.names)} arms and {config.seeds} seeds.")

@@ -16,7 +16,7 @@ use the same letters (if any) for the same nodes.
 """
 import random
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -207,7 +207,7 @@ def answer(problem: Problem, rng: random.Random, behaviors: Behaviors = VANILLA,
 def equations(problem: Problem) -> str:
     """A solution in bare equations without letters, one way of writing it: what the toy's base model learns from.
     "- Fir's Cafe = 6 * Elm's Shop = 6 * 8 = 48." """
-    steps = ["- " + compute(problem.nodes[key].expr, key, {}, problem.values, subgoal=False) for key in problem.order]
+    steps = ["- " + compute(problem.nodes[key].expr, key, None, problem.values, subgoal=False) for key in problem.order]
     return OPENING + "\n".join([*steps, _result(problem)])
 
 
@@ -260,7 +260,7 @@ def restated(node: Node, rng: random.Random, level: int) -> bool:
     return rng.random() < ANALYSIS_LEVELS[level][min(node.degree, 5) - 1]
 
 
-def compute(expr: Expr, name: str, names: dict[str, str], values: dict[str, Number], subgoal: bool) -> str:
+def compute(expr: Expr, name: str, names: dict[str, str] | None, values: dict[str, Number], subgoal: bool) -> str:
     """"x = p * (q + r) = 3 * (4 + 5) = 3 * 9 = 27."; without subgoals the reductions in between are left out."""
     chain = [name, formula(expr, names)] if any(isinstance(leaf, str) for leaf in leaves(expr)) else [name]
     numbers = [substitute(expr, values)]
@@ -290,11 +290,12 @@ def reduce_once(expr: tuple) -> Expr:
     return (op, first, *args[2:]) if len(args) > 2 else first
 
 
-def formula(expr: Expr, names: Mapping[str, str] = {}) -> str:
-    """Infix text; negative numbers stand bare ("4 - -3"), nested groups in parentheses, but for a product or quotient in
-    a sum or difference; roots and squares are written sqrt(x), square(x)."""
+def formula(expr: Expr, names: dict[str, str] | None = None) -> str:
+    """Infix text, nodes by their `names` or, without any, by their keys; negative numbers stand bare ("4 - -3"), nested
+    groups in parentheses, but for a product or quotient in a sum or difference; roots and squares are written sqrt(x),
+    square(x)."""
     if not isinstance(expr, tuple):
-        return names.get(expr, expr) if isinstance(expr, str) else str(expr)
+        return names[expr] if names is not None and isinstance(expr, str) else str(expr)
     op, *args = expr
     if op in UNARY:
         return f"{op}({formula(args[0], names)})"

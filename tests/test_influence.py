@@ -39,8 +39,8 @@ def tuned(toy, guesser, tmp_path_factory) -> str:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()
-    checkpoint.save_training(folder := tmp_path_factory.mktemp("tuned") / "sft" / "model", model, optimizer, {"step": 1, "drawn": 6},
-                             toy.tokenizer)
+    folder = tmp_path_factory.mktemp("tuned") / "sft" / "model"
+    checkpoint.save_training(folder, model, optimizer, {"step": 1, "drawn": 6}, toy.tokenizer)
     return str(folder)
 
 
