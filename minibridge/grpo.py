@@ -184,9 +184,8 @@ def grpo_loss(
 
 def token_loss(
     logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, weights: Tensor,
-    kept: Tensor | None = None, *, surrogate: str = "ppo", clip: tuple[float | None, float | None] = (0.2, 0.2),
-    kl_coef: float = 0.0, entropy: Tensor | None = None, entropy_coef: float = 0.0, importance: Tensor | None = None,
-    rollout_log_ratio: Tensor | None = None,
+    kept: Tensor | None, *, surrogate: str, clip: tuple[float | None, float | None], kl_coef: float, entropy_coef: float,
+    entropy: Tensor | None = None, importance: Tensor | None = None, rollout_log_ratio: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What `grpo_loss` computes, of tokens of any shape that each bring their weight: any part of an optimizer step.
 

@@ -6,7 +6,8 @@ import torch
 from conftest import make_model
 from minibridge.data import Example, Prompt
 from minibridge.generate import Completion
-from minibridge.policy import answer_hidden, example_hidden, pack, score
+from minibridge.grpo import PRESETS
+from minibridge.policy import answer_hidden, example_hidden, pack, score, share_of_loss, whole_step
 from minibridge.rollout import Episode
 
 pytestmark = pytest.mark.usefixtures("path")  # each test by pieces and by rows, as on a GPU
@@ -124,9 +125,9 @@ def test_micro_batches_keep_to_their_size_and_groups_together(groups, max_tokens
 
 
 def test_short_answers_to_a_long_prompt_are_parted():
-    """Or attention would have the prompt's 30 tokens eight times, in a micro-batch of 40."""
-    group = [Episode(Prompt([1] * 30, "6", {}), Completion([2], [-1.0]), "", False, False, 0.0) for _ in range(8)]
-    assert [len(batch.answers) for batch in pack([group], torch.zeros(1, 8), 40, CPU)] == [2, 2, 2, 2]  # 2 * 31 <= 80
+    """Or attention would have the prompt's 30 tokens five times, in a micro-batch of 60."""
+    group = [Episode(Prompt([1] * 30, "6", {}), Completion([2] * 6, [-1.0] * 6), "", False, False, 0.0) for _ in range(8)]
+    assert [len(batch.answers) for batch in pack([group], torch.zeros(1, 8), 60, CPU)] == [3, 3, 2]  # 3 * 36 <= 120
 
 
 def test_equal_prompts_of_two_groups_stay_two(groups):
@@ -140,6 +141,13 @@ def test_no_gradient_is_asked_for_where_none_flows(model, groups):
     with torch.no_grad():
         (logps,) = score(model, batch, 1.0)
     assert not logps.requires_grad and logps.shape == batch.trained.shape
+
+
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])  # by chunks, and by whole rollouts
+def test_the_metrics_of_a_micro_batch_keep_no_graph_alive(model, groups, preset):
+    (batch,) = pack(groups, ADVANTAGES, 10**6, CPU)
+    loss, metrics = share_of_loss(model, batch, whole_step([batch], PRESETS[preset], 1.0, 20))
+    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
 
 
 def test_checkpointing_changes_no_gradient(model, groups):
