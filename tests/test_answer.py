@@ -57,6 +57,7 @@ def test_reward_is_an_exact_match(content, right):
     ("0.33330000", True), ("-0.3333", False), ("1/3", False), (".3333", False), ("0,3333", False), ("3333e-4", False),
     ("0.3333x", False), ("+0.3333", False), ("nan", False), ("inf", False), ("", False), ("0_0.3333", False),
     ("\u0660.3333", False), ("00.3333", True), ("0.3333" + "0" * 30, False), ("9" * 400, False),
+    ("0.3333" + "0" * 26, True), ("0.3333" + "0" * 27, False),
 ])
 def test_a_tolerance_is_relative(content, right):
     assert reward(f"so \\boxed{{{content}}}", "0.3333", tolerance=1e-4) == right
@@ -76,6 +77,7 @@ def test_tolerance_around_other_answers(content, answer, right):
 @pytest.mark.parametrize("record, named", [
     ({}, "'answer'"), ({"answer": 7}, "'answer'"), ({"answer": "7", "tolerance": "1"}, "'tolerance'"),
     ({"answer": "7", "tolerance": -1}, "'tolerance'"), ({"answer": "7", "tolerance": True}, "'tolerance'"),
+    ({"answer": "7", "tolerance": 1}, "'tolerance'"),
     ({"answer": "7", "tolerance": float("nan")}, "'tolerance'"), ({"answer": "7", "tolerance": None}, "'tolerance'"),
     ({"answer": "seven", "tolerance": 1e-4}, "'seven'"), ({"answer": "1/2", "tolerance": 1e-4}, "'1/2'"),
 ])

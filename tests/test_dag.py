@@ -189,7 +189,7 @@ GOOD = {"task": "own", "num_ops": 1, "nodes": [{"owner": "a", "item": "", "expr"
 @pytest.mark.parametrize("change", [
     None, 3, [], {"task": 3}, {"num_ops": "1"}, {"num_ops": True}, {"nodes": {}}, {"nodes": [3]}, {"order": None},
     {"order": [3]},
-    {"redundant": [["a"]]}, {"tolerance": "x"}, {"tolerance": 1}, {"ask": 7}, {"nodes": GOOD["nodes"] * 2},
+    {"redundant": [["a"]]}, {"tolerance": "x"}, {"tolerance": 1}, {"tolerance": 1.0}, {"ask": 7}, {"nodes": GOOD["nodes"] * 2},
     *({"nodes": [GOOD["nodes"][0], GOOD["nodes"][1] | node]} for node in (
         {"owner": 7}, {"item": None}, {"stated": 1}, {"text": 5}, {"expr": None}, {"expr": {}}, {"expr": True}, {"expr": []},
         {"expr": ["*"]}, {"expr": ["*", "a"]}, {"expr": ["sqrt", "a", "a"]}, {"expr": ["%", "a", "a"]},
@@ -201,6 +201,18 @@ def test_from_dict_refuses_what_to_dict_does_not_write(change):
     with pytest.raises(InputError) as error:
         Problem.from_dict(GOOD | change if isinstance(change, dict) else change)
     assert "\n" not in str(error.value)
+
+
+def test_operations_nest_fifty_deep_and_no_deeper():
+    expr = 1
+    for depth in range(50):
+        expr = ["+", expr, 1]
+    nodes = [{"owner": "a", "item": "", "expr": expr, "stated": True}]
+    record = GOOD | {"nodes": nodes, "order": ["a"]}
+    assert Problem.from_dict(record).answer == 51
+    nodes[0]["expr"] = ["+", 1, expr]
+    with pytest.raises(InputError, match="nested more than 50 deep"):
+        Problem.from_dict(record)
 
 
 def test_the_question_is_part_of_the_id():

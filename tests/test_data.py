@@ -139,6 +139,7 @@ def test_prompts(tokenizer, write):
     assert prompt.ids == tokenizer.encode_prompt(RL["prompt"])
     assert prompt.answer == "7" and prompt.record == RL
     length = len(prompt.ids)
+    assert load_prompts(write(RL), tokenizer, length) == [prompt]
     with pytest.raises(InputError, match=f"rows.jsonl:1: .*{length} tokens.* {length - 1} "):
         load_prompts(write(RL), tokenizer, length - 1)
 
