@@ -45,7 +45,7 @@ def test_bins_of_every_number_of_right_answers():
         expected = [[0]] + [[n for n in range(1, samples) if b * samples <= 5 * n < (b + 1) * samples] for b in range(5)]
         for row, inside in zip(table, [*expected, [samples], list(range(samples + 1))], strict=True):
             assert row["prompts"] == len(inside) and row["right"] == (sum(inside) / len(inside) if inside else None)
-    assert [row["alpha"] for row in table] == [*tables.BINS, "all"]
+    assert [row["alpha"] for row in table] == ["0", *(f"{b / 5:g}-{(b + 1) / 5:g}" for b in range(5)), "1", "all"]
 
 
 def test_means_leave_out_what_is_not_known_and_have_intervals():
@@ -89,9 +89,19 @@ def test_what_kinds_bring_adds_up_to_the_influence():
     assert table[1]["influence +-"] == pytest.approx(4.3027 * brought_by(1).std().item() / 3**0.5)
 
 
-@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (9, 2.2622), (10, 2.2281), (20, 2.0860), (10**6, 1.95996)])
-def test_students_quantiles(freedom, quantile):
-    assert tables.t_quantile(freedom) == pytest.approx(quantile, rel=2e-3)
+def test_students_quantiles():
+    """Between them lies 95% of the density, which with t = sqrt(freedom) tan(angle) is a power of the cosine."""
+    def inside(reach: float, freedom: int) -> float:
+        angles = torch.linspace(0, math.atan(reach / math.sqrt(freedom)), 10_001, dtype=F64)
+        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+        return 2 * scale * torch.trapezoid(angles.cos() ** (freedom - 1), angles).item()
+
+    for freedom in range(1, 200):
+        error = 6e-5 if freedom < 10 else 3.5 / freedom**3  # of four decimals; of what comes after Fisher's second term
+        quantile = tables.t_quantile(freedom)
+        assert inside(quantile - error, freedom) < 0.95 < inside(quantile + error, freedom)
+        assert error < 2e-3 * quantile
+    assert tables.t_quantile(10**6) == pytest.approx(1.959964, abs=3e-6)
 
 
 def test_fluency():
