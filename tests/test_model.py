@@ -1,5 +1,7 @@
 """The decoder: against hand calculations and naive twins, and (oracle) against transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,7 +167,7 @@ def test_llama3_scaling_against_a_hand_calculation():
 
 def test_initialisation_is_drawn_from_the_generator_alone(config):
     torch.manual_seed(0)
-    before = torch.get_rng_state()
+    before, config = torch.get_rng_state(), replace(config, num_hidden_layers=8)
     first, second, other = Decoder(config), Decoder(config), Decoder(config)
     for model, seed in ((first, 3), (second, 3), (other, 4)):
         model.init_weights(torch.Generator().manual_seed(seed))
@@ -176,7 +178,7 @@ def test_initialisation_is_drawn_from_the_generator_alone(config):
             assert (a == (0.0 if name.endswith("bias") else 1.0)).all(), name
         else:
             assert not torch.equal(a, c), name
-            std = 0.01 if "o_proj" in name or "down_proj" in name else 0.02  # 0.02 / sqrt(2 * 2 layers)
+            std = 0.005 if "o_proj" in name or "down_proj" in name else 0.02  # 0.02 / sqrt(2 * 8 layers)
             assert a.std().item() == pytest.approx(std, rel=0.15), name
 
 
