@@ -1,6 +1,7 @@
 """Sampling: every number is checked against the full forward, every cut against a naive one."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -310,6 +311,18 @@ def test_no_prompts_no_completions(model):
 def test_bad_arguments_are_named(model, arguments, words):
     with pytest.raises(InputError, match=words):
         generate(model, **dict(prompts=[[1]], max_new_tokens=5) | arguments)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_weights_are_noticed_at_the_first_token(model, temperature, bad, monkeypatch):
+    broken, drawn, draw = copy.deepcopy(model), [], generate_module.draw
+    with torch.no_grad():
+        broken.model.norm.weight[0] = bad
+    monkeypatch.setattr(generate_module, "draw", lambda *given: drawn.append(draw(*given)))
+    with pytest.raises(InputError, match="the model's logits are not finite: its weights are broken"):
+        generate(broken, [[1, 2]], 2, 30, temperature=temperature)
+    assert len(drawn) == 1
 
 
 def test_a_prompt_may_fill_the_context_to_the_last_position(model):
