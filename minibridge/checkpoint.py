@@ -142,8 +142,9 @@ def _write_model(model: Decoder, weights: dict[str, Tensor], folder: Path, token
     if broken := [name for name, tensor in weights.items() if not _finite(tensor)]:
         raise InputError(f"{folder.parent}: a model was not saved, as {dtype} not all of {broken[0]} is finite")
     write_tensors(folder / WEIGHTS, weights, {"format": "pt"})  # older transformers want the metadata
-    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private; a server under another user could not read it
     _write_json(folder / "config.json", model.config.to_hf(str(dtype).removeprefix("torch.")))
+    # safetensors makes its file private; another user, as a server may be, reads what the umask lets them
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
     if tokenizer is not None:
         tokenizer.save(folder)
         ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact round trips, every corruption named, no half-written folder, exact resume."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,16 @@ def test_round_trip_is_bit_exact(tmp_path, model_type, tied, dtype):
     assert all(parameter.dtype == dtype and parameter.requires_grad for parameter in loaded.parameters())
     ids = torch.arange(8)[None]
     assert torch.equal(loaded.logits(loaded(ids)), model.logits(model(ids)))
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_the_weights_is_up_to_the_umask(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        checkpoint.save(make(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {mode}
 
 
 @pytest.mark.parametrize("stored", DTYPES)
