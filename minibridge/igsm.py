@@ -232,8 +232,6 @@ def _solving_order(rng: random.Random, structure: _Structure, parents: dict[str,
         backwards.append(key)
         rest.remove(key)
         free.remove(key)
-        if key in asked:
-            asked.remove(key)
         for parent in parents[key]:
             asked.append(parent)
             children[parent] -= 1

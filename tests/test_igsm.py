@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from math import exp, sqrt
 from statistics import NormalDist, mean, stdev
 from types import SimpleNamespace
@@ -357,6 +358,13 @@ def test_toy_problems_stay_small():
         problem = igsm.draw(random.Random(seed), (1, 8), FREE_TOY)
         assert all(abs(value) < 50 for value in problem.values.values())
         assert len(problem.nodes) <= len(FREE_TOY.letters)
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_a_scale_limits_the_redundant_quantities(most):
+    scale = replace(igsm.TOY, redundant=most)
+    counts = {len(igsm.draw(random.Random(seed), (1, 8), scale).redundant) for seed in range(100)}
+    assert counts == {*range(most + 1)}
 
 
 @pytest.mark.parametrize("ops, share", [((15, 20), .5), ((20, 20), .5), ((18, 25), .5),
