@@ -206,7 +206,7 @@ def test_a_parent_found_on_the_way_is_rather_an_abstract_quantity():
 def test_an_abstract_quantity_that_is_asked_for_counts_twice():
     """p leans, if at all, on the abstract A, asked for by t, with weight exp 2 |g|, or on A's part b with weight 1."""
     rng, chosen = random.Random(0), []
-    while len(chosen) < 3000:
+    while len(chosen) < 15000:
         parents = {"t": ["p", "A"], "p": [], "A": ["b"], "b": []}
         order = igsm._solving_order(rng, SimpleNamespace(abstract={"t", "A"}), parents)
         if order is not None and order[-2] == "p" and parents["p"]:
