@@ -214,7 +214,8 @@ def _solving_order(rng: random.Random, structure: _Structure, parents: dict[str,
     """Stage 3: a solving order, found backwards from the question, in which every node is needed by a later one;
     instances receive at most one parent on the way. None when an abstract node is left with nothing to lean on.
 
-    `asked` is a list with repeats: a node wanted twice is twice as likely to come next (kept).
+    `asked` is a list with repeats: a node wanted twice is twice as likely to come next (kept). Nodes that
+    are out stay in it, where nothing sees them: they are neither `free` nor in the `rest`.
     """
     children = Counter(parent for own in parents.values() for parent in own)
     asked: list[str] = []
