@@ -119,7 +119,7 @@ def recipe_of(config: Config) -> Recipe:
 
 def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
             rate: float, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
-    """The optimizer steps on one rollout batch; returns the metrics of the first, where the ratio is still 1."""
+    """The optimizer steps on one rollout batch; returns the first one's metrics, where ratios to the trainer are 1."""
     whole = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
     turns = ranks.even(batches)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def open_models(config: Config, device: torch.device, ranks: Ranks) -> tuple[Dec
     if config.kl_coef or config.kl_threshold is not None:
         reference, _ = open_model(config.model, device, config.dtype)
         reference.to(reference.activation_dtype)  # frozen: it needs no wider copy of its weights
-    copied = model.activation_dtype != torch.float32 and not config.shard  # so that sampling is by a copy, in one process
+    copied = model.activation_dtype != torch.float32 and not config.shard  # sampled by a copy, so the layers may be compiled
     for trained in (model, reference):
         if trained is not None and copied and config.compile != "off" and device.type == "cuda":
             trained.compile_layers()

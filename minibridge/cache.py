@@ -10,7 +10,7 @@ What sampling keeps is in a `KVCache`, a fixed place for prompts and one for ans
 GPU in a `FlashCache` (flash.py). Both have `step`, which runs the model on the newest token of each row and draws the
 next.
 
-In sampling, with G answers to each prompt, the keys of a prompt are read once a step instead of G times: the queries of
+In sampling, with J answers to each prompt, the keys of a prompt are read once a step instead of J times: the queries of
 its answers are laid side by side and meet them in one product (the idea of Hydragen, arXiv 2402.05099).
 
 Axes: N prompts of P slots, J answers to a prompt at most, B answers of S slots, L layers, H query and K key heads,
@@ -147,7 +147,8 @@ def mark(tensor: Tensor, *dims: int):
 @cache
 def compiled_form(function: Callable, cpu: bool) -> Callable:
     """Without torch.compile's checks of its own buffers' sizes, and on a CPU called from C++ and not from Python: 5%
-    and 7% of a toy step. A write moved before the last read of `decode_step` would copy the cache."""
+    and 7% of a toy step. `reorder_for_locality` would move the write of `decode_step` before its last read, which copies
+    the whole cache."""
     return torch.compile(function, options={"size_asserts": False, "cpp_wrapper": cpu,
                                             "reorder_for_locality": function is not decode_step})
 

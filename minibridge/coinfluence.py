@@ -2,7 +2,7 @@
 
 For a prompt q with N sampled answers, of which a share alpha is right, and s(o) = grad mean_t log pi(o_t | q, o_<t):
 
-    g_Q      = mean of A s over the answers of Q     where GRPO's objective over Q grows    `validation_directions`
+    g_Q      = mean of A s over the answers of Q     gradient of GRPO's objective over Q    `validation_directions`
     kappa(o) = <g_Q, s(o)>                           co-influence of an answer, or token    `jvp.directional`
     I(q)     = <g_Q, mean of A s over q's answers>   growth by a step on q, per step size
              = sqrt(alpha (1 - alpha)) (K+ - K-)     Proposition 3.1                        `per_step`
@@ -79,8 +79,8 @@ def mix(correct: Tensor) -> dict[str, float]:
 class Measured:
     """norm: |g_Q|. tokens: (3, T) of each answer, as `jvp.directional` has them. parts: kappa (N, G) by a part of Q alone,
     as `validation_directions` has them, on the live prompts and 0 on others; what is left of kappa is by the other part.
-    cosine: between the gradients of either half of Q. common: the norm that they agree on, 2 sqrt(<g1, g2>), free of the
-    noise of sampling that |g_Q| holds; None where they point apart."""
+    cosine: between the gradients of either half of Q. common: the norm that they agree on, 2 sqrt(<g1, g2>) where g_Q = g1
+    + g2, what either half adds to it, free of the noise of sampling that |g_Q| holds; None where they point apart."""
     norm: float
     tokens: list[list[Tensor]]
     influence: Influence

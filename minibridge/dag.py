@@ -30,7 +30,7 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": lambd
              "sqrt": lambda a: Decimal(a).sqrt(), "square": lambda a: a * a}
 UNARY = ("sqrt", "square")
 PLACES = Decimal("0.0001")
-LARGEST = 10**100  # no value gets there
+LARGEST = 10**100  # no result of an operation gets there
 
 
 class Undefined(InputError):
@@ -47,7 +47,7 @@ def rounded(number: Number) -> Number:
 
 def operate(op: str, *args: Number, finish: Callable[[Number], Number] = rounded) -> Number:
     """One operation, of two numbers or of one. Raises ArithmeticError for a zero divisor, for the root of a negative
-    number, and for results of more than 24 digits that are not whole, or of more than 100."""
+    number, and for results of more than 100 digits, or of more than 24 but for + - * and square of integers."""
     result = OPERATORS[op](*args)
     if abs(result) >= LARGEST:
         raise OverflowError
@@ -155,14 +155,7 @@ class Problem:
         object.__setattr__(self, "values", self._evaluate(solving))
 
     def _solving_order(self) -> tuple[str, ...]:
-        """All keys, each after its parents: as they stand in `nodes`, where that is such an order."""
-        placed: set[str] = set()
-        for key, node in self.nodes.items():
-            if not placed.issuperset(node.parents):
-                break
-            placed.add(key)
-        else:
-            return tuple(self.nodes)
+        """All keys, each after its parents."""
         for key, node in self.nodes.items():
             if unknown := [parent for parent in node.parents if parent not in self.nodes]:
                 raise InputError(f"node {key!r}: unknown parent {unknown[0]!r}")

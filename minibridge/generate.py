@@ -78,6 +78,8 @@ def generate(
     results = [[Completion() for _ in range(samples)] for _ in prompts]
     if seeds is None:
         seeds = torch.randint(2**63 - 1, (len(prompts),), generator=generator).tolist()
+    if len(seeds) != len(prompts):
+        raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     pool = _Pool(model, prompts, results, seeds, rows, stop, (temperature, top_p), compiled)
     while pool.admit():
         pool.advance()

@@ -258,13 +258,13 @@ def token_weights(mask: Tensor, aggregate: str, normalizer: float) -> Tensor:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """PPO's pessimistic bound, to be minimised, and where the clip decides: ratio (B, T), advantages (B, 1).
+    """PPO's pessimistic bound, to be minimised, and where the clip decides, of ratio's shape; advantages broadcast to it.
 
     The clip decides, and stops the gradient, for A > 0 above 1 + high and for A < 0 below 1 - low: the step
     is already taken. On the other sides a step in the wrong direction is still corrected.
     """
-    plain = -advantages * ratio  # (B, T)
-    bounded = -advantages * ratio.clamp(1 - clip[0], 1 + clip[1])  # (B, T)
+    plain = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1 - clip[0], 1 + clip[1])
     return torch.maximum(plain, bounded), bounded > plain
 
 

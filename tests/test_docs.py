@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minibridge.config import run_main
-from test_layers import MODULES, siblings
+from test_layers import MODULES, PACKAGE, imports
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {path.name: path.read_text(encoding="utf-8")
@@ -54,7 +54,9 @@ def test_a_link_leads_to_a_file_and_a_heading(name):
 
 def test_the_reading_order_names_every_module_before_those_that_import_it():
     part = TEXTS["README.md"].split("## To learn from it")[1].split("Each equation")[0]
-    order = [name for name in re.findall(r"`(\w+)\.py`", part) if name in MODULES]
-    assert sorted(order) == MODULES
+    files = {path.stem: path for path in (*PACKAGE.glob("[!_]*.py"), *ROOT.glob("*.py"))}
+    order = re.findall(r"`(\w+)\.py`", part)
+    assert sorted(order) == sorted(files)
     for place, name in enumerate(order):
-        assert siblings(name) <= set(order[:place]), name
+        ours = {imported.removeprefix("minibridge.") for imported in imports(files[name])} & set(files)
+        assert ours <= set(order[:place]), name

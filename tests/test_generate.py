@@ -226,6 +226,11 @@ def test_a_temperature_or_nucleus_that_nothing_can_be_drawn_by(model, wrong):
         generate(model, PROMPTS, 2, 3, **wrong)
 
 
+def test_each_prompt_needs_a_seed(model):
+    with pytest.raises(InputError, match=f"^1 seeds for {len(PROMPTS)} prompts$"):
+        generate(model, PROMPTS, 2, 3, seeds=[1])
+
+
 # Where it ends
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,8 @@ def test_the_papers_run_fits_80_gib(folder, monkeypatch):
     assert table[0] == ["GiB", "decoding", "validating", "training"]
     assert table[-1] == ["total", *(f"{items.total() / 2**30:.2f}" for items in planned.phases.values())]
     assert len({len(line) for line in shown.split("\n\n")[1].splitlines()}) == 1  # aligned
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(line.rstrip() for line in shown.split("\n\n")[1].splitlines()) in readme
     assert "reference" not in str(plan.rl(rl(folder(QWEN_1_5B), kl_coef=0.0)))
 
 
