@@ -40,8 +40,8 @@ from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, t
 from minibridge.rollout import Episode, lines, refilled, rollout
 from minibridge.tokenizer import Tokenizer
 
-CONSOLE = ("accuracy", "dead_groups", "length", "common_answer", "entropy", "kl", "grad_norm", "seconds", "memory_gib",
-           "val_accuracy")
+CONSOLE = ("accuracy", "dead_groups", "length", "truncated", "common_answer", "entropy", "kl", "grad_norm", "seconds",
+           "memory_gib", "val_accuracy")
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,13 @@ def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks
     return examples, held_out
 
 
+def preview(example: Example, tokenizer: Tokenizer) -> str:
+    """A line on what an example trains: how much of it, and how that begins and ends."""
+    trained = [id_ for id_, counts in zip(example.ids[1:], example.mask[1:]) if counts]
+    text = tokenizer.decode(trained, skip_special=False)
+    return f"first example: trains on {len(trained)} of its {len(example.ids)} tokens, from {text[:30]!r} to {text[-30:]!r}"
+
+
 def keep_failed(path: Path, indices: list[int], config: Config, ranks: Ranks):
     """Writes the rows of the data that a step was on."""
     if ranks.main:
@@ -149,7 +156,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     run = ranks.open_run(config.out, config, device=device, steps=steps, resume_step=start + 1 if saved else None,
                          plan=planned.record())
-    print(planned.verdict(), flush=True)
+    print(f"{planned.verdict()}\n{preview(examples[0], tokenizer)}", flush=True)
     start_peak(device)
 
     stream = index_stream(len(examples), config.batch_size, config.seed, start)

@@ -7,9 +7,10 @@
     python -m minibridge.bench influence                 answers whose derivative along a direction is found, per second
     python -m minibridge.bench data                      problems and worked answers per second
 
---peers needs the oracle extra, and trl for `step`. --json FILE writes the rows. The limit beside a figure is what this
-device's own rates, measured first, would allow: multiplications over its matmul rate, or bytes over its bandwidth.
-Wall time of this machine, whatever else runs on it: let nothing else run.
+--peers needs the oracle extra, and trl for `step`. Peers run as they come, ours with torch.compile unless --eager; a first
+turn of each does not count. --json FILE writes the rows. The limit beside a figure is what this device's own rates, measured
+beside it, would allow: multiplications over its matmul rate, or bytes over its bandwidth. Wall time of this
+machine, whatever else runs on it: let nothing else run.
 """
 import importlib.util
 import json
@@ -50,20 +51,24 @@ SHAPES = {  # Qwen2.5's, with random weights: hidden, MLP, layers, heads, key he
 
 
 @dataclass(frozen=True)
-class Work(Repeats):
+class Rollouts(Repeats):
     shape: Literal["toy", "0.5b", "1.5b"] = option("toy", "shape of the model")
     prompts: int = option(8, "prompts", least=1)
     prompt_tokens: int = option(128, "tokens of each", least=2)
     samples: int = option(8, "answers to each", least=2)
     new_tokens: int = option(256, "longest answer, in tokens", least=2)
     micro_tokens: int = option(8192, "tokens of a micro-batch", least=1)
-    peers: bool = option(False, "the same work through the libraries, in turns")
-    eager: bool = option(False, "ours without torch.compile")
-    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
 
-def build(config: Work, device: torch.device, trained: bool = False) -> Decoder:
+@dataclass(frozen=True)
+class Work(Rollouts):
+    peers: bool = option(False, "the same work through the libraries, in turns")
+    eager: bool = option(False, "ours without torch.compile")
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
+
+
+def build(config: Rollouts, device: torch.device, trained: bool = False) -> Decoder:
     shape = ModelConfig.from_hf({
         **dict(zip(NAMES, SHAPES[config.shape])), "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "max_position_embeddings": config.prompt_tokens + config.new_tokens, "tie_word_embeddings": True})
@@ -74,7 +79,7 @@ def build(config: Work, device: torch.device, trained: bool = False) -> Decoder:
     return model.to(device)
 
 
-def random_prompts(config: Work) -> list[list[int]]:
+def random_prompts(config: Rollouts) -> list[list[int]]:
     shape, generator = (config.prompts, config.prompt_tokens), torch.Generator().manual_seed(0)
     return torch.randint(SHAPES[config.shape][-1], shape, generator=generator).tolist()
 
@@ -105,8 +110,8 @@ def main_decode(config: Work):
 
 
 def stop_ids(vocabulary: int, longest: int) -> list[int]:
-    """As many ids as make the mean answer half of the longest, if each id is drawn as often as any other."""
-    return list(range(round(1.6 * vocabulary / longest)))
+    """As many ids as make the mean answer about half of the longest, if each id is drawn as often as any other."""
+    return list(range(max(1, round(1.6 * vocabulary / longest))))
 
 
 def decode_limit(model: Decoder, answers: list[list[Completion]], prompt_tokens: int) -> float:
@@ -202,7 +207,7 @@ def main_train(config: Work):
     functions, peer = [ours], None
     if config.peers:
         peer = peers.Transformers.of(model, dtype)
-        functions.append(peer.trainer(ids))
+        functions.append(peer.trainer(ids, config.micro_tokens))
     found = rates(config.repeats, *functions)
     per_token = training_flops(model, 1, 1, ids.shape[1] / 2)
     report(config, [row(config, "train", "tokens/s", found[0], peer.name if peer else "", found[-1] if peer else (),
@@ -222,7 +227,8 @@ def main_step(config: Work):
     model, reference = build(config, device, trained=True), build(config, device, trained=True)
     model.compute_dtype, reference = dtype, reference.to(dtype)
     optimizer = adamw(model, (0.9, 0.999), 0.01)
-    prompts = random_prompts(config)
+    tokenizer = Tokenizer.load(str(TOY_BASE))
+    prompts = peers.spelled(random_prompts(config), tokenizer)
     settings = train_rl.Config(model="", data="", out="", kl_coef=0.001, entropy_coef=0.0)
 
     def ours() -> float:
@@ -239,11 +245,11 @@ def main_step(config: Work):
     ours()  # not counted, like each peer's first
     found: dict[str, Iterable] = {}  # seconds, ours and theirs
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Tokenizer.load(str(TOY_BASE))
         checkpoint.save(model, folder, tokenizer)
         texts = [tokenizer.decode(ids) for ids in prompts]
         for checkpointing in (True, False) if config.peers else ():
-            peer = peers.TRL(Path(folder), texts, config.samples, config.new_tokens, config.repeats + 1, checkpointing)
+            peer = peers.TRL(Path(folder), texts, config.samples, config.new_tokens, config.repeats + 1, checkpointing,
+                             device.type == "cpu", dtype == torch.bfloat16)
             turns = [(ours(), peer.step()) for _ in range(config.repeats + 1)]
             found[peer.name] = zip(*turns[1:])
     if not config.peers:
@@ -256,7 +262,7 @@ def main_step(config: Work):
 # --- influence -----------------------------------------------------------------------------------------------
 
 
-def main_influence(config: Work):
+def main_influence(config: Rollouts):
     """Beside a forward pass on the same attention path, and a gradient of each answer in turn."""
     model, generator = build(config, pick_device(config.device)), torch.Generator().manual_seed(0)
 
@@ -334,7 +340,7 @@ def check_peers(config: Work, *packages: str):
 
 
 COMMANDS = {"decode": (main_decode, Work), "logprob": (main_logprob, LogProb), "train": (main_train, Work),
-            "step": (main_step, Work), "influence": (main_influence, Work), "data": (main_data, Data)}
+            "step": (main_step, Work), "influence": (main_influence, Rollouts), "data": (main_data, Data)}
 
 if __name__ == "__main__":
     sys.exit(run_command(COMMANDS))

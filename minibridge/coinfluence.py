@@ -1,6 +1,6 @@
 """Co-influence and per-step influence: what a GRPO step on a prompt does for a validation set Q (arXiv 2505.18917, 3).
 
-For a prompt q with N sampled answers, of which a share alpha is right, and s(o) = grad mean_t log pi(o_t | q, o_<t):
+For a prompt q with G sampled answers, of which a share alpha is right, and s(o) = grad mean_t log pi(o_t | q, o_<t):
 
     g_Q      = mean of A s over the answers of Q     gradient of GRPO's objective over Q    `validation_directions`
     kappa(o) = <g_Q, s(o)>                           co-influence of an answer, or token    `jvp.directional`

@@ -34,7 +34,7 @@ class Arm:
 
     @property
     def label(self) -> str:  # matplotlib hides what begins with "_"
-        return f"{'' if not self.name.startswith('_') else ' '}{literal(self.name)}"
+        return " " * self.name.startswith("_") + literal(self.name)
 
     @property
     def turn(self) -> int:  # colours begin anew after eight arms, with other hatchings and lines than before

@@ -8,6 +8,7 @@
 Where the lines carry their "problem", every answer is also re-executed step by step (`verify`): how often it shows the
 behaviors, and where it goes wrong first.
 
+Beside the answers in FILE.jsonl, FILE.run.json holds settings, versions, commit, and a hash of settings, data and weights.
 --rescore and --explain read what this module or train_rl.py has written; --explain any lines {"text": ..., "answer": ...}.
 
 Greedy by default. Intervals are 95% over problems. The row "answer not 0" leaves out the problems that a lazy constant
@@ -27,8 +28,9 @@ from minibridge import answer
 from minibridge.config import InputError, option, printable, read_jsonl, run_main, write_jsonl, write_whole
 from minibridge.dag import problem_in, read_problem
 from minibridge.data import load_prompts
-from minibridge.optim import open_model, pick_device, prompt_limit
+from minibridge.optim import fingerprint, open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
+from minibridge.run_folder import record, write_record
 from minibridge.verify import WRONG_BOX, Verdict, verify
 
 
@@ -202,11 +204,13 @@ def main(config: Config):
     if config.rescore is None:
         if config.model is None or config.data is None or config.out is None:
             raise InputError("give --model, --data and --out, or --rescore, or --explain")
-        if Path(config.out).exists():
-            raise InputError(f"out: {config.out} is there already; remove it or choose another")
+        beside = Path(config.out).with_suffix(".run.json")
+        if found := [path for path in (config.out, beside) if Path(path).exists()]:
+            raise InputError(f"out: {found[0]} is there already; remove it or choose another")
         write_whole(config.out, "")  # what is wrong with it is said before hours of sampling
         Path(config.out).unlink()
         write_jsonl(config.out, sample(config))
+        write_record(beside, record(config, pick_device(config.device), fingerprint=fingerprint(config)))
     problems = rescore(config.rescore or config.out)
     print(table(problems))
     if verdicts := [verdict for problem in problems for verdict in problem.verdicts]:

@@ -29,7 +29,8 @@ MAX_K3 = 10.0  # the authors' cap on k3 per token, reached at d = 2.6; beyond it
 
 @dataclass(frozen=True)
 class Recipe:
-    """All choices that make a loss. ddof, eps and scale are those of `group_advantages`, the others of `grpo_loss`.
+    """All choices that make a loss. ddof, eps and scale are those of `group_advantages`, tis_cap is that of
+    `importance_weights`, mask_truncated fills `kept` of `grpo_loss`, and the others are its options.
 
     kl_threshold, tis_cap and mask_truncated are None or False in every preset.
 

@@ -32,7 +32,7 @@ LossOf = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, dict[str, Tensor
 def token_logprobs_naive(hidden: Tensor, weight: Tensor, targets: Tensor,
                          temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """What `token_logprobs` computes, by way of the whole (N, V) matrix."""
-    logits = (hidden @ weight.to(hidden.dtype).T).to(_wide_dtype(hidden)) / temperature  # (N, V)
+    logits = _logits(hidden, weight, temperature)  # (N, V)
     logps = logits.log_softmax(-1)  # (N, V)
     return logps.gather(1, targets[:, None]).squeeze(1), -(logps.exp() * logps).sum(-1)  # (N,), (N,)
 

@@ -3,6 +3,7 @@
 Each needs its own package (the `oracle` extra has transformers); nothing else in the project uses them.
 """
 import importlib.metadata
+import re
 import tempfile
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from minibridge import checkpoint
 from minibridge.config import InputError
 from minibridge.measure import clock
 from minibridge.model import Decoder
+from minibridge.tokenizer import Tokenizer
 
 
 class Transformers:
@@ -44,17 +46,25 @@ class Transformers:
         stopped = torch.isin(new, torch.tensor(stop_ids, dtype=torch.long, device=new.device))
         return int((stopped.cumsum(1) - stopped.long() == 0).sum())  # a token counts while none before it stopped
 
-    def trainer(self, ids: Tensor) -> Callable[[], int]:
-        """A training step on rows (B, T): cross-entropy of every token, AdamW."""
+    def trainer(self, ids: Tensor, micro_tokens: int) -> Callable[[], int]:
+        """A training step on rows (B, T), some at a time: cross-entropy of every token, AdamW in the model's dtype."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
         def step() -> int:
-            self.model(input_ids=ids, labels=ids).loss.backward()
+            for rows in ids.split(max(1, micro_tokens // ids.shape[1])):
+                (self.model(input_ids=rows, labels=rows).loss * (len(rows) / len(ids))).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return ids.numel()
 
         return step
+
+
+def spelled(prompts: list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
+    """Other prompts, as long, of words with a space before them: the text of these, which TRL is given, has the same ids."""
+    texts = {id_: tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)}
+    words = [id_ for id_, text in texts.items() if re.fullmatch(" [a-zA-Z]+", text) and tokenizer.encode(text) == [id_]]
+    return [[words[id_ % len(words)] for id_ in ids] for ids in prompts]
 
 
 class TRL:
@@ -65,9 +75,10 @@ class TRL:
     checkpointing: activations are computed a second time in the backward pass, as they are by TRL's default.
     """
 
-    def __init__(self, folder: Path, texts: list[str], samples: int, new_tokens: int, steps: int, checkpointing: bool):
+    def __init__(self, folder: Path, texts: list[str], samples: int, new_tokens: int, steps: int, checkpointing: bool,
+                 on_cpu: bool, bf16: bool):
         self.pipe, far = get_context("spawn").Pipe()
-        given = (far, torch.get_num_threads(), folder, texts, samples, new_tokens, steps, checkpointing)
+        given = (far, torch.get_num_threads(), folder, texts, samples, new_tokens, steps, checkpointing, on_cpu, bf16)
         self.process = get_context("spawn").Process(target=_train_trl, args=given, daemon=True)
         self.process.start()
         far.close()
@@ -83,7 +94,7 @@ class TRL:
 
 
 def _train_trl(pipe: Connection, threads: int, folder: Path, texts: list[str], samples: int, new_tokens: int, steps: int,
-               checkpointing: bool):
+               checkpointing: bool, on_cpu: bool, bf16: bool):
     import datasets
     import transformers
     import trl
@@ -100,8 +111,8 @@ def _train_trl(pipe: Connection, threads: int, folder: Path, texts: list[str], s
     config = trl.GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=len(texts) * samples, num_generations=samples,
         gradient_accumulation_steps=1, max_completion_length=new_tokens, max_steps=steps, beta=0.001, loss_type="grpo",
-        temperature=1.0, top_k=0, generation_kwargs={"min_new_tokens": new_tokens}, use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(), gradient_checkpointing=checkpointing, learning_rate=1e-6, shuffle_dataset=False,
+        temperature=1.0, top_k=0, generation_kwargs={"min_new_tokens": new_tokens}, use_cpu=on_cpu, bf16=bf16,
+        gradient_checkpointing=checkpointing, learning_rate=1e-6, shuffle_dataset=False,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
 
     def reward(completion_ids, **_):

@@ -164,14 +164,13 @@ def draw(runs: list[Folder], out: Path) -> list[str]:
 
     found = {name: table for name, (read, _, _) in FIGURES.items() if (table := read(runs))}
     names = dict.fromkeys(row["arm"] for table in found.values() for row in table)
-    order = {name: place for place, name in enumerate(names)}
     for name, table in found.items():
         _, draw_one, size = FIGURES[name]
         tables.write(out / f"{name}.csv", [{"arm": row["arm"]} | {key: "" if value != value else value  # NaN
                                                                   for key, value in row.items()} for row in table])
         with matplotlib.rc_context(drawing.LOOK):
             figure = Figure(size, layout="constrained")
-            draw_one(figure, table, [drawing.Arm(arm, place) for arm, place in order.items()
+            draw_one(figure, table, [drawing.Arm(arm, place) for place, arm in enumerate(names)
                                      if drawing.of(table, arm=arm)])
             handles, labels = figure.axes[0].get_legend_handles_labels()
             columns = max(1, min(4, 90 // (6 + max(map(len, labels), default=1))))  # letters of a line

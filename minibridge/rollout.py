@@ -80,7 +80,7 @@ def read_episodes(path: str, prompts: list[Prompt]) -> list[list[Episode]]:
     """The groups in a file of `lines`, their prompts found by "id" among `prompts`. InputError("path:line: what")."""
     by_id = {prompt.record.get("id"): prompt for prompt in prompts}
     if len(by_id) < len(prompts) or None in by_id:
-        raise InputError(f"{path}: its prompts cannot be told apart: some have no id, or two have one")
+        raise InputError("data: its prompts cannot be told apart: some have no id, or two have one")
     groups: dict[int, list[Episode]] = {}
     for number, line in enumerate(read_jsonl(path), start=1):
         _check_line(line, f"{path}:{number}")

@@ -63,19 +63,8 @@ class Run:
         self.metrics = self.path / "metrics.jsonl"
         write_whole(self.metrics, "" if resume_step is None else _lines_before(self.metrics, resume_step))
         self.started = time.monotonic()
-        self.record = {
-            "config": dataclasses.asdict(config),
-            "argv": sys.argv,
-            "device": str(device),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "resume_step": resume_step,
-            "versions": _versions(),
-        } | _commit() | facts
-        self._save()
-
-    def _save(self) -> None:
-        text = json.dumps(plain(self.record), ensure_ascii=False, allow_nan=False, indent=2)
-        write_whole(self.path / "run.json", text + "\n")
+        self.record = record(config, device, resume_step=resume_step, **facts)
+        write_record(self.path / "run.json", self.record)
 
     def log(self, step: int, console: Sequence[str] | None = None, **numbers: Any) -> None:
         """Append to metrics.jsonl; print the numbers named in `console` (default: all; empty: no line)."""
@@ -94,7 +83,22 @@ class Run:
     def finish(self, **results: Any) -> None:
         """Add the wall-clock seconds since this start, and the results given, to run.json."""
         self.record |= {"seconds": round(time.monotonic() - self.started, 1)} | results
-        self._save()
+        write_record(self.path / "run.json", self.record)
+
+
+def record(config: Any, device: Any, **facts: Any) -> dict[str, Any]:
+    """What runs now: settings, command line, device, time, versions, commit, and the facts given."""
+    return {
+        "config": dataclasses.asdict(config),
+        "argv": sys.argv,
+        "device": str(device),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": _versions(),
+    } | _commit() | facts
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(plain(record), ensure_ascii=False, allow_nan=False, indent=2) + "\n")
 
 
 def _short(value: Any) -> str:

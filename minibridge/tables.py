@@ -78,7 +78,7 @@ def _mean(values: Tensor) -> tuple[float | None, float | None]:
 
 
 def t_quantile(freedom: int) -> float:
-    """97.5% quantile of Student's t: a table, then Fisher's expansion around the normal one, good to 2e-3."""
+    """97.5% quantile of Student's t: a table, then Fisher's expansion around the normal one, good to 3e-3."""
     z = 1.959964
     if freedom <= len(T_QUANTILES):
         return T_QUANTILES[freedom - 1]

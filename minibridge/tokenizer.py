@@ -200,6 +200,10 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "chat_template": self.chat.template(),
         }
+        if self.chat is CHATS["chatml"] and json.dumps(PIECES) not in self.tokenizer.to_str():
+            # For a model of type qwen2 transformers 5 cuts text as Qwen does, whatever tokenizer.json says, unless a class
+            # in the folder is named (there is none, and without trust_remote_code none is looked for).
+            settings["auto_map"] = {"AutoTokenizer": [None, "none.Tokenizer"]}
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         write_whole(folder / "tokenizer_config.json", text + "\n")
 

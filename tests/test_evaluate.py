@@ -124,6 +124,9 @@ def test_sampled_run_and_its_rescore(toy, guesser, tmp_path, capsys):
         printed.append(capsys.readouterr().out)
     assert outs[0].read_bytes() == outs[1].read_bytes() != outs[2].read_bytes()
     assert printed[0] == printed[1] and " pass@2 | pass@4 |\n" in printed[0]
+    made = [json.loads(Path(f"{out}.run.json").read_text()) for out in outs]
+    assert made[0]["fingerprint"] == made[1]["fingerprint"] != made[2]["fingerprint"]
+    assert [(record["config"]["seed"], record["config"]["temperature"]) for record in made] == [(0, 1), (0, 1), (1, 1)]
     assert run("--rescore", outs[0]) == 0 and capsys.readouterr().out == printed[0]
     lines = read_jsonl(outs[0])
     assert cells(printed[0])["all"][1] == f"{sum(line['correct'] for line in lines) / len(lines):.1%}"
@@ -238,6 +241,7 @@ def test_a_problem_that_is_a_text_is_passed_over_and_a_broken_one_named_first(to
     write_jsonl(tmp_path / "a", [first | {"problem": "How many?"}, *others])
     assert run(*argv, tmp_path / "a") == 0 and read_jsonl(tmp_path / "out")[0]["problem"] is None
     (tmp_path / "out").unlink()
+    (tmp_path / "out.run.json").unlink()
     for change, message in (({"problem": {"nodes": []}}, "problem: "), ({"answer": "77777"}, "'answer' is 77777")):
         write_jsonl(tmp_path / "a", [*others, first | change])
         assert run(*argv, tmp_path / "a") == 2 and not (tmp_path / "out").exists()
@@ -315,6 +319,10 @@ def test_answers_never_replace_their_prompts(toy, tmp_path, capsys):
     assert run_main(evaluate.main, evaluate.Config, words) == 2
     assert capsys.readouterr().err.endswith("data.jsonl is there already; remove it or choose another\n")
     assert data.read_bytes() == Path(toy.rl).read_bytes()
+    (tmp_path / "new.run.json").write_text("mine")
+    assert run_main(evaluate.main, evaluate.Config, [*words[:-1], str(tmp_path / "new.jsonl")]) == 2
+    assert capsys.readouterr().err.endswith("new.run.json is there already; remove it or choose another\n")
+    assert not (tmp_path / "new.jsonl").exists() and (tmp_path / "new.run.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize("change", [{"answer": "5"}, {"id": "another"}])

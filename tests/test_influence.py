@@ -131,6 +131,7 @@ def test_the_other_tables(toy, finished):
     assert not (finished / "behaviors.csv").exists()  # the problems are not known here
     results = json.loads((finished / "run.json").read_text())
     assert results["gradient_norm"] > 0 and -1 <= results["halves_cosine"] <= 1
+    assert results["influence_over_norm"] == pytest.approx(sum(influences) / 5 / results["gradient_norm"])
     assert results["halves_rank_correlation"] is not None
 
 

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from minibridge.config import InputError
-from minibridge.tokenizer import PROBES, Tokenizer, train_toy
+from minibridge.tokenizer import PIECES, PROBES, Tokenizer, train_toy
 
 TEXTS = [
     "The number of each River High's Backpack equals 3 more than 12.\n<think>\nSo b = 3 + 12 = 15.\n",
@@ -231,13 +231,24 @@ def test_unknown_chat_format(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+OF_MODELS = pytest.mark.parametrize("tokenizer, kind", [("chatml", "qwen2"), ("chatml", "qwen3"), ("chatml", "llama"),
+                                                        ("llama3", "llama")], indirect=["tokenizer"])
+
+
+def saved_for_transformers(tokenizer, folder, kind):
+    """What transformers makes of it in the folder of a model: by its type alone it may choose a tokenizer of its own."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("generation", [False, True])
 @pytest.mark.parametrize("chat", [CHAT, CHAT[:2], CHAT[1:2], [*CHAT, *CHAT[1:]]])
-def test_transformers_sees_the_same_chat(tokenizer, tmp_path, chat, generation):
-    transformers = pytest.importorskip("transformers")
-    tokenizer.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+@OF_MODELS
+def test_transformers_sees_the_same_chat(tokenizer, tmp_path, kind, chat, generation):
+    theirs = saved_for_transformers(tokenizer, tmp_path, kind)
     text = tokenizer.render(chat, generation)
     assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation) == text
     ids = theirs.apply_chat_template(chat, add_generation_prompt=generation, return_dict=True)["input_ids"]
@@ -245,10 +256,20 @@ def test_transformers_sees_the_same_chat(tokenizer, tmp_path, chat, generation):
 
 
 @pytest.mark.oracle
-def test_transformers_sees_the_same_special_tokens(tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    tokenizer.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+def test_qwens_own_cuts_need_no_other_class(chatml, tmp_path):
+    text = chatml.tokenizer.to_str()
+    cuts = json.dumps(PIECES.replace(r"|\p{N}", r"| ?\p{N}"))
+    assert text.count(cuts) == 1
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(text.replace(cuts, json.dumps(PIECES))), "chatml")
+    theirs = saved_for_transformers(tokenizer, tmp_path, "qwen2")
+    assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert theirs(TEXTS[0])["input_ids"] == tokenizer.encode(TEXTS[0]) != chatml.encode(TEXTS[0])
+
+
+@pytest.mark.oracle
+@OF_MODELS
+def test_transformers_sees_the_same_special_tokens(tokenizer, tmp_path, kind):
+    theirs = saved_for_transformers(tokenizer, tmp_path, kind)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.end_of_turn_id, tokenizer.pad_id)
     assert len(theirs) == tokenizer.vocab_size
     assert theirs.bos_token == (BOS if tokenizer.chat.strip else None)  # only the Llama format has one

@@ -80,6 +80,18 @@ def test_logged_losses_are_the_naive_ones(toy, tmp_path, flag):
             naive_loss(checkpoint.load(out / "model"), examples[:5]).item(), abs=1e-5)
 
 
+def test_the_first_example_is_shown_as_the_loss_sees_it(toy, tmp_path, capsys):
+    """Of the answer what comes after the tag that opens it, of the whole chat all but its first token; to the stop token."""
+    messages = read_jsonl(toy.sft)[0]["messages"]
+    answer, chat = messages[-1]["content"], toy.tokenizer.render(messages)
+    for flag, text in (("--no-whole-chat", answer.removeprefix("<think>\n")), ("--whole-chat", chat.removeprefix("<|im_start|>"))):
+        assert train(toy, tmp_path / flag, flag, "--batch-size 12 --epochs 1") == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first example: trains on ")]
+        example = load_sft(toy.sft, toy.tokenizer, 800, whole_chat=flag == "--whole-chat")[0]
+        assert line == (f"first example: trains on {sum(example.mask[1:])} of its {len(example.ids)} tokens, "
+                        f"from {text[:30]!r} to {(answer + '<|im_end|>')[-30:]!r}")
+
+
 def test_accumulated_gradient_is_the_naive_one(toy):
     """Also in pieces of any size and in any order: rows of few answer tokens weigh less than rows of many."""
     examples = load_sft(toy.sft, toy.tokenizer, 800)[:6]
@@ -137,7 +149,8 @@ def test_learning_rate_validations_and_console(toy, tmp_path, capsys):
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 5]
     shown = [line.split("|")[0].split() for line in capsys.readouterr().out.splitlines()]
     assert shown[0][:4] == ["Memory", "as", "planned", "fits:"]
-    assert shown[1:] == [["step", f"{step}/5"] for step in (2, 3, 4, 5)] + [[f"{tmp_path}/model:", "written"]]
+    assert shown[1][:2] == ["first", "example:"]
+    assert shown[2:] == [["step", f"{step}/5"] for step in (2, 3, 4, 5)] + [[f"{tmp_path}/model:", "written"]]
 
 
 def test_flags_reach_the_optimizer(toy, tmp_path, monkeypatch):
