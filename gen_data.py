@@ -47,22 +47,24 @@ class Config:
         "igsm", "arithmetic: six operations, four decimals; arithmetic-int: + - * of whole numbers")
     problems: str | None = option(None, "JSONL file of your own problems, instead of a task")
     split: Literal["sft", "rl", "val", "test", "base"] = option("sft", "which disjoint part of all problems to draw from")
-    arm: str | None = option(None, "of SFT rows: vanilla, bridge, subgoal+reflection (any of the three), with "
-                                   "@0.3: as --strict --reflection 0.3, pp-aug, rc-aug, own-answers, prompts; none: bridge")
-    analysis: int | None = option(None, "level 0..4 of restating conditions; none: 2 in arms that have it")
+    arm: str | None = option(None, "of SFT rows: vanilla, bridge, any of subgoal, analysis, reflection joined by +, pp-aug, "
+                                   "rc-aug, own-answers, prompts; with reflection, ARM@0.3 is ARM --strict --reflection "
+                                   "0.3; none: bridge")
+    analysis: int | None = option(None, "level 0..4 of restating conditions (strict: 0 or not 0); none: 2 in arms with it")
     reflection: float | None = option(None, "probability of trying a node out of turn; none: 0.1 in arms that have it")
     strict: bool = option(False, "our reading of the paper's Algorithm 1 (traces.Behaviors), with --reflection for every "
                                 "probability")
-    count: int | None = option(None, "problems; none: the paper's (2000 sft, 10000 rl, 500 val and test), or all your own")
+    count: int | None = option(None, "problems; none: the paper's (2000 sft and base, 10000 rl, 500 val and test), or all "
+                                     "your own")
     rows: int | None = option(None, "most rows to write; none: all", least=1)
     ops: tuple[int, int] | None = option(None, "igsm: operations, as 15-20 or 20; none: the paper's for the split")
     scale: Literal["paper", "toy"] = option("paper", "igsm: structures, values, words; toy: those toy_base knows")
-    depth: int | None = option(None, "arithmetic: levels of the tree; none: the paper's, 4 for sft, 5 for rl, val and test",
+    depth: int | None = option(None, "arithmetic: levels of the tree; none: 3 for base, the paper's 4 for sft, 5 for others",
                                least=2, most=6)
     redundant: tuple[int, int] | None = option(None, "arithmetic: unneeded premises, at most 1000; none: 0-8 (20-22 is the "
                                                      "OOD test)")
     lines: traces.Lines | None = option(None, "order of the conditions; none: random, of your own problems as given")
-    balance: float = option(1.0, "largest share of the problems that one answer may have")
+    balance: float = option(1.0, "largest share of the problems that one answer may have (always one problem)")
     rollouts: str | None = option(None, "JSONL file of a model's answers to these problems: keep those of middling accuracy")
     keep: tuple[int, int] | None = option(None, "percent of right rollouts that a problem is kept for; none: 20-80")
     workers: int = option(1, "processes that draw; any number of them gives the same file", least=1, most=256)

@@ -31,7 +31,7 @@ Tree = dict[str, int | tuple]  # name -> leaf, or (op, child, child, ...); in a 
 def draw(rng: random.Random, depth: int = 5, redundant: tuple[int, int] = (0, 8), variant: str = "6op",
          links: int = 1) -> Problem:
     """A problem whose tree has `depth` levels, operations and leaves together, each operation of two numbers taking
-    `links` more of its nodes as operands; and redundant[0]..redundant[1] premises that are not needed, each an
+    one more of its nodes as an operand, `links` times; and redundant[0]..redundant[1] premises that are not needed, each an
     unconnected tree of two levels (two or three sentences).
 
     Raises InputError when no draw passes the filters: 1e-4 <= answer < 1000, every value below 10,000, no division

@@ -4,7 +4,8 @@
     subgoal+reflection, ...       the behaviors named: any one, or several joined by "+"
     bridge@0.3, reflection@0.1    arms with reflection in their strict form (`traces.Behaviors`) with this probability
     pp-aug                        premises permuted: the plain row, and 3 with the conditions of the question reshuffled
-    rc-aug                        reasoning chain: the plain row, and 3 answers in other topological orders, in fresh words
+    rc-aug                        reasoning chain: the plain row, and 3 answers in random topological orders, in fresh words
+                                  (the toy's problems are nearly chains: nine in ten of its orders are the plain one)
     own-answers                   right answers that a model has given itself (rejection sampling), at most 4 a problem
     prompts                       no answers: what such a model is asked
 
@@ -71,7 +72,7 @@ def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = Non
     """One line: an SFT example rendered with `behaviors`, or an RL prompt when there are none.
 
     asked, solved: which form of question and answer, from 0, the plain one. Other questions have their conditions
-    reshuffled; other answers follow another topological order, differently worded and with other letters.
+    reshuffled; other answers follow a topological order drawn at random, differently worded and with other letters.
     """
     question = traces.question(problem, _stream(seed, problem, "question", asked), "random" if asked else lines)
     common = {"answer": str(problem.answer), "task": problem.task, "num_ops": problem.num_ops, "id": problem.id}

@@ -7,7 +7,8 @@
 
 name       what worked answers call the quantity; any text of at most 100 characters but "it", "and" and numbers, with a
            letter in it, without + - * / ( ) = and without a full stop before a blank or the end. Where all names of a
-           problem are single words, formulas in answers use the names; else each gets a letter, at most 52 nodes then
+           problem are single words, formulas in answers use the names; else each gets a letter, of 52 less those that are
+           names
 formula    numbers, names, + - * / and parentheses, with the usual precedence; its parents are the names in it. Numbers
            have at most nine digits before the point and four behind it; a minus may stand right before a number
 statement  the sentence that tells it; left out where the reader has to infer the formula. The statements, in the order of
@@ -206,7 +207,7 @@ def _joined(op: str, left: Expr, right: Expr) -> Expr:
 
 
 def _atom(tokens: list[str]) -> Expr:
-    token = tokens.pop(0) if tokens else "the end"
+    token = tokens.pop(0) if tokens else ""
     if token == "-" and tokens and _is_number(tokens[0]):
         return -_number(tokens.pop(0))
     if token == "(":
@@ -214,8 +215,8 @@ def _atom(tokens: list[str]) -> Expr:
         if not tokens or tokens.pop(0) != ")":
             raise InputError("formula: a parenthesis is not closed")
         return expr
-    if token in OPERATORS or token == "the end":
-        raise InputError(f"formula: a number, a name or a parenthesis is missing before {token!r}")
+    if token in OPERATORS or not token:
+        raise InputError(f"formula: a number, a name or a parenthesis is missing before {token or 'the end'!r}")
     return _number(token) if _is_number(token) else token
 
 

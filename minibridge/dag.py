@@ -81,7 +81,7 @@ def leaves(expr: Expr) -> list[Number | str]:
 
 
 def pick(rng: random.Random, choices: Sequence):
-    """rng.choice, three times as fast: little else is done as often to make problems and their answers."""
+    """rng.choice, but faster: little else is done as often to make problems and their answers."""
     return choices[int(rng.random() * len(choices))]
 
 
@@ -302,7 +302,7 @@ MOST_NESTED = 50
 def _check_types(record, kinds: dict[str, type], where: str):
     for name, kind in kinds.items():
         value = record.get(name) if isinstance(record, dict) else None
-        if not (name in OPTIONAL and value is None) and (not isinstance(value, kind)
+        if not (name in OPTIONAL and name not in record) and (not isinstance(value, kind)
                                                          or isinstance(value, bool) and kind is not bool):
             raise InputError(f"{where}: field {name!r} is missing or of another type")
 

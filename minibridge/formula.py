@@ -52,10 +52,11 @@ def plain(name: str) -> str:
 
 
 def read_number(text: str, kind: str = ARITHMETIC) -> Number:
-    """The only place where digits become a number. Raises Wrong of `kind` when there are too many."""
+    """The only place where digits become a number, an int if it is whole. Raises Wrong of `kind` when there are too many."""
     if len(text) > MAX_DIGITS:
         raise Wrong(kind, f"a number of {len(text)} digits")
-    return Decimal(text) if "." in text else int(text)
+    number = Decimal(text) if "." in text else int(text)
+    return int(number) if number == int(number) else number
 
 
 def only_number(text: str) -> Number | None:
@@ -69,8 +70,8 @@ def is_number(form: Form) -> bool:
 
 
 def computed(exact: Number, written: Number) -> bool:
-    """Whether a written result is right: equal, or rounded to the fourth decimal where it is not whole by nature."""
-    return exact == written or not isinstance(exact, int) and abs(exact - written) <= ROUNDING
+    """Whether a written result is right: equal, or rounded to the fourth decimal where it is not whole."""
+    return exact == written or exact != int(exact) and abs(exact - written) <= ROUNDING
 
 
 def value(form: Form) -> Number:
@@ -135,8 +136,11 @@ def canonical(expr: Expr) -> Form:
 
 
 def commutes(expr: Expr) -> bool:
-    """Whether an expression stays the same whatever the order of its operands."""
-    return not isinstance(expr, tuple) or expr[0] in "+*" and all(map(commutes, expr[1:]))
+    """Whether an expression stays the same whatever the order of its nodes, which are the operands of one sum or product."""
+    if not isinstance(expr, tuple):
+        return True
+    named = [arg for arg in expr[1:] if not is_number(arg)]
+    return expr[0] in "+*" and (all(isinstance(arg, str) for arg in named) or len(named) == 1 and commutes(named[0]))
 
 
 def substitute(form: Form, values: Mapping[str, Number]) -> Form:

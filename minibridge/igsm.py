@@ -41,8 +41,8 @@ TOY = Scale(instances=8, layers=(2, 3), widths=(2, 3), cap=50, worlds=TOY_WORLDS
 
 
 def draw(rng: random.Random, ops: tuple[int, int] = (15, 20), scale: Scale = PAPER) -> Problem:
-    """A problem of ops[0]..ops[1] operations that passes the benchmark's filters: |answer| < 1000, and above
-    20 operations six in ten of those with answer 0 are dropped.
+    """A problem of ops[0]..ops[1] operations that passes the benchmark's filters: |answer| < 1000, and where
+    the range begins above 20 operations six in ten of those with answer 0 are dropped.
 
     Raises InputError when the op range admits none at this scale.
     """
@@ -96,7 +96,7 @@ def attempt(rng: random.Random, ops: tuple[int, int], scale: Scale = PAPER) -> P
 
 
 def _integer(rng: random.Random, low: int, high: int) -> int:
-    """rng.randint, several times as fast."""
+    """rng.randint, but faster."""
     return low + int(rng.random() * (high - low + 1))
 
 

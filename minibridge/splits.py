@@ -40,7 +40,7 @@ Candidate = Callable[[int], tuple[Problem, str]]  # number -> problem, the hash 
 
 def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, seed: int,
              balance: float = 1.0, workers: int = 1) -> list[Problem]:
-    """`count` different iGSM problems of a split, no answer taking more than `balance` of them.
+    """`count` different iGSM problems of a split, no answer taking more than `balance` of them (or one).
     Raises InputError when the filters leave too few."""
     name = f"ops {ops[0]}-{ops[1]}"
     candidate = partial(_igsm, f"{seed}/{split}/{ops[0]}-{ops[1]}", ops, scale)

@@ -154,6 +154,11 @@ def _pattern(template: str) -> str:
     return "".join(FIELDS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts))
 
 
+def _loose(text: str) -> str:
+    """A pattern for a text, whatever its blanks."""
+    return r"\s+".join(map(re.escape, text.split()))
+
+
 def _grammar() -> list[tuple[re.Pattern, str]]:
     """(what a whole sentence looks like, the method of `_Ledger` that judges it). The order matters: "it" in "Let it be
     x." is no letter, and "Now take A, call it x." is no node."""
@@ -177,14 +182,14 @@ class _Ledger:
         self.letters: dict[str, str] = {}
         self.values: dict[str, Number] = {}
         self.keys = {plain(name): key for key, node in problem.nodes.items() for name in (key, traces.phrase(node))}
-        names = "|".join(sorted(map(re.escape, self.keys), key=len, reverse=True))
+        names = "|".join(map(_loose, sorted(self.keys, key=len, reverse=True)))
         self.phrases = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
         self.tokens = formula.tokens_of(names)
         self.chain_head = re.compile(rf"{CHAIN_HEAD}({names}|{WORD})\s*", re.IGNORECASE)
         self.texts = {key: node.text.translate(LOOKALIKES) for key, node in problem.nodes.items() if node.text}
         texts = sorted(self.texts.values(), key=len, reverse=True)  # one may begin like another
-        quotes = [re.escape(quote.format(text=text)) for quote in traces.QUOTE for text in texts]
-        self.sentences = re.compile(f"(?P<quote>{'|'.join(quotes) or '(?!)'})|{SENTENCE}")  # a quote may have several
+        quotes = "|".join(_loose(quote.format(text=text)) for quote in traces.QUOTE for text in texts)
+        self.sentences = re.compile(f"(?P<quote>{quotes or '(?!)'})|{SENTENCE}", re.IGNORECASE)  # a quote may have several
 
     def step(self, text: str, start: int, end: int) -> Step:
         """Reads the line text[start:end]; after an error the rest of it is still read for what it defines."""
@@ -264,7 +269,7 @@ class _Ledger:
 
     def _quote(self, text: str):
         """Right when it is the question's own sentence about the node."""
-        if text != self.texts.get(self.node, "").rstrip(" ."):
+        if plain(text) != " ".join(plain(self.texts.get(self.node, "")).split()).rstrip(" ."):
             raise Wrong(WRONG_RESTATEMENT, text[:80])
 
     def _lock(self, nodes: str):
@@ -324,7 +329,7 @@ class _Ledger:
                 start = at + len(link) - len(link.lstrip())
                 self.parts.append(Part(SUBGOAL, start, at + len(link.rstrip())))
             current = reduced
-        if not is_number(current):
+        if not is_number(current) or formula.only_number(links[-1].strip(" .()")) is None:
             raise Wrong(ARITHMETIC, "no value in the end")
 
     def _evaluated(self, key: str) -> Number | None:

@@ -48,7 +48,7 @@ def read(tmp_path):
     ("a * b / c", ("/", ("*", "a", "b"), "c")),
     ("(a + b) * (c + 1)", ("*", ("+", "a", "b"), ("+", "c", 1))), ("a + b + c", ("+", "a", "b", "c")),
     ("((a))", "a"), ("a * -2", ("*", "a", -2)), ("a - -2", ("-", "a", -2)), ("3 pens", "3 pens"), ("10%", "10%"),
-    ("__import__", "__import__"),
+    ("__import__", "__import__"), ("2 * the end", ("*", 2, "the end")),
 ])
 def test_parse(text, expr):
     assert parse(text) == expr

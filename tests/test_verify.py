@@ -122,6 +122,7 @@ def test_a_right_answer_in_full():
     ("So the result is 19.\n", ""),
     ("boxed{19}", "boxed{ 19 }"), ("<answer>\n", ""), ("</think>\n", ""),
     ("- Let r", "- Let d be each Oak's Jar. d = p - q = -5.\n- Let r"),
+    ("- Let r", "- Let f be each Fir's Tin. f = q = 9.\n- Let r"),
 ], ids=str)
 def test_harmless_variation(old, new):
     assert found(edited(old, new)) == (None, None)
@@ -188,6 +189,8 @@ def test_harmless_variation(old, new):
     ("r = 3 + q", f"r = 3 + {'+' * 97}q q", 4, UNREADABLE),
     ("r = 3 + q", "r =", 4, UNREADABLE), ("= 12.", "= twelve.", 4, UNDEFINED),
     ("is 4. Call", "is four. Call", 0, UNREADABLE),
+    ("- Let r", "- Let f be each Fir's Tin. f = q.\n- Let r", 4, ARITHMETIC),
+    ("- Let r", "- Let f be each Fir's Tin. f = q = q.\n- Let r", 4, ARITHMETIC),
     # the end
     ("So the result is 19", "So the result is 18", 7, WRONG_CLOSING), ("boxed{19}", "boxed{18}", 8, WRONG_BOX),
     ("boxed{19}", "boxed{019}", 8, WRONG_BOX), ("The answer is \\boxed{19}.", "", 8, WRONG_BOX),
@@ -539,6 +542,15 @@ def test_problems_of_a_file():
         assert check(traces.answer(problem, random.Random(seed), traces.Behaviors(True, 4, .5)), problem).correct
 
 
+@pytest.mark.parametrize("old, new", [
+    ("2nd class = 9", "2nd  class = 9"), ("a / 2nd class", "a / 2nd   class"), ("2nd class is not", "2nd  class is not"),
+    ("Recall: The fans are few. There", "Recall: the fans  are few. there"), ("2 * (The pupils", "2 * (the  pupils"),
+])
+def test_blanks_and_case_are_free_in_problems_of_a_file(old, new):
+    assert old in OWN_TEXT
+    assert found(OWN_TEXT.replace(old, new), custom.problem(OWN)) == (None, None)
+
+
 @pytest.mark.parametrize("old, new, step, error", [
     ("Recall: The fans are few", "Recall: The fans are many", 3, WRONG_RESTATEMENT),
     ("2nd class is not known yet", "3rd class is not known yet", 1, UNDEFINED),
@@ -646,6 +658,7 @@ def test_canonical_forms(text, other, equal):
     ("2 * (13 + -5)", "3 + 13", False), ("2 * (13 + -5)", "26 - 10", True), ("2 * (13 + -5)", "2 * 13 - 2 * 5", True),
     ("1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9", "1000 - 955", False), ("1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9", "45", True),
     ("1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9", "3 + 3 + 4 + 5 + 6 + 7 + 8 + 9", True),
+    ("3.0 + 9", "12.00001", False), ("12 / 4", "3.00004", False),
     ("3 + 9", "12.00001", False), ("3 + 9", "12.0", True), ("16 * 4 + -5 * 9", "64 - 45", True), ("1 / 3", "0.3333", True),
     ("16 * (3 + -5)", "16 * 2", False), ("16 * (3 + -5)", "16 * -2", True), ("-3 * (2 + 4) * 2", "3 * 6 * 2", False),
     ("-3 * (2 + -4) * (1 + 2)", "3 * 2 * (1 + 2)", True),
@@ -661,6 +674,20 @@ def test_canonical_forms(text, other, equal):
 ])
 def test_reductions(text, other, right):
     assert formula.reduces(form(text), form(other)) == right
+
+
+def test_a_verdict_does_not_depend_on_what_was_judged_before():
+    """3.0 and 3 are equal and hash alike: reductions that are remembered must not be of the one and serve for the other."""
+    assert [type(formula.read_number(text)) for text in ("3", "3.0", "-12.0000")] == [int] * 3
+
+
+@pytest.mark.parametrize("text, free", [
+    ("a + b * c", False), ("a * b + c * d", False), ("2 * (a + b + 3)", True), ("a + b", True), ("a - b", False),
+    ("3 + 2 * (a * b)", True), ("4 * a + 2 * b", False), ("7", True), ("a", True), ("3 * (a - b)", False)])
+def test_names_may_change_places_where_nothing_else_does(text, free):
+    nodes = [{"name": name, "formula": "5", "statement": f"{name} is 5."} for name in "abcd"]
+    nodes += [{"name": "all", "formula": text, "statement": "This is all."}]
+    assert formula.commutes(custom.problem({"nodes": nodes, "target": "all", "ask": "?"}).nodes["all"].expr) == free
 
 
 HUGE = "9" * 10_000
