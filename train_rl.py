@@ -263,7 +263,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     prompts, held_out = open_data(config, model, tokenizer, ranks)
     state = load_state(saved, model, optimizer, config)
-    planned = plan.rl(config, [len(prompt.ids) for prompt in prompts], len(held_out))
+    planned = plan.rl(config, *([len(prompt.ids) for prompt in some] for some in (prompts, held_out)))
     run = ranks.open_run(config.out, config, device=device, steps=config.steps,
                          resume_step=state["step"] + 1 if saved else None, plan=planned.record())
     print(planned.verdict(), flush=True)

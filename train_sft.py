@@ -127,12 +127,17 @@ def preview(example: Example, tokenizer: Tokenizer) -> str:
     return f"first example: trains on {len(trained)} of its {len(example.ids)} tokens, from {text[:30]!r} to {text[-30:]!r}"
 
 
-def keep_failed(path: Path, indices: list[int], config: Config, ranks: Ranks):
-    """Writes the rows of the data that a step was on."""
-    if ranks.main:
-        records = read_jsonl(config.data)
-        write_jsonl(path, [records[index] for index in indices])
+def keep_failed(path: Path, indices: list[int], config: Config, ranks: Ranks) -> str:
+    """Writes the rows of the data that a step was on; what to say of it."""
+    said = f"{path} holds its rows"
+    try:
+        if ranks.main:
+            records = read_jsonl(config.data)
+            write_jsonl(path, [records[index] for index in indices])
+    except (InputError, OSError, IndexError) as trouble:  # a full disk, or other data now: what failed is said
+        said = f"its rows are not kept ({trouble})"
     ranks.barrier()  # the first process to end would end the one that writes
+    return said
 
 
 def main(config: Config, ranks: Ranks = ALONE):
@@ -168,9 +173,8 @@ def main(config: Config, ranks: Ranks = ALONE):
             loss = accumulate(model, batch, config, ranks)
             norm = update(model, optimizer, rate, config.clip)
         except NonFinite as error:
-            path = run.path / f"failed_step_{step:04d}.jsonl"
-            keep_failed(path, indices, config, ranks)
-            raise InputError(f"step {step}: {error}; {path} holds its rows; --resume will reach this step again") from None
+            said = keep_failed(run.path / f"failed_step_{step:04d}.jsonl", indices, config, ranks)
+            raise InputError(f"step {step}: {error}; {said}; --resume will reach this step again") from None
         seconds = time.monotonic() - began
         lengths = [len(example.ids) for example in batch]
         scored = sum(sum(example.mask[1:]) for example in batch)

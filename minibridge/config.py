@@ -152,24 +152,38 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
             stream.reconfigure(errors="backslashreplace")
     try:
         main(parse(cls, argv))
+        sys.stdout.flush()  # what is wrong with it is found here, not while Python ends
         return 0
     except KeyboardInterrupt:
         message, status = "interrupted: what was already written is whole", 130
     except InputError as error:
         message, status = f"error: {error}", 2
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141  # as of a process that SIGPIPE ends
     except OSError as error:  # no permission, disk full: an open knows its filename, a write does not
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         message, status = f"error: {reason}", 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
+        if not no_memory(error):
             raise
         lines = str(error).strip().splitlines() or ["out of memory"]
         message, status = f"error: no memory: {lines[0]} (fewer --rows, --micro-tokens or tokens take less)", 2
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
     print(printable(shortened(message)).replace("\n", r"\n"), file=sys.stderr)  # it may quote a file
     return status
+
+
+def _drop_output():
+    """What is still to be written to stdout goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def no_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(re.search("can't allocate memory|out of memory", str(error)))
 
 
 def shortened(text: str) -> str:

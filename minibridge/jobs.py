@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import connection, get_context
@@ -74,3 +75,6 @@ def run_logged(run: Callable[[Any, str], None], config: Any, arm: str, threads: 
         except (InputError, OSError) as error:
             print(error)
             sys.exit(2)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)

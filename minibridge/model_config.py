@@ -37,7 +37,7 @@ class ModelConfig:
         numbers = {name: getattr(self, name) for name in (*SIZES, "rms_norm_eps", "rope_theta")}
         numbers |= {name: self.rope_scaling.get(name) for name in LLAMA3_SCALING} if self.rope_scaling else {}
         for name, value in numbers.items():
-            kinds, most = ((int,), SIZES[name]) if name in SIZES else ((int, float), 1e30)
+            kinds, most = ((int,), SIZES[name]) if name in SIZES else ((int, float), 1e18)
             if type(value) not in kinds or not 0 < value <= most:  # no NaN, no infinity
                 kind = f"integer up to {most}" if name in SIZES else "number"
                 raise InputError(f"{name} must be a positive {kind}, not {str(value)[:40]}")

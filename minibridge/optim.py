@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from torch import Tensor
-
 from minibridge import checkpoint
 from minibridge.config import InputError
 from minibridge.model import Decoder
@@ -20,7 +18,7 @@ from minibridge.sharding import whole
 from minibridge.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Settings that a resumed run may change: they touch no number, or (rows, micro_tokens, shard) only its last digits.
+# Settings that a resumed run may change: they touch no number, or (rows, micro_tokens, shard, compile) only its last digits.
 MAY_CHANGE = ("out", "resume", "plan", "rows", "micro_tokens", "shard", "checkpointing", "compile", "eval_every",
               "influence_every", "save_every", "keep", "log_every", "show_every")
 
@@ -104,17 +102,18 @@ def finished(config: Any) -> bool:
 
 def fingerprint(config: Any) -> str:
     """SHA-256 of all that a run's steps depend on: the settings that no resumed run may change, its data file, and the
-    model it starts from, which in RL stays the reference. To be taken once, when they are read."""
+    model and tokenizer it starts from, which in RL stay the reference's. To be taken once, when they are read."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in (config.data, Path(config.model) / "config.json", *checkpoint.weight_files(Path(config.model))):
+    model = Path(config.model)
+    for path in (config.data, model / "config.json", model / "tokenizer.json", *checkpoint.weight_files(model)):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 def save_checkpoint(config: Any, mark: str, step: int, model: Decoder, optimizer: torch.optim.Optimizer,
-                    tokenizer: Tokenizer, ranks: Ranks = ALONE, **state: int | Tensor):
+                    tokenizer: Tokenizer, ranks: Ranks = ALONE, **state: int):
     """All that the steps after `step` depend on, in out/checkpoints/step_K; the oldest make room for it.
 
     The schedule and the order of the rows are functions of the settings and the step; `state` is what is not. `mark` is the

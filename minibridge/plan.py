@@ -61,7 +61,8 @@ class Plan:
         step = sum(self.seconds.values())
         parts = " + ".join(f"{phase} {_time(seconds)}" for phase, seconds in self.seconds.items())
         whole = f"; {self.steps:,} steps take {_time(self.steps * step)}" if self.steps else ""
-        return (f"A step takes at least {_time(step)} ({parts}) at {self.rates[0] / 1e12:.3g} TFLOP/s and "
+        full = " whose answers are all of full length" * ("decoding" in self.seconds)
+        return (f"A step{full} takes at least {_time(step)} ({parts}) at {self.rates[0] / 1e12:.3g} TFLOP/s and "
                 f"{self.rates[1] / 1e9:,.0f} GB/s{whole}.")
 
     def __str__(self) -> str:
@@ -76,25 +77,24 @@ class Plan:
             for item, counts in rows if any(counts)]
 
 
-def rl(config: Any, prompts: Sequence[int] = (), held_out: int | None = None) -> Plan:
-    """Of train_rl.py's Config. A run that has loaded its models and data gives the lengths of its prompts, and how many
-    are held out. InputError for a wrong model folder, or if no micro-batch holds a prompt and an answer."""
+def rl(config: Any, prompts: Sequence[int] = (), held_out: Sequence[int] = ()) -> Plan:
+    """Of train_rl.py's Config. A run that has loaded its models and data gives the lengths of its prompts, and of those
+    held out. InputError for a wrong model folder, or if no micro-batch holds a prompt and an answer."""
     device, dtype, model, s = _opened(config)
-    longest = max(prompts, default=prompt_limit(model, config.max_prompt, config.max_new_tokens))
+    limit = prompt_limit(model, config.max_prompt, config.max_new_tokens)
+    longest = max(prompts, default=limit)
     answers, least = config.prompts * config.samples, longest + config.max_new_tokens
-    _check_micro(config, least, f"a prompt of {longest} and an answer of {config.max_new_tokens} tokens")
-    if held_out is None and config.val and Path(config.val).is_file():
-        with open(config.val, "rb") as file:
-            held_out = sum(1 for _ in file)
+    _check_micro(config, least, f"a prompt of {longest} and an answer of {config.max_new_tokens} tokens", bool(prompts))
+    validated = len(held_out) or (_lines(config.val) if config.val else 0)  # 0: not known
     reference = bool(config.kl_coef) or config.kl_threshold is not None
 
     def phases(config: Any) -> Phases:
-        sampled = longest, config.max_new_tokens, config.rows
-        found = {"decoding": decoding(s, config.prompts, config.samples, *sampled)}
+        new, rows = config.max_new_tokens, config.rows
+        found = {"decoding": decoding(s, config.prompts, config.samples, longest, new, rows)}
         if config.val:
-            found["validating"] = decoding(s, 2 * config.rows if held_out is None else held_out, 1, *sampled)
-        found["training"] = highest(replace(s, checkpointing=config.checkpointing), answers, config.samples, longest,
-                                    config.max_new_tokens, config.micro_tokens, entropy=True)
+            found["validating"] = decoding(s, validated or 2 * rows, 1, max(held_out, default=limit), new, rows)
+        found["training"] = highest(replace(s, checkpointing=config.checkpointing), answers, config.samples, longest, new,
+                                    config.micro_tokens, entropy=True)
         return _with_held(found, held(s, reference, sampled=True), s, loaded=bool(prompts))
 
     rates, mean = _rates(device, dtype), sum(prompts) / len(prompts) if prompts else longest
@@ -112,7 +112,7 @@ def sft(config: Any, examples: Sequence[Example] = ()) -> Plan:
     device, dtype, model, s = _opened(config)
     longest = min(config.max_length, model.config.max_position_embeddings)
     longest = max((len(example.ids) for example in examples), default=longest)
-    _check_micro(config, longest, f"an example of {longest} tokens")
+    _check_micro(config, longest, f"an example of {longest} tokens", bool(examples))
 
     def phases(config: Any) -> Phases:
         found = highest(replace(s, checkpointing=config.checkpointing), config.batch_size, 1, 0, longest,
@@ -137,8 +137,15 @@ def _examples(config: Any, longest: int) -> tuple[list[Example], int]:
         return [Example([0] * longest, [1] * longest)], 0
     examples = load_sft(config.data, Tokenizer.load(config.model), config.max_length, config.whole_chat, config.truncate,
                         LOOKED_AT)
-    with open(config.data, "rb") as file:
-        return examples, sum(1 for _ in file)
+    return examples, _lines(config.data)
+
+
+def _lines(path: str) -> int:
+    """0 if there is no such file."""
+    if not Path(path).is_file():
+        return 0
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
 
 
 def _opened(config: Any) -> tuple[torch.device, torch.dtype, Decoder, Sizes]:
@@ -147,9 +154,9 @@ def _opened(config: Any) -> tuple[torch.device, torch.dtype, Decoder, Sizes]:
     return device, dtype, model, sizes(model, dtype.itemsize, device.type == "cuda", config.checkpointing)
 
 
-def _check_micro(config: Any, least: int, what: str):
+def _check_micro(config: Any, least: int, what: str, seen: bool):
     if config.micro_tokens < least:
-        raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold {what}")
+        raise InputError(f"micro_tokens: {config.micro_tokens} cannot hold {what}" + ", which the flags allow" * (not seen))
 
 
 def _with_held(phases: Phases, always: Counter, s: Sizes, loaded: bool) -> Phases:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minibridge import checkpoint
-from minibridge.config import REQUIRED, InputError, option
+from minibridge.config import REQUIRED, InputError, no_memory, option
 from minibridge.grpo import Recipe
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
@@ -70,6 +70,8 @@ def load_failure(path: str | Path, device: torch.device) -> tuple[Decoder, list[
     except OSError as error:
         raise InputError(f"{path}: not read ({error.strerror or error})") from None
     except (SafetensorError, InputError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if no_memory(error):
+            raise
         raise InputError(f"{path}: not what a failed step leaves ({str(error).splitlines()[0]})") from None
 
 
@@ -123,7 +125,9 @@ def main(config: Config):
     model, batches, step = load_failure(config.replay, pick_device(config.device))
     try:
         _report(model, batches, step)
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:  # shapes, ids or settings that do not fit together
+    except (RuntimeError, IndexError, ValueError, TypeError, OverflowError) as error:  # what does not fit together
+        if no_memory(error):
+            raise
         raise InputError(f"{config.replay}: not what a failed step leaves ({str(error).splitlines()[0]})") from None
 
 

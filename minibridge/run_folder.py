@@ -37,8 +37,8 @@ def settings_before(folder: str | Path, config: Any) -> dict | None:
     before = read_json(path).get("config")
     missing = {field.name for field in dataclasses.fields(config)} - (before.keys() if isinstance(before, dict) else set())
     if missing:
-        raise InputError(f"{path}: not the record of such a run, but of another command (it has no {min(missing)}); "
-                         "choose another --out")
+        raise InputError(f"{path}: not the record of such a run, but of another command or version (it has no "
+                         f"{min(missing)}); choose another --out")
     return before
 
 

@@ -212,7 +212,7 @@ def _chat_format(tokenizer: tokenizers.Tokenizer) -> str:
     for name, chat in CHATS.items():
         if all(_is_token(tokenizer, token) for token in (chat.marker, chat.end_of_turn)):
             return name
-    raise InputError("unknown chat format (no <|im_start|> and no <|start_header_id|> in it)")
+    raise InputError("unknown chat format: neither <|im_start|> with <|im_end|> nor <|start_header_id|> with <|eot_id|>")
 
 
 def _is_token(tokenizer: tokenizers.Tokenizer, token: str) -> bool:

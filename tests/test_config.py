@@ -401,16 +401,31 @@ def test_an_error_of_ours_stays_a_traceback():
         run_main(main, Config, ["--data", "x"])
 
 
-def test_output_that_nobody_reads_is_no_success(tmp_path):
+def printing(tmp_path, lines: int, stdout) -> subprocess.Popen:
+    """A script that prints so many lines, in blocks as Python does where it is no terminal, after a line to stdin."""
     script = tmp_path / "script.py"
     script.write_text("import sys\nfrom dataclasses import dataclass\nfrom minibridge.config import run_main\n\n\n"
                       "@dataclass(frozen=True)\nclass Config:\n    pass\n\n\n"
-                      "def main(config):\n    for line in range(10**6):\n        print(line)\n\n\nsys.exit(run_main(main, Config))\n")
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1],
-                               env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
-    process.stdout.readline()
+                      "def main(config):\n    input()\n"
+                      f"    for line in range({lines}):\n        print(line)\n\n\nsys.exit(run_main(main, Config))\n")
+    root = str(Path(__file__).parents[1])
+    return subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE, cwd=root,
+                            env=os.environ | {"PYTHONPATH": root, "PYTHONUNBUFFERED": ""})
+
+
+@pytest.mark.parametrize("lines", [3, 10**6])
+def test_output_that_nobody_reads_is_no_success(tmp_path, lines):
+    process = printing(tmp_path, lines, subprocess.PIPE)
     process.stdout.close()
-    assert process.wait(60) == 141 and process.stderr.read() == b""
+    assert process.communicate(b"\n", 60)[1] == b"" and process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("lines", [3, 10**6])
+def test_output_to_a_full_disk_is_one_line(tmp_path, lines):
+    with open("/dev/full", "wb") as full:
+        process = printing(tmp_path, lines, full)
+    assert process.communicate(b"\n", 60)[1] == b"error: No space left on device\n" and process.returncode == 2
 
 
 def test_a_way_through_a_folder_that_is_not_there_is_no_other_file(capsys, tmp_path, monkeypatch):

@@ -107,8 +107,9 @@ def test_plan_needs_a_config_alone(folder, tmp_path, capsys, script):
 
 @pytest.mark.parametrize("script, flags, line", [
     (train_rl, "--max-prompt 90 --max-new-tokens 20 --micro-tokens 109",
-     "error: micro_tokens: 109 cannot hold a prompt of 90 and an answer of 20 tokens"),
-    (train_sft, "--max-length 110 --micro-tokens 109", "error: micro_tokens: 109 cannot hold an example of 110 tokens"),
+     "error: micro_tokens: 109 cannot hold a prompt of 90 and an answer of 20 tokens, which the flags allow"),
+    (train_sft, "--max-length 110 --micro-tokens 109",
+     "error: micro_tokens: 109 cannot hold an example of 110 tokens, which the flags allow"),
     (train_rl, "--max-new-tokens 40000", "error: max_new_tokens: 40000 leave no room for a prompt in the model's "
                                          "max_position_embeddings 32768 (--max-new-tokens)"),
     (train_rl, "--model {}/none", "error: {}/none: no such folder"),
@@ -172,10 +173,19 @@ def test_a_run_notes_its_plan_beside_what_it_took(toy, tmp_path, capsys, script,
     assert len(rows) == 2 and all(0.7 * phase["this process"] < row["memory_gib"] < 64 for row in rows)
 
 
+def test_validation_is_planned_for_the_prompts_held_out(toy):
+    """They may be longer than those to train on."""
+    config = rl(toy.model, device="cpu", val="missing.jsonl", max_prompt=200, max_new_tokens=8, rows=2)
+    short, long, unseen = (plan.rl(config, *given).phases for given in (([50], [50] * 3), ([50], [50, 200, 50]), ()))
+    assert short["decoding"] == long["decoding"] and short["training"] == long["training"]
+    kept = [phases["validating"]["keys and values"] for phases in (short, long, unseen)]
+    assert 2 * kept[0] < kept[1] <= kept[2]
+
+
 def test_the_process_counts_less_what_it_has_loaded(toy, monkeypatch):
     monkeypatch.setattr(plan, "resident", lambda: 10**9)
     config = rl(toy.model, device="cpu", max_new_tokens=8)
-    before, loaded = plan.rl(config), plan.rl(config, [50, 60], 3)
+    before, loaded = plan.rl(config), plan.rl(config, [50, 60], [70, 80, 90])
     weights = sum(parameter.nbytes for parameter in toy.load().parameters())
     assert before.phases["decoding"]["this process"] == 10**9
     assert loaded.phases["decoding"]["this process"] == 10**9 - 2 * weights  # the model and its reference

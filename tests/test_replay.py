@@ -1,5 +1,6 @@
 """A second look at a step that was not finite: the same losses, and the place where it went wrong."""
 
+import json
 import math
 
 import pytest
@@ -106,6 +107,34 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(toy, tmp_path, monkeypa
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     tensors |= {name: tensor}
     save_file({key: value for key, value in tensors.items() if value is not None}, path, metadata)
+    capsys.readouterr()
+    assert run_main(replay.main, replay.Config, ["--replay", str(path), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: not what a failed step leaves") and error.count("\n") == 1
+
+
+def test_no_memory_is_no_fault_of_the_file(toy, tmp_path, monkeypatch, capsys):
+    broken_input(monkeypatch)
+    assert train(toy, tmp_path) == 2
+
+    def examine(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(replay, "examine", examine)
+    capsys.readouterr()
+    words = ["--replay", str(tmp_path / "failed_step_0001.safetensors"), "--device", "cpu"]
+    assert run_main(replay.main, replay.Config, words) == 2
+    assert capsys.readouterr().err.startswith("error: no memory: DefaultCPUAllocator")
+
+
+@pytest.mark.parametrize("change", [{"temperature": 10**400}, {"normalizer": 10**400}], ids=["temperature", "normalizer"])
+def test_numbers_without_end_are_refused_in_one_line(toy, tmp_path, monkeypatch, capsys, change):
+    broken_input(monkeypatch)
+    assert train(toy, tmp_path) == 2
+    path = tmp_path / "failed_step_0001.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    save_file(tensors, path, metadata | {"step": json.dumps(json.loads(metadata["step"]) | change)})
     capsys.readouterr()
     assert run_main(replay.main, replay.Config, ["--replay", str(path), "--device", "cpu"]) == 2
     error = capsys.readouterr().err

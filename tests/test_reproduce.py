@@ -120,6 +120,18 @@ def test_a_process_that_fails_ends_the_whole_in_a_line(finished, tmp_path):
         reproduce.main(config)
 
 
+def fails(config, arm):
+    print("step 1/2 | accuracy 0")
+    raise RuntimeError("can't allocate memory")
+
+
+def test_a_process_that_fails_by_an_error_of_ours_says_which(finished, tmp_path):
+    job = dataclasses.replace(finished[0], out=str(tmp_path))
+    with pytest.raises(InputError, match="^seed 0, bridge: RuntimeError: can't allocate memory$"):
+        jobs.side_by_side(fails, [(job, "bridge")], 1)
+    assert "Traceback" in jobs.log_of(job, "bridge").read_text()
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks Linux which processes there are")
 def test_a_run_that_is_terminated_takes_its_processes_along(toy, tmp_path):
     words = (f"toy --base {toy.model} --out {tmp_path} --sft-ops 4-5 --rl-ops 4-5 --ops 4-5 --ood-ops 6 --sft-rows 32"

@@ -17,8 +17,8 @@ from minibridge import checkpoint
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Example, index_stream, load_sft
 from minibridge.generate import generate
-from minibridge.optim import learning_rate
-from minibridge.tokenizer import Tokenizer
+from minibridge.optim import NonFinite, learning_rate
+from minibridge.tokenizer import Tokenizer, train_toy
 from train_sft import Config, accumulate
 
 CPU = torch.device("cpu")
@@ -246,6 +246,14 @@ def test_a_checkpoint_of_another_run_or_other_data_is_refused(toy, whole, tmp_pa
     assert f"{data} or {toy.model} has changed since" in capsys.readouterr().err
 
 
+def test_another_tokenizer_is_refused(toy, tmp_path, capsys):
+    model, out = shutil.copytree(toy.model, tmp_path / "model"), tmp_path / "run"
+    assert train(toy, out, SETTINGS, "--model", model) == 0
+    train_toy(["Another text, with other words."] * 3, 290).save(model)
+    assert train(toy, out, SETTINGS, "--resume --model", model) == 2
+    assert f"{toy.sft} or {model} has changed since" in capsys.readouterr().err
+
+
 def test_the_mark_of_a_checkpoint_is_of_what_the_run_has_read(toy, whole, tmp_path, monkeypatch, capsys):
     """Not of what lies there when it saves: the run goes on without its data file, which comes back and is right."""
     data, out = tmp_path / "data.jsonl", tmp_path / "run"
@@ -397,6 +405,19 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, whole, tmp_path, monkeyp
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step_2"
     assert weights(tmp_path / "checkpoints" / "step_2") == weights(whole / "checkpoints" / "step_2")
     assert not (tmp_path / "model").exists()
+
+
+def test_what_was_not_finite_is_said_even_if_its_rows_are_gone(toy, tmp_path, monkeypatch, capsys):
+    data = Path(shutil.copy(toy.sft, tmp_path / "data.jsonl"))
+
+    def broken(*_):
+        data.write_text("")
+        raise NonFinite("the loss is nan")
+
+    monkeypatch.setattr(train_sft, "accumulate", broken)
+    assert train(toy, tmp_path / "run", SETTINGS, data=data) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 1: the loss is nan; its rows are not kept (") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, message", [
