@@ -138,9 +138,9 @@ def grpo_loss(
     "length"    1 / normalizer                rollouts * longest        Dr. GRPO
 
     `kl_threshold`: a rollout whose mean k3 reaches it has its whole l_i multiplied by 0, and still counts
-    in the normalizer (the paper's Llama runs). `kept` (1 or 0) takes out rollouts in the same way, such as those
-    that were truncated. `importance` multiplies a token's first term (`importance_weights`). A row without tokens
-    adds nothing.
+    in the normalizer (the paper's Llama runs); a NaN in it is still one in the loss, so that it stops the run. `kept`
+    (1 or 0) takes out rollouts in the same way, such as those that were truncated. `importance` multiplies a token's first
+    term (`importance_weights`). A row without tokens adds nothing.
 
     Every metric is, like the loss, a sum already divided by `normalizer`: adding up those of the
     micro-batches gives the step's figure. Means are weighted as the loss is, so "clip_fraction" under
