@@ -36,13 +36,13 @@ TRAINING = "training.json"  # present only in a checkpoint that training can res
 TRAINING_TENSORS = "training.safetensors"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # others in a file are quantised or no weights
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others in a file are quantised or no weights
 
 
 def load(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Decoder:
-    """Open a Hugging Face folder; weights stored as bf16, fp16 or fp32 are cast to `dtype`.
+    """Open a Hugging Face folder; weights stored as bf16, fp16, fp32 or fp64 are cast to `dtype`.
 
     Raises InputError for a missing or broken file, or a tensor missing, unexpected, wrong in shape or not finite.
     """
@@ -76,7 +76,7 @@ def _read_weights(folder: Path, model: Decoder, dtype: torch.dtype, device) -> d
                 raise InputError(f"{path}: unexpected tensor {name}")
             if tensor.shape != allowed[name] or tensor.dtype not in FLOATS:
                 found = f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise InputError(f"{path}: tensor {name} is {found}, not floats {tuple(allowed[name])}")
+                raise InputError(f"{path}: tensor {name} is {found}, not of 16 to 64 bit floats {tuple(allowed[name])}")
             weights[name] = tensor.to(device, dtype, copy=True)  # a view would change with the mapped file
             if not _finite(weights[name]):
                 raise InputError(f"{path}: tensor {name} is not finite as {dtype}")
@@ -169,6 +169,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
     if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is not a checkpoint, so it is not replaced")
     aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
+    if old.exists() and not folder.exists():  # a process was killed between the two renamings below
+        old.rename(folder)
     for leftover in (aside, old):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)

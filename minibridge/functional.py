@@ -72,7 +72,7 @@ def rotary_frequencies(size: int, theta: float, scaling: dict | None = None) -> 
     """
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     frequencies = 1.0 / theta**exponents  # (D/2,)
-    if scaling is None:
+    if not scaling:
         return frequencies
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)

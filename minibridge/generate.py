@@ -178,7 +178,7 @@ class _Pool:
         self.ahead = runs_ahead(device) and not stop.strings
         self.pending: Callable[[], list[bool]] = list  # of the step before the last, if we run ahead, which rows were over
         self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
-        self.ends[[id_ for id_ in stop.ids if id_ < len(self.ends)]] = True
+        self.ends[[id_ for id_ in stop.ids if 0 <= id_ < len(self.ends)]] = True
 
     def _prefill(self, prompts, results: list[list[Completion]]) -> Iterator[_Row]:
         """Each sample in order. A batch of prompts is run when the first of its samples is asked for."""

@@ -45,8 +45,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     `with_entropy`. Matrix products run in the dtype of `hidden` (`weight` is cast, its gradient comes back
     in its own dtype), all else in fp32, or fp64 for fp64 input. Both results have exact gradients for
     `hidden` and `weight`, of the first order and in reverse mode only; the naive twin has the others.
-    `chunk` is the number of vocabulary rows at a time: by default a sixteenth of all, fewer to keep to
-    BLOCK_ELEMENTS logits, or more where those are fewer than WHOLE_ELEMENTS.
+    `chunk` is the number of vocabulary rows at a time, by default a sixteenth (`_part`).
     """
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk or _part(len(weight), 16, len(hidden)),
                                 with_entropy)
@@ -60,8 +59,7 @@ def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_of: LossOf,
     chunk's share of a scalar loss and of any scalar metrics. The gradient is taken in the same pass, by autograd
     through loss_of (which must depend on what it gets, and can train nothing else) and by the equations above from
     there on, so that `backward` of the loss, which may run once, only hands it on.
-    `chunk` is the number of tokens at a time: by default an eighth of all, fewer to keep to BLOCK_ELEMENTS logits, or more
-    where those are fewer than WHOLE_ELEMENTS.
+    `chunk` is the number of tokens at a time, by default an eighth (`_part`).
     """
     for_hidden, for_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     hidden_, weight_, wide = hidden.detach(), weight.detach().to(hidden.dtype), _wide_dtype(hidden)
@@ -214,6 +212,7 @@ def _within(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _part(count: int, share: int, other: int) -> int:
+    """One in `share` of count, with `other` logits of each no more than BLOCK_ELEMENTS, but at least WHOLE_ELEMENTS."""
     return max(1, WHOLE_ELEMENTS // max(1, other), min(-(-count // share), BLOCK_ELEMENTS // max(1, other)))
 
 

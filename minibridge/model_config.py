@@ -41,6 +41,8 @@ class ModelConfig:
             if type(value) not in kinds or not 0 < value <= most:  # no NaN, no infinity
                 kind = f"integer up to {most}" if name in SIZES else "number"
                 raise InputError(f"{name} must be a positive {kind}, not {str(value)[:40]}")
+        if self.attention_bias and self.model_type == "qwen2" or self.mlp_bias and self.model_type != "llama":
+            raise InputError(f"attention_bias, mlp_bias: not in a model of type {self.model_type}")
         if self.rope_scaling and self.rope_scaling["high_freq_factor"] < self.rope_scaling["low_freq_factor"]:
             raise InputError("high_freq_factor must not be below low_freq_factor")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -111,7 +111,7 @@ def main(config: Config):
     for seed, stage in enumerate(size.stages):
         folder = out / stage.name
         if not (folder / "train.jsonl").exists():
-            rows = {ops: max(101, round(config.share * count)) for ops, count in stage.rows.items()}
+            rows = {ops: max(100 + size.batch, round(config.share * count)) for ops, count in stage.rows.items()}
             parts = [examples(size, stage, ops, count, seed, config.workers) for ops, count in rows.items()]
             write_jsonl(folder / "val.jsonl", [row for part in parts for row in part[-100:]])
             write_jsonl(folder / "train.jsonl", [row for part in parts for row in part[:-100]])

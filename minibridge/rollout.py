@@ -89,7 +89,8 @@ def read_episodes(path: str, prompts: list[Prompt]) -> list[list[Episode]]:
         group = groups.setdefault(line["group"], [])
         if group and group[0].prompt is not prompt:
             raise InputError(f"{path}:{number}: another prompt than that of its group's first line")
-        group.append(Episode(prompt, Completion(line["ids"], line["logprobs"], line["finish_reason"]), line["text"],
+        logprobs = [float(logprob) for logprob in line["logprobs"]]  # others' JSON may have -1 for -1.0
+        group.append(Episode(prompt, Completion(line["ids"], logprobs, line["finish_reason"]), line["text"],
                              line["correct"], line["well_formed"], float(line["reward"])))
     if len({len(group) for group in groups.values()}) != 1:
         raise InputError(f"{path}: no groups of one size")

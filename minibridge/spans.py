@@ -23,7 +23,7 @@ def token_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     for place in range(len(ids)):
         piece = tokenizer.decode(ids[first:place + 1])
         ends.append(before + len(piece))
-        if not piece.endswith("\ufffd"):  # whole characters: what follows is decoded apart, so the time is linear
+        if not piece.endswith("\ufffd"):  # whole characters: what follows is decoded apart, so text takes linear time
             first, before = place + 1, ends[-1]
     return ends
 

@@ -144,6 +144,9 @@ class Tokenizer:
         prompt = self.render([{"role": "user", "content": PROBES[0]}], add_generation_prompt=True)
         whole = [(text, self.decode(self.encode(text))) for text in PROBES]
         whole += [(prompt, self.decode(self.encode(prompt), skip_special=False)), ("", self.decode(self.stop_ids))]
+        # In parts, too: where an answer goes on after its opening, and token by token.
+        whole += [(OPENING + PROBES[0], self.decode(self.encode(OPENING) + self.encode(PROBES[0]))),
+                  (PROBES[0], "".join(self.decode([id_]) for id_ in self.encode(PROBES[0])))]
         for text, back in whole:
             if back != text:
                 start = max(0, len(os.path.commonprefix([text, back])) - 10)

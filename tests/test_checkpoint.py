@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact round trips, every corruption named, no half-written folder, exact resume."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -290,6 +291,21 @@ def test_leftovers_of_a_killed_save_are_swept_away(folder):
     assert same(checkpoint.load(folder), make(seed=1))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", checkpoint.WEIGHTS]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_process_killed_between_two_renamings_costs_nothing(folder):
+    """The old checkpoint comes back, also if the next save fails."""
+    folder.rename(folder.parent / f".{folder.name}.old")
+    broken = make(seed=1)
+    broken.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(InputError, match="was not saved"):
+        checkpoint.save(broken, folder)
+    assert same(checkpoint.load(folder), make())
+
+
+def test_double_precision_comes_back(tmp_path):
+    checkpoint.save(make().double(), tmp_path / "model")
+    assert same(checkpoint.load(tmp_path / "model", torch.float64), make().double())
 
 
 def test_weights_are_marked_as_torch_tensors(folder):

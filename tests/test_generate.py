@@ -226,6 +226,11 @@ def test_a_temperature_or_nucleus_that_nothing_can_be_drawn_by(model, wrong):
         generate(model, PROMPTS, 2, 3, **wrong)
 
 
+def test_a_stop_id_that_no_token_has_stops_nothing(model):
+    expected = generate(model, PROMPTS, 3, 9, generator=seeded())
+    assert generate(model, PROMPTS, 3, 9, stop_ids=(-1, 10**6), generator=seeded()) == expected
+
+
 def test_each_prompt_needs_a_seed(model):
     with pytest.raises(InputError, match=f"^1 seeds for {len(PROMPTS)} prompts$"):
         generate(model, PROMPTS, 2, 3, seeds=[1])

@@ -273,6 +273,12 @@ def test_unusable_configs_are_named_in_one_line(changes, words):
     assert line.startswith("folder/config.json: ") and words in line and "\n" not in line
 
 
+def test_biases_that_the_type_does_not_have_are_refused():
+    for wrong in (dict(model_type="qwen2", attention_bias=True), dict(model_type="qwen3", mlp_bias=True)):
+        with pytest.raises(InputError, match="attention_bias, mlp_bias: not in a model of type qwen"):
+            ModelConfig(**SHAPE | dict(head_dim=8) | wrong)
+
+
 # Against transformers
 
 

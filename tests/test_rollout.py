@@ -193,6 +193,15 @@ def test_bad_lines_are_named(saved, number, change, message):
     assert str(error.value).startswith(f"{path}{message}")
 
 
+def test_whole_numbers_of_another_writer_are_floats(saved):
+    prompts, _, path = saved
+    rows = read_jsonl(path)
+    rows[0]["logprobs"] = [-1, -2, 0, 0, -1, -1]
+    write_jsonl(path, rows)
+    logprobs = read_episodes(path, prompts)[0][0].completion.logprobs
+    assert logprobs == [-1, -2, 0, 0, -1, -1] and {type(logprob) for logprob in logprobs} == {float}
+
+
 def test_prompts_that_cannot_be_told_apart_are_refused(saved):
     prompts, _, path = saved
     for wrong in ([*prompts, prompts[0]], [Prompt([5], "6", {}), prompts[1]]):

@@ -206,6 +206,8 @@ def edited(tokenizer: Tokenizer, folder, edit) -> Tokenizer:
      "not a tokenizer file"),  # fails at the first text with a word it does not know
     (lambda data: [token.update(rstrip=True) for token in data["added_tokens"]], "comes back"),
     (lambda data: [token.update(special=False) for token in data["added_tokens"]], "comes back"),
+    (lambda data: data.update(decoder={"type": "Sequence", "decoders": [data["decoder"], {  # " the" alone comes back as "the"
+        "type": "Strip", "content": " ", "start": 1, "stop": 0}]}), "comes back"),
 ])
 def test_vocabularies_that_change_texts_are_refused(tokenizer, tmp_path, edit, words):
     with pytest.raises(InputError, match=f"tokenizer.json: .*{words}"):
