@@ -16,6 +16,7 @@ from minibridge.jvp import gradient
 from minibridge.optim import adamw
 from minibridge.policy import pack
 from minibridge.rollout import rollout
+from minibridge.tokenizer import Tokenizer
 
 F64 = torch.float64
 
@@ -274,7 +275,7 @@ def test_an_analysis_of_other_weights_is_not_replaced(arguments, tmp_path, capsy
     other = checkpoint.load(model)
     with torch.no_grad():
         other.lm_head_weight.mul_(1.5)
-    checkpoint.save(other, model)
+    checkpoint.save(other, model, Tokenizer.load(model))
     capsys.readouterr()
     assert run(*words) == 2
     assert "has changed since; choose another --out" in capsys.readouterr().err
