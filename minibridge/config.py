@@ -152,7 +152,7 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
             stream.reconfigure(errors="backslashreplace")
     try:
         main(parse(cls, argv))
-        sys.stdout.flush()  # what is wrong with it is found here, not while Python ends
+        _flush_output()  # what is wrong with it is found here, not while Python ends
         return 0
     except KeyboardInterrupt:
         message, status = "interrupted: what was already written is whole", 130
@@ -170,11 +170,16 @@ def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None =
         lines = str(error).strip().splitlines() or ["out of memory"]
         message, status = f"error: no memory: {lines[0]} (fewer --rows, --micro-tokens or tokens take less)", 2
     try:
-        sys.stdout.flush()
+        _flush_output()
     except OSError:
         _drop_output()
     print(printable(shortened(message)).replace("\n", r"\n"), file=sys.stderr)  # it may quote a file
     return status
+
+
+def _flush_output():
+    if sys.stdout is not None:  # as it is where the caller has closed it
+        sys.stdout.flush()
 
 
 def _drop_output():

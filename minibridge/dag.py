@@ -302,8 +302,8 @@ MOST_NESTED = 50
 def _check_types(record, kinds: dict[str, type], where: str):
     for name, kind in kinds.items():
         value = record.get(name) if isinstance(record, dict) else None
-        if not (name in OPTIONAL and name not in record) and (not isinstance(value, kind)
-                                                         or isinstance(value, bool) and kind is not bool):
+        left_out = name in OPTIONAL and name not in record
+        if not left_out and (not isinstance(value, kind) or isinstance(value, bool) and kind is not bool):
             raise InputError(f"{where}: field {name!r} is missing or of another type")
 
 

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 
 from minibridge import answer
+from minibridge.checkpoint import outline
 from minibridge.config import InputError, option, printable, read_jsonl, run_main, write_jsonl, write_whole
 from minibridge.dag import problem_in, read_problem
 from minibridge.data import load_prompts
@@ -209,8 +210,10 @@ def main(config: Config):
             raise InputError(f"out: {found[0]} is there already; remove it or choose another")
         write_whole(config.out, "")  # what is wrong with it is said before hours of sampling
         Path(config.out).unlink()
+        outline(config.model)  # a wrong folder is named as everywhere
+        made = record(config, pick_device(config.device), fingerprint=fingerprint(config))
         write_jsonl(config.out, sample(config))
-        write_record(beside, record(config, pick_device(config.device), fingerprint=fingerprint(config)))
+        write_record(beside, made)
     problems = rescore(config.rescore or config.out)
     print(table(problems))
     if verdicts := [verdict for problem in problems for verdict in problem.verdicts]:

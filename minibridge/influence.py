@@ -140,8 +140,9 @@ def summarise(found: Measured, correct: Tensor, kappa: Tensor, columns: dict[str
     of Q and by the other, and of I(q) from one half of q's own answers and from the other."""
     live = live_prompts(correct)
     own = [per_step(kappa[:, first::2], correct[:, first::2]).value[live] for first in (0, 1)]
-    summary = mix(correct) | {"influence": found.influence.value.mean().item(), "gradient_norm": found.norm,
-                              "influence_over_norm": found.norm and found.influence.value.mean().item() / found.norm,
+    mean = found.influence.value.mean().item()
+    summary = mix(correct) | {"influence": mean, "gradient_norm": found.norm,
+                              "influence_over_norm": found.norm and mean / found.norm,
                               "answers_rank_correlation": tables.rank_correlation(*own)}
     if "half" in found.parts:
         halves = [columns[f"influence, half {half}"][live] for half in (1, 2)]

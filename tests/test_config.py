@@ -406,7 +406,7 @@ def printing(tmp_path, lines: int, stdout) -> subprocess.Popen:
     script = tmp_path / "script.py"
     script.write_text("import sys\nfrom dataclasses import dataclass\nfrom minibridge.config import run_main\n\n\n"
                       "@dataclass(frozen=True)\nclass Config:\n    pass\n\n\n"
-                      "def main(config):\n    input()\n"
+                      "def main(config):\n    sys.stdin.readline()\n"
                       f"    for line in range({lines}):\n        print(line)\n\n\nsys.exit(run_main(main, Config))\n")
     root = str(Path(__file__).parents[1])
     return subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE, cwd=root,
@@ -418,6 +418,14 @@ def test_output_that_nobody_reads_is_no_success(tmp_path, lines):
     process = printing(tmp_path, lines, subprocess.PIPE)
     process.stdout.close()
     assert process.communicate(b"\n", 60)[1] == b"" and process.returncode == 141
+
+
+def test_output_that_is_closed_from_the_start_is_no_trouble(tmp_path):
+    printing(tmp_path, 3, subprocess.PIPE).communicate(b"\n", 60)  # writes the script
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$1" >&-', *command], input=b"\n", stderr=subprocess.PIPE, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -189,9 +189,11 @@ GOOD = {"task": "own", "num_ops": 1, "nodes": [{"owner": "a", "item": "", "expr"
 @pytest.mark.parametrize("change", [
     None, 3, [], {"task": 3}, {"num_ops": "1"}, {"num_ops": True}, {"nodes": {}}, {"nodes": [3]}, {"order": None},
     {"order": [3]},
-    {"redundant": [["a"]]}, {"tolerance": "x"}, {"tolerance": 1}, {"tolerance": 1.0}, {"tolerance": None}, {"ask": None}, {"ask": 7}, {"nodes": GOOD["nodes"] * 2},
+    {"redundant": [["a"]]}, {"tolerance": "x"}, {"tolerance": 1}, {"tolerance": 1.0}, {"ask": 7}, {"nodes": GOOD["nodes"] * 2},
+    {"tolerance": None}, {"ask": None},
     *({"nodes": [GOOD["nodes"][0], GOOD["nodes"][1] | node]} for node in (
-        {"owner": 7}, {"item": None}, {"stated": 1}, {"text": 5}, {"text": None}, {"expr": None}, {"expr": {}}, {"expr": True}, {"expr": []},
+        {"owner": 7}, {"item": None}, {"stated": 1}, {"text": 5}, {"text": None}, {"expr": None}, {"expr": {}},
+        {"expr": True}, {"expr": []},
         {"expr": ["*"]}, {"expr": ["*", "a"]}, {"expr": ["sqrt", "a", "a"]}, {"expr": ["%", "a", "a"]},
         {"expr": [["*"], 1, 2]},
         {"expr": ["*", "a", None]}, {"expr": ["*", "a", True]}, {"expr": ["/", "a", 0]}, {"expr": ["*", "a", 10**100]},

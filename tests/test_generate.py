@@ -231,6 +231,14 @@ def test_a_stop_id_that_no_token_has_stops_nothing(model):
     assert generate(model, PROMPTS, 3, 9, stop_ids=(-1, 10**6), generator=seeded()) == expected
 
 
+@pytest.mark.parametrize("samples", [2, 7, 40])
+def test_the_first_answers_do_not_depend_on_how_many_there_are(model, samples):
+    one, many = (generate(model, PROMPTS, count, 9, stop_ids=(0, 1), seeds=range(len(PROMPTS))) for count in (1, samples))
+    assert [group[0].ids for group in many] == [group[0].ids for group in one]
+    more = generate(model, PROMPTS, samples + 3, 9, stop_ids=(0, 1), seeds=range(len(PROMPTS)))
+    assert [[answer.ids for answer in group[:samples]] for group in more] == [[a.ids for a in group] for group in many]
+
+
 def test_each_prompt_needs_a_seed(model):
     with pytest.raises(InputError, match=f"^1 seeds for {len(PROMPTS)} prompts$"):
         generate(model, PROMPTS, 2, 3, seeds=[1])
