@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from minibridge import traces
 from minibridge.answer import OPENING, chat, check_scoring, correct, well_formed
-from minibridge.config import InputError, read_jsonl
+from minibridge.config import InputError, check_fields, numbered
 from minibridge.dag import Problem
 
 BEHAVIORS = ("subgoal", "analysis", "reflection")
@@ -104,11 +104,9 @@ def read_rollouts(path: str) -> dict[str, list[dict]]:
     """The lines of a rollout file (of `evaluate`, or of a step of train_rl.py) by problem id; "correct" is set by
     today's rule. Raises InputError("path:line: what") for a line without what it takes."""
     rollouts = defaultdict(list)
-    for number, line in enumerate(read_jsonl(path), start=1):
-        check_scoring(line, f"{path}:{number}")
-        for field in ("id", "text"):
-            if not isinstance(line.get(field), str):
-                raise InputError(f"{path}:{number}: field {field!r} must be a string")
+    for where, line in numbered(path):
+        check_scoring(line, where)
+        check_fields(line, {"id": (str,), "text": (str,)}, where)
         right = correct(line["text"], line["answer"], line.get("tolerance", 0.0))
         rollouts[line["id"]].append(line | {"correct": right})
     return dict(rollouts)

@@ -37,6 +37,7 @@ from minibridge import strictjson
 REQUIRED = dataclasses.MISSING  # default of an option that the command line must give
 MOST = 2**53  # largest number of any option: JSON readers keep whole numbers exactly up to here
 WRITTEN = ("out", "json")  # options that name what is written
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 
 class InputError(Exception):
@@ -228,6 +229,23 @@ def read_jsonl(path: str | Path) -> list[dict]:
     """One JSON object a line. Raises InputError("path:line: reason"), also for a blank line."""
     lines = io.BytesIO(_contents(path))  # bytes: a text would also be broken at a lone carriage return
     return [_read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def numbered(path: str | Path) -> list[tuple[str, dict]]:
+    """("path:line", object) of each line of a JSONL file; one without lines is an InputError too."""
+    lines = [(f"{path}:{number}", line) for number, line in enumerate(read_jsonl(path), start=1)]
+    if not lines:
+        raise InputError(f"{path}: no lines in it")
+    return lines
+
+
+def check_fields(record: dict, kinds: dict[str, tuple[type | None, ...]], where: str) -> None:
+    """InputError("where: field ...") for a field that is of none of its kinds, types of KINDS (a whole number is a number) or
+    None, by which it may be null or missing."""
+    for name, allowed in kinds.items():
+        found = record.get(name)
+        if not (type(found) in allowed or found is None and None in allowed or type(found) is int and float in allowed):
+            raise InputError(f"{where}: field {name!r} must be {' or '.join(KINDS[kind] for kind in allowed if kind)}")
 
 
 def _read_object(data: bytes, where: str) -> dict:

@@ -24,7 +24,7 @@ import string
 from decimal import Decimal
 
 from minibridge.arithmetic import TOLERANCE
-from minibridge.config import InputError, read_jsonl
+from minibridge.config import InputError, numbered
 from minibridge.dag import Expr, Node, Number, Problem, evaluate, leaves, rounded
 from minibridge.formula import plain
 
@@ -44,13 +44,11 @@ def _is_statement(text: str) -> bool:
 def read(path: str) -> list[Problem]:
     """The problems of a file. Raises InputError("path:line: node 'name': what") for the first line that is wrong."""
     problems = []
-    for line, record in enumerate(read_jsonl(path), start=1):
+    for where, record in numbered(path):
         try:
             problems.append(problem(record))
         except InputError as error:
-            raise InputError(f"{path}:{line}: {error}") from None
-    if not problems:
-        raise InputError(f"{path}: no lines in it")
+            raise InputError(f"{where}: {error}") from None
     return problems
 
 

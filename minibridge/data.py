@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minibridge.answer import check_scoring
-from minibridge.config import InputError, read_jsonl
+from minibridge.config import InputError, check_fields, numbered
 from minibridge.tokenizer import Tokenizer
 
 
-COPIED = {"id": (str, int), "task": (str, int), "num_ops": (int,)}  # into every line written about a prompt
+COPIED = {"id": (str, int, None), "task": (str, int, None), "num_ops": (int, None)}  # into every line written about a prompt
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def load_sft(
     first: so many lines only.
     """
     examples = []
-    for where, record in _records(path)[:first]:
+    for where, record in numbered(path)[:first]:
         messages = _messages(record, "messages", ("user", "assistant"), where)
         try:
             ids, mask = tokenizer.encode_example(messages)
@@ -75,26 +75,16 @@ def load_sft(
 def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int) -> list[Prompt]:
     """Read RL lines; a bad line, or one longer than `max_prompt` tokens: InputError "path:line: what"."""
     prompts = []
-    for where, record in _records(path):
+    for where, record in numbered(path):
         messages = _messages(record, "prompt", ("user",), where)
         check_scoring(record, where)
-        for field, kinds in COPIED.items():
-            if record.get(field) is not None and type(record[field]) not in kinds:
-                raise InputError(f"{where}: field {field!r} must be a {' or '.join(kind.__name__ for kind in kinds)}")
+        check_fields(record, COPIED, where)
         ids = tokenizer.encode_prompt(messages)
         if len(ids) > max_prompt:
             raise InputError(f"{where}: a prompt of {len(ids)} tokens, more than the {max_prompt} that max_prompt, or "
                              f"max_new_tokens and the model's positions, allow")
         prompts.append(Prompt(ids, record["answer"], record))
     return prompts
-
-
-def _records(path: str | Path) -> list[tuple[str, dict]]:
-    """("path:line", record) for every line; an empty file is an InputError."""
-    records = [(f"{path}:{number}", record) for number, record in enumerate(read_jsonl(path), start=1)]
-    if not records:
-        raise InputError(f"{path}: no lines in it")
-    return records
 
 
 def _messages(record: dict, field: str, roles: tuple[str, ...], where: str) -> list[dict]:

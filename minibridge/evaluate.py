@@ -26,8 +26,8 @@ import torch
 
 from minibridge import answer
 from minibridge.checkpoint import outline
-from minibridge.config import InputError, option, printable, read_jsonl, run_main, write_jsonl, write_whole
-from minibridge.dag import problem_in, read_problem
+from minibridge.config import InputError, check_fields, numbered, option, printable, run_main, write_jsonl, write_whole
+from minibridge.dag import problem_in
 from minibridge.data import load_prompts
 from minibridge.optim import fingerprint, open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
@@ -130,7 +130,7 @@ def rescore(path: str) -> list[Scored]:
     """Score saved answers (of this module, or a step of rollouts) by today's rule."""
     groups: dict[int, list[dict]] = {}
     verdicts: dict[int, list[Verdict]] = defaultdict(list)
-    for where, line, verdict in _saved(path, {"group": int, "text": str, "num_ops": int}):
+    for where, line, verdict in _saved(path, {"group": (int,), "text": (str,), "num_ops": (int, None)}):
         if verdict is not None:
             verdicts[line["group"]].append(verdict)
         group = groups.setdefault(line["group"], [])
@@ -144,7 +144,7 @@ def rescore(path: str) -> list[Scored]:
 def explain(path: str) -> list[str]:
     """A line on each of a file's saved answers, then how often each reason was given: in a terminal the end is seen."""
     text, boxes, formats = [], Counter(), Counter()
-    for where, line, verdict in _saved(path, {"text": str}):
+    for where, line, verdict in _saved(path, {"text": (str,)}):
         wrong = verdict is not None and verdict.error not in (None, WRONG_BOX)  # a box may be right give or take a tolerance
         right = "right with a wrong step" if wrong else "right"
         boxes[(answer.box_fault(*_scoring(line)) or right).partition(":")[0]] += 1
@@ -159,19 +159,13 @@ def explain(path: str) -> list[str]:
                    for name, counts in (("answers", boxes), ("formats", formats))]
 
 
-def _saved(path: str, fields: dict[str, type]) -> Iterator[tuple[str, dict, Verdict | None]]:
+def _saved(path: str, fields: dict[str, tuple]) -> Iterator[tuple[str, dict, Verdict | None]]:
     """("path:line", line, verdict where the problem is known) of saved answers, checked to have the fields."""
-    lines = read_jsonl(path)
-    if not lines:
-        raise InputError(f"{path}: no lines in it")
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
+    for where, line in numbered(path):
         answer.check_scoring(line, where)
-        for field, kind in fields.items():
-            if type(line.get(field)) is not kind and not (field == "num_ops" and line.get(field) is None):
-                raise InputError(f"{where}: no saved answer: field {field!r} must be of type {kind.__name__}")
-        graph = not isinstance(line.get("problem"), str | None)  # a text is of another's data
-        yield where, line, verify(read_problem(line, where), line["text"]) if graph else None
+        check_fields(line, fields, where)
+        problem = problem_in(line, where)
+        yield where, line, verify(problem, line["text"]) if problem else None
 
 
 def _scoring(line: dict) -> tuple[str, str, float]:

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 from minibridge import evaluate
 from minibridge.arms import AUGMENTED, BEHAVIORS, parts_of
-from minibridge.config import InputError, read_jsonl
+from minibridge.config import InputError, check_fields, numbered, read_jsonl
 from minibridge.spans import behavior_rates
 from minibridge.tables import Table, markdown, t_quantile
 
@@ -62,11 +62,10 @@ def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: dict[str, str]
 
 def answers(path: Path) -> tuple[list[evaluate.Scored], float]:
     """Saved answers, scored, and their mean length in tokens. InputError for lines that are not whole."""
-    scored, lines = evaluate.rescore(str(path)), read_jsonl(path)
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line.get("ids"), list) or not isinstance(line.get("problem"), dict):
-            raise InputError(f"{path}:{number}: an answer without its ids or its problem")
-    return scored, mean(len(line["ids"]) for line in lines)
+    scored, lines = evaluate.rescore(str(path)), numbered(path)
+    for where, line in lines:
+        check_fields(line, {"ids": (list,), "problem": (dict,)}, where)
+    return scored, mean(len(line["ids"]) for _, line in lines)
 
 
 def accuracy_of(scored: list[evaluate.Scored]) -> float | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from minibridge import answer
-from minibridge.config import InputError, read_jsonl
+from minibridge.config import InputError, check_fields, numbered
 from minibridge.data import COPIED, Prompt
 from minibridge.generate import Completion, generate
 from minibridge.model import Decoder
@@ -82,13 +82,13 @@ def read_episodes(path: str, prompts: list[Prompt]) -> list[list[Episode]]:
     if len(by_id) < len(prompts) or None in by_id:
         raise InputError("data: its prompts cannot be told apart: some have no id, or two have one")
     groups: dict[int, list[Episode]] = {}
-    for number, line in enumerate(read_jsonl(path), start=1):
-        _check_line(line, f"{path}:{number}")
+    for where, line in numbered(path):
+        _check_line(line, where)
         if (prompt := by_id.get(line["id"])) is None:
-            raise InputError(f"{path}:{number}: no prompt has the id {line.get('id')!r}")
+            raise InputError(f"{where}: no prompt has the id {line['id']!r}")
         group = groups.setdefault(line["group"], [])
         if group and group[0].prompt is not prompt:
-            raise InputError(f"{path}:{number}: another prompt than that of its group's first line")
+            raise InputError(f"{where}: another prompt than that of its group's first line")
         logprobs = [float(logprob) for logprob in line["logprobs"]]  # others' JSON may have -1 for -1.0
         group.append(Episode(prompt, Completion(line["ids"], logprobs, line["finish_reason"]), line["text"],
                              line["correct"], line["well_formed"], float(line["reward"])))
@@ -98,11 +98,8 @@ def read_episodes(path: str, prompts: list[Prompt]) -> list[list[Episode]]:
 
 
 def _check_line(line: dict, where: str):
-    kinds = {"id": (int, str), "group": (int,), "ids": (list,), "logprobs": (list,), "text": (str,), "reward": (int, float),
-             "correct": (bool,), "well_formed": (bool,), "finish_reason": (str,)}
-    for field, allowed in kinds.items():
-        if type(line.get(field)) not in allowed:
-            raise InputError(f"{where}: field {field!r} must be a {allowed[-1].__name__}")
+    check_fields(line, {"id": (str, int), "group": (int,), "ids": (list,), "logprobs": (list,), "text": (str,), "reward":
+                        (float,), "correct": (bool,), "well_formed": (bool,), "finish_reason": (str,)}, where)
     ids, logprobs = line["ids"], line["logprobs"]
     if not ids or len(ids) != len(logprobs):
         raise InputError(f"{where}: {len(ids)} ids and {len(logprobs)} logprobs")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from minibridge import arithmetic, igsm
-from minibridge.config import REQUIRED, InputError, option, read_jsonl, run_main
+from minibridge.config import REQUIRED, InputError, numbered, option, run_main
 from minibridge.dag import Problem, read_problem
 
 # Rows and op range of the paper's splits, and the share of all structures (in tenths) that a split may draw from.
@@ -126,9 +126,7 @@ def main(config: Config):
     for path in config.files.split(","):
         if not path or path in keys:
             raise InputError(f"files: {path!r} is " + ("given twice" if path else "no name"))
-        rows = [read_problem(line, f"{path}:{number}") for number, line in enumerate(read_jsonl(path), start=1)]
-        if not rows:
-            raise InputError(f"{path}: no lines in it")
+        rows = [read_problem(line, where) for where, line in numbered(path)]
         keys[path] = {problem.core if problem.task.startswith("arithmetic") else problem.structure for problem in rows}
         answers = Counter(str(problem.answer) for problem in rows)
         common, times = answers.most_common(1)[0]

@@ -140,7 +140,7 @@ def test_bad_input_is_one_line(toy, guesser, step, tmp_path, capsys):
     write_jsonl(path, [rows[0] | {"ids": [10**6], "logprobs": [-1.0]}, *rows[1:]])
     refused(f"{path}: a token 1000000, but the model's vocab_size is")
     write_jsonl(path, [])
-    refused(f"{path}: no groups of one size")
+    refused(f"{path}: no lines in it")
     refused(f"{tmp_path}/run.json: No such file or directory; --rollouts must lie in a run folder",
             tmp_path / "run" / "run.json")
     (tmp_path / "run" / "run.json").write_text('{"config": {"data": 1}}')

@@ -177,8 +177,8 @@ def test_a_second_run_repeats_no_stage(finished, monkeypatch):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda lines: lines[:-1], "not of the same problems"), (lambda lines: [], "no lines in it"),
-    (lambda lines: [lines[0] | {"ids": None}, *lines[1:]], "jsonl:1: an answer without its ids or its problem"),
-    (lambda lines: [lines[0] | {"problem": None}, *lines[1:]], "jsonl:1: an answer without its ids or its problem")])
+    (lambda lines: [lines[0] | {"ids": None}, *lines[1:]], "jsonl:1: field 'ids' must be a list"),
+    (lambda lines: [lines[0] | {"problem": None}, *lines[1:]], "jsonl:1: field 'problem' must be an object")])
 def test_damaged_answers_are_named(finished, damage, message):
     path = finished[1] / "seed_0" / "rl_bridge_id_greedy.jsonl"
     before = path.read_bytes()

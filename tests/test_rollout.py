@@ -167,9 +167,9 @@ def test_saved_episodes_are_read_back(saved):
 
 @pytest.mark.parametrize("number, change, message", [
     (1, {"ids": "x"}, ":1: field 'ids' must be a list"),
-    (2, {"reward": "1"}, ":2: field 'reward' must be a float"),
-    (1, {"group": None}, ":1: field 'group' must be a int"),
-    (3, {"correct": 1}, ":3: field 'correct' must be a bool"),
+    (2, {"reward": "1"}, ":2: field 'reward' must be a number"),
+    (1, {"group": None}, ":1: field 'group' must be a whole number"),
+    (3, {"correct": 1}, ":3: field 'correct' must be true or false"),
     (1, {"ids": [1]}, ":1: 1 ids and 6 logprobs"),
     (1, {"ids": [], "logprobs": []}, ":1: 0 ids and 0 logprobs"),
     (1, {"ids": [-1], "logprobs": [-1.0]}, ":1: ids must be whole numbers"),
@@ -177,7 +177,7 @@ def test_saved_episodes_are_read_back(saved):
     (1, {"ids": [1], "logprobs": [None]}, ":1: reward and logprobs must be numbers"),
     (1, {"ids": [1], "logprobs": [10**30]}, ":1: reward and logprobs must be numbers"),
     (1, {"reward": 10**400}, ":1: reward and logprobs must be numbers"),
-    (1, {"id": []}, ":1: field 'id' must be a str"),
+    (1, {"id": []}, ":1: field 'id' must be a text or a whole number"),
     (4, {"id": "nobody"}, ":4: no prompt has the id 'nobody'"),
     (5, {"group": 0}, ":5: another prompt than that of its group's first line"),
     (6, {"group": 7}, ": no groups of one size"),
