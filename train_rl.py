@@ -17,7 +17,9 @@ import itertools
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +39,12 @@ from minibridge.optim import (
 )
 from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, total, whole_step
-from minibridge.rollout import Episode, lines, refilled, rollout
+from minibridge.rollout import Episode, lines, refilled, rewards, rollout
 from minibridge.tokenizer import Tokenizer
 
 CONSOLE = ("accuracy", "dead_groups", "length", "truncated", "common_answer", "entropy", "kl", "grad_norm", "seconds",
            "memory_gib", "val_accuracy")
+Answerer = Callable[..., list[list[Episode]]]
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,7 @@ def learn(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Opti
     """`improve` on a rollout batch, N prompts of G answers; what makes the loss or the gradient not finite is kept in a
     file."""
     recipe = recipe_of(config)
-    rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
-    advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
+    advantages = group_advantages(rewards(groups), recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
     batches = pack(groups, advantages, config.micro_tokens, model.device, ranks)
     rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
     try:
@@ -175,19 +177,37 @@ def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool
     return training_flops(model, tokens, scored, pairs, passes)
 
 
-def validate(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], config: Config, ranks: Ranks = ALONE) -> float:
-    groups = rollout(model, tokenizer, prompts, 1, max_new_tokens=config.max_new_tokens, temperature=0.0, rows=config.rows,
-                     ranks=ranks)
+def answerer(model: Decoder, tokenizer: Tokenizer, config: Config, ranks: Ranks) -> Answerer:
+    """`rollout` of this policy by the settings; prompts, number of samples, seeds and temperature are left to give."""
+    compiled = config.compile == "on" or config.compile == "auto" and model.device.type == "cuda"
+    return partial(rollout, model, tokenizer, max_new_tokens=config.max_new_tokens, rows=config.rows, compiled=compiled,
+                   ranks=ranks)
+
+
+def draws(answers: Answerer, prompts: list[Prompt], drawn: int, config: Config) -> Callable[[int], list[list[Episode]]]:
+    """sample(n): groups of answers to the next n prompts of the run's order, of which `drawn` are behind us."""
+    stream = prompt_stream(len(prompts), config.prompts, config.seed, drawn)
+
+    def sample(count: int) -> list[list[Episode]]:
+        indices, seeds = zip(*itertools.islice(stream, count))
+        return answers([prompts[index] for index in indices], config.samples, seeds=seeds, temperature=config.temperature,
+                       format_scale=config.format_scale)
+
+    return sample
+
+
+def validate(answers: Answerer, prompts: list[Prompt]) -> float:
+    """Greedy accuracy."""
+    groups = answers(prompts, 1, temperature=0.0)
     return sum(group[0].correct for group in groups) / len(groups)
 
 
-def influence(model: Decoder, tokenizer: Tokenizer, held_out: list[Prompt], groups: list[list[Episode]], step: int,
+def influence(model: Decoder, answers: Answerer, held_out: list[Prompt], groups: list[list[Episode]], step: int,
               config: Config) -> dict[str, float]:
     """What a plain GRPO step on correctness alone would do now for held-out prompts, by fresh answers to them."""
     asked = held_out[: config.prompts]
     seeds = [sample_seed(config.seed, f"influence/{step}", position) for position in range(len(asked))]
-    val = rollout(model, tokenizer, asked, config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
-                  temperature=config.temperature, rows=config.rows)
+    val = answers(asked, config.samples, seeds=seeds, temperature=config.temperature)
     return coinfluence.training_numbers(model, val, groups, config.temperature, config.micro_tokens)
 
 
@@ -268,17 +288,10 @@ def main(config: Config, ranks: Ranks = ALONE):
                          resume_step=state["step"] + 1 if saved else None, plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)
+    answers, drawn = answerer(model, tokenizer, config, ranks), state["drawn"]
+    sample = draws(answers, prompts, drawn, config)
     if held_out and not saved:
-        run.log(0, val_accuracy=validate(model, tokenizer, held_out, config, ranks))
-
-    drawn, stream = state["drawn"], prompt_stream(len(prompts), config.prompts, config.seed, state["drawn"])
-    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
-
-    def sample(count: int) -> list[list[Episode]]:
-        indices, seeds = zip(*itertools.islice(stream, count))
-        return rollout(model, tokenizer, [prompts[index] for index in indices], config.samples, seeds=seeds,
-                       max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                       format_scale=config.format_scale, rows=config.rows, compiled=compiled, ranks=ranks)
+        run.log(0, val_accuracy=validate(answers, held_out))
 
     for step in range(state["step"] + 1, config.steps + 1):
         began = time.monotonic()
@@ -292,9 +305,10 @@ def main(config: Config, ranks: Ranks = ALONE):
             write_jsonl(run.path / "rollouts" / f"step_{step:04d}.jsonl", lines(groups))
         numbers = describe(groups) | behaviors(groups, config.data) | {
             "groups": len(groups), "wasted": wasted(groups, config.mask_truncated)}
-        sampled, groups = sum(len(episode.completion.ids) for group in groups for episode in group), groups[: config.prompts]
+        sampled = sum(len(episode.completion.ids) for group in groups for episode in group)
+        groups = groups[: config.prompts]
         if config.influence_every and step % config.influence_every == 0:
-            numbers |= influence(model, tokenizer, held_out, groups, step, config)
+            numbers |= influence(model, answers, held_out, groups, step, config)
         ready = time.monotonic()
         numbers |= learn(model, reference, optimizer, groups, step, config, ranks)
         trained = time.monotonic()
@@ -304,7 +318,7 @@ def main(config: Config, ranks: Ranks = ALONE):
                     "tokens_per_second": sampled / (decoded - began), "memory_gib": highest_memory(device) / 2**30,
                     "utilisation": flops / (trained - ready) / planned.rates[0] / ranks.size}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
-            numbers["val_accuracy"] = validate(model, tokenizer, held_out, config, ranks)
+            numbers["val_accuracy"] = validate(answers, held_out)
         run.log(step, console=CONSOLE, **numbers)
         if config.show_every and (step - 1) % config.show_every == 0:
             show(groups)

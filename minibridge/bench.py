@@ -42,7 +42,7 @@ from minibridge.optim import adamw, pick_device, pick_dtype, training_flops
 from minibridge.parallel import ALONE
 from minibridge.policy import pack, score
 from minibridge.reproduce import TOY_BASE
-from minibridge.rollout import Episode
+from minibridge.rollout import Episode, rewards
 from minibridge.tokenizer import Tokenizer
 
 NAMES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"
@@ -237,8 +237,7 @@ def main_step(config: Work):
                            rows=config.prompts * config.samples, compiled=not config.eager)
         groups = [[Episode(Prompt(ids, "", {}), answer, "", False, False, reward=float(sum(answer.ids) % 2))
                    for answer in group] for ids, group in zip(prompts, answers)]
-        rewards = torch.tensor([[episode.reward for episode in group] for group in groups])
-        batches = pack(groups, group_advantages(rewards), config.micro_tokens, device)
+        batches = pack(groups, group_advantages(rewards(groups)), config.micro_tokens, device)
         train_rl.improve(model, reference, optimizer, batches, 1e-6, settings)
         return clock() - began
 

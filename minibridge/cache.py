@@ -51,7 +51,7 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, prompts: Tensor, answers: 
     grid (N, J) names the rows of q that belong to each prompt, filled up with any row; place (B,) is where a row is
     found in the flattened grid. The biases, (N, P) and (B, S), are 0 where there is a token, see `_bias`.
     The three parts have one softmax, in fp32: each is summed relative to its own maximum, and scaled to the common one.
-    Prompts with fewer answers than the most have fillers in the grid, whose results nobody reads.
+    Where a prompt has fewer answers than another, its row of the grid ends in fillers, whose results nobody reads.
     """
     J, G, (B, S) = grid.shape[1], q.shape[2], answer_bias.shape
     q = q * q.shape[-1] ** -0.5
@@ -129,7 +129,7 @@ def decode_step(model, answers: Tensor, prompts: Tensor, slots: Tensor, prompt_l
 SIZES = {1: (2, 4), 2: (2, 4), 3: (0,), 4: (0,), 5: (0,), 6: (0, 1), 7: (0,), 8: (0, 1), 9: (0, 1)}
 
 
-def run(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *inputs) -> Any:
+def run_graph(function: Callable, compiled: bool, sizes: dict[int, tuple[int, ...]], *inputs) -> Any:
     """function(*inputs), by one graph of torch.compile if `compiled`. sizes: by an input's place the dimensions to mark."""
     if not compiled:
         return function(*inputs)
@@ -218,7 +218,7 @@ class KVCache:
         must be marked (`mark`)."""
         B, prompts = len(newest), self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
         self.used, slots = longest + 1, self.slots[: max(2, longest)]
-        return run(decode_step, self.compiled, SIZES, model, self.answers, prompts, slots, self.prompt_lengths[:B],
+        return run_graph(decode_step, self.compiled, SIZES, model, self.answers, prompts, slots, self.prompt_lengths[:B],
                    self.owned[:B], self.grid, self.place[:B], self.prompt_bias, self.flat(B, slots), draw, newest, lengths,
                    *more)
 

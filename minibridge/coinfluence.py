@@ -27,7 +27,7 @@ from minibridge.jvp import Direction, directional, gradient, inner, scores_at
 from minibridge.model import Decoder
 from minibridge.optim import adamw
 from minibridge.policy import MicroBatch, pack
-from minibridge.rollout import Episode
+from minibridge.rollout import Episode, correctness
 
 LENGTHS = (0.1, 0.03, 0.01, 0.003, 0.001)  # norms of the change; a step of Adam's at rate r has about r sqrt(parameters)
 
@@ -60,27 +60,16 @@ def per_step(kappa: Tensor, correct: Tensor) -> Influence:
     return Influence(alpha, weight, right, wrong, torch.where(weight > 0, weight * (right - wrong), 0.0))
 
 
-def rewards(groups: list[list[Episode]]) -> Tensor:
-    """(N, G) of 1 for a right answer and 0: the analysis leaves format rewards out."""
-    return torch.tensor([[episode.correct for episode in group] for group in groups], dtype=torch.float64)
-
-
-def mix(correct: Tensor) -> dict[str, float]:
-    """What the rollouts let GRPO learn from, of correct (N, G): also for a training log."""
-    alpha = correct.mean(1)
-    return {"accuracy": alpha.mean().item(), "between_0_and_1": ((alpha > 0) & (alpha < 1)).double().mean().item(),
-            "root_of_alpha_1_minus_alpha": (alpha * (1 - alpha)).sqrt().mean().item()}
-
-
 # --- derivatives ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measured:
-    """norm: |g_Q|. tokens: (3, T) of each answer, as `jvp.directional` has them. parts: kappa (N, G) by a part of Q alone,
-    as `validation_directions` has them, on the live prompts and 0 on others; what is left of kappa is by the other part.
-    cosine: between the gradients of either half of Q. common: the norm that they agree on, 2 sqrt(<g1, g2>) where g_Q = g1
-    + g2, what either half adds to it, free of the noise of sampling that |g_Q| holds; None where they point apart."""
+    """norm: |g_Q|. tokens: (3, T) of each answer, as `jvp.directional` has them. parts: kappa (N, G) by the other
+    directions of `validation_directions`, each of a part of Q, and 0 for prompts that are not live; kappa less that is by
+    the rest of Q. cosine: between the gradients of either half of Q. common: the norm that they agree on, 2 sqrt(<g1, g2>)
+    where g_Q = g1 + g2, what either half adds to it, free of the noise of sampling that |g_Q| holds; None where they point
+    apart."""
     norm: float
     tokens: list[list[Tensor]]
     influence: Influence
@@ -98,7 +87,7 @@ def measure(model: Decoder, val: list[list[Episode]], groups: list[list[Episode]
     max_tokens. `scale`: as `adam_scale`.
     """
     directions = validation_directions(model, val, temperature, max_tokens, halves, contrast, scale)
-    whole, correct = directions.pop("whole"), rewards(groups)
+    whole, correct = directions.pop("whole"), correctness(groups)
     tokens = directional(model, groups, whole, temperature, max_tokens)
     live, parts = live_prompts(correct), {}
     for name, direction in directions.items():
@@ -116,7 +105,7 @@ def live_prompts(correct: Tensor) -> list[int]:
 
 def check_live(val: list[list[Episode]]):
     """InputError unless two prompts of Q are live, one for each half."""
-    live, answers = len(live_prompts(rewards(val))), [episode for group in val for episode in group]
+    live, answers = len(live_prompts(correctness(val))), [episode for group in val for episode in group]
     if live < 2:
         cut = sum(episode.completion.finish_reason == "length" for episode in answers) / len(answers)
         right = sum(episode.correct for episode in answers) / len(answers)
@@ -130,7 +119,7 @@ def validation_directions(model: Decoder, groups: list[list[Episode]], temperatu
     """"whole": g_Q. With `halves`, "half": what every other live prompt adds to it. With `contrast`, "right": what right
     answers add to it. Each times `scale`, parameter for parameter."""
     check_live(groups)
-    correct = rewards(groups)
+    correct = correctness(groups)
     weights, live = group_advantages(correct) / correct.numel(), live_prompts(correct)
 
     def gradient_of(chosen: list[int], weights: Tensor) -> Direction:
@@ -158,8 +147,8 @@ def training_numbers(model: Decoder, val: list[list[Episode]], groups: list[list
                      max_tokens: int) -> dict[str, float]:
     """For the log of train_rl.py, before a step: |g_Q|, and the mean of I(q) over a rollout batch. Nothing where no prompt
     is live, or fewer than two of Q are."""
-    live = live_prompts(rewards(groups))
-    if not live or len(live_prompts(rewards(val))) < 2:
+    live = live_prompts(correctness(groups))
+    if not live or len(live_prompts(correctness(val))) < 2:
         return {}
     kept, model.compute_dtype = model.compute_dtype, None
     try:
@@ -174,9 +163,9 @@ def means(tokens: list[list[Tensor]]) -> Tensor:
     return torch.tensor([[answer[1].double().mean() for answer in group] for group in tokens], dtype=torch.float64)
 
 
-def packed(groups: list[list[Episode]], max_tokens: int, device: torch.device) -> list[MicroBatch]:
+def live_batches(groups: list[list[Episode]], max_tokens: int, device: torch.device) -> list[MicroBatch]:
     """The live ones, with GRPO's advantages over the number of all answers."""
-    correct = rewards(groups)
+    correct = correctness(groups)
     live = live_prompts(correct)
     return pack([groups[n] for n in live], group_advantages(correct)[live] / correct.numel(), max_tokens, device)
 

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minibridge.config import REQUIRED, InputError, option, read_json, run_main
 from minibridge.data import load_prompts
 from minibridge.grpo import PRESETS, Recipe, group_advantages
+from minibridge.jvp import Direction, inner
 from minibridge.model import Decoder
 from minibridge.optim import open_model, pick_device
 from minibridge.policy import pack, score, share_of_loss, total, whole_step
-from minibridge.rollout import Episode, read_episodes
+from minibridge.rollout import Episode, read_episodes, rewards
 from minibridge.tables import markdown
 
 
@@ -64,10 +64,9 @@ class Settings:
 
 
 def step_gradient(model: Decoder, reference: Decoder, groups: list[list[Episode]], recipe: Recipe, run: Settings,
-             micro_tokens: int) -> tuple[dict[str, float], Tensor]:
-    """The metrics of the whole step and its gradient, all parameters in one fp32 vector on the CPU."""
-    rewards = torch.tensor([[episode.reward for episode in group] for group in groups])  # (N, G)
-    advantages = group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale)
+             micro_tokens: int) -> tuple[dict[str, float], Direction]:
+    """The metrics of the whole step and its gradient, fp32 on the CPU."""
+    advantages = group_advantages(rewards(groups), recipe.ddof, recipe.eps, recipe.scale)
     batches = pack(groups, advantages, micro_tokens, model.device)
     step = whole_step(batches, recipe, run.temperature, run.max_new_tokens)
     model.zero_grad()
@@ -80,13 +79,7 @@ def step_gradient(model: Decoder, reference: Decoder, groups: list[list[Episode]
         loss, metrics = share_of_loss(model, batch, step)
         loss.backward()
         parts.append(metrics)
-    return total(parts, step), torch.cat([parameter.grad.flatten().cpu() for parameter in model.parameters()])
-
-
-def inner_products(vectors: list[Tensor]) -> Tensor:
-    """(n, n) of n vectors, in fp64 a piece at a time: fp32 sums over millions of terms would cost the third digit."""
-    pieces = zip(*(vector.split(2**20) for vector in vectors))
-    return sum(piece @ piece.T for piece in (torch.stack(parts).double() for parts in pieces))
+    return total(parts, step), {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
 
 
 def main(config: Config):
@@ -99,7 +92,8 @@ def main(config: Config):
         raise InputError(f"{config.rollouts}: a token {largest}, but the model's vocab_size is {model.config.vocab_size}")
     found = {name: step_gradient(model, reference, groups, recipe, run, config.micro_tokens)
              for name, recipe in PRESETS.items()}
-    products = inner_products([vector for _, vector in found.values()])
+    gradients = [gradient for _, gradient in found.values()]
+    products = torch.tensor([[inner(a, b) for b in gradients] for a in gradients])  # fp32 has digits enough for these
     norms = products.diagonal().sqrt()
     cosines = products / (norms[:, None] * norms)
     print(markdown([{"preset": name, "loss": f"{metrics['loss']:.6f}", "gradient norm": f"{norm:.4g}",

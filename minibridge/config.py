@@ -143,16 +143,18 @@ def _shown(value: Any) -> str:
 
 
 def run_main(main: Callable[[Any], Any], cls: type, argv: Sequence[str] | None = None) -> int:
-    """Parse, call `main(config)`, return the exit status: 0 done, 2 bad input, no memory or disk trouble, 130 stopped, 141
-    when nobody reads the output any more.
+    """Parse, call `main(config)`, return the `exit_status`."""
+    return exit_status(lambda: main(parse(cls, argv)))
 
-    The user's mistakes end in one line on stderr, ours in a traceback.
-    """
+
+def exit_status(work: Callable[[], Any]) -> int:
+    """Of a process that does `work`: 0 done, 2 bad input, no memory or disk trouble, 130 stopped, 141 when nobody reads the
+    output any more. The user's mistakes end in one line on stderr, ours in a traceback."""
     for stream in (sys.stdout, sys.stderr):  # a console with a small character set shows the rest as escapes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main(parse(cls, argv))
+        work()
         _flush_output()  # what is wrong with it is found here, not while Python ends
         return 0
     except KeyboardInterrupt:
@@ -240,8 +242,8 @@ def numbered(path: str | Path) -> list[tuple[str, dict]]:
 
 
 def check_fields(record: dict, kinds: dict[str, tuple[type | None, ...]], where: str) -> None:
-    """InputError("where: field ...") for a field that is of none of its kinds, types of KINDS (a whole number is a number) or
-    None, by which it may be null or missing."""
+    """InputError("where: field ...") for a field that is of none of its kinds: types of KINDS (a whole number is a number),
+    or None where it may be null or missing."""
     for name, allowed in kinds.items():
         found = record.get(name)
         if not (type(found) in allowed or found is None and None in allowed or type(found) is int and float in allowed):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minibridge.cache import KVCache, PromptCache, run
+from minibridge.cache import KVCache, PromptCache, run_graph
 
 FEWEST_ROWS = 16  # for fewer a step takes no less time
 
@@ -30,8 +30,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, most:
     """What q (Q, H, D) finds in k and v (.., K, D), (Q, H, D), and the logsumexp of its scores, (H, Q) fp32.
 
     Text i has the queries from queries[i] to queries[i + 1], and the keys from keys[i] on, to keys[i + 1] or `used[i]`
-    of them (int32 all); if `causal`, its last query meets all of them, the one before all but one. most: queries and
-    keys of a text. Without any keys it finds 0, with a logsumexp of +inf.
+    of them (int32 all); if `causal`, its last query meets all of them, the query before it all but the last, and so on.
+    most: the most queries and keys that a text has. Without any keys it finds 0, with a logsumexp of +inf.
     """
     return torch.ops.aten._flash_attention_forward(q, k, v, queries, keys, *most, 0.0, causal, False, seqused_k=used)[:2]
 
@@ -171,8 +171,8 @@ class FlashCache:
                 self.by_row[: B + 1], self.row_starts[: B + 1], written.int())
         (x, rope), new = model.embed(newest[:, None], (self.row_prompts[:B] + written)[:, None]), []
         for block, prompts, answers in zip(model.model.layers, self.prompts, self.answers):
-            x, added = run(decode_block, self.compiled, SIZES, block, x, *rope, prompts, answers, *read)
+            x, added = run_graph(decode_block, self.compiled, SIZES, block, x, *rope, prompts, answers, *read)
             new.append(added)
         self.answers[:, :, self.rows[:B], written] = torch.stack(new)
         hidden = model.model.norm(x)[:, 0]
-        return run(draw, self.compiled and B > 1, {1: (0,)}, model, hidden, newest, lengths, *more)
+        return run_graph(draw, self.compiled and B > 1, {1: (0,)}, model, hidden, newest, lengths, *more)

@@ -145,7 +145,8 @@ def grpo_loss(
     Every metric is, like the loss, a sum already divided by `normalizer`: adding up those of the
     micro-batches gives the step's figure. Means are weighted as the loss is, so "clip_fraction" under
     "sequence" is the mean over rollouts of their fraction of clipped tokens. (Under "length" the weights of a step
-    add up to tokens / normalizer, not to 1: a mean is what adds up, over that.) All are detached and stay on the device.
+    add up to tokens / normalizer, not to 1: there a mean is the sum over that, as in `policy.total`.) All are detached and
+    stay on the device.
 
         loss           the loss                    policy_loss    its first term alone
         clip_fraction  tokens whose gradient the clip has set to zero ("cispo": whose weight it has changed)

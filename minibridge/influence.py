@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minibridge import plots, tables
 from minibridge.coinfluence import (
-    Measured, adam_scale, check_live, live_prompts, means, measure, mix, packed, per_step, rewards, taken
+    Measured, adam_scale, check_live, live_batches, live_prompts, means, measure, per_step, taken
 )
 from minibridge.config import REQUIRED, InputError, option, read_json, run_main, write_jsonl
 from minibridge.dag import Problem, problem_in
@@ -37,7 +37,7 @@ from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
 from minibridge.optim import fingerprint, open_model, pick_device, prompt_limit
 from minibridge.policy import example_hidden
-from minibridge.rollout import Episode, lines, rollout
+from minibridge.rollout import Episode, correctness, lines, mix, rollout
 from minibridge.run_folder import Run, same_settings
 from minibridge.spans import token_kinds
 from minibridge.tokenizer import Tokenizer
@@ -126,10 +126,10 @@ def take_steps(model: Decoder, val: list[list[Episode]], groups: list[list[Episo
                scale: Direction | None) -> list[dict]:
     """`coinfluence.taken` on all prompts together, then on the --check prompts of largest influence, up or down."""
     value, rows = found.influence.value, []
-    q = packed(val, config.micro_tokens, model.device)
-    largest = sorted(live_prompts(rewards(groups)), key=lambda n: -abs(value[n]))[:config.check]
+    q = live_batches(val, config.micro_tokens, model.device)
+    largest = sorted(live_prompts(correctness(groups)), key=lambda n: -abs(value[n]))[:config.check]
     for name, chosen in [("all", list(range(len(groups)))), *((f"line {n + 1}", [n]) for n in largest)]:
-        batches = packed([groups[n] for n in chosen], config.micro_tokens, model.device)
+        batches = live_batches([groups[n] for n in chosen], config.micro_tokens, model.device)
         steps = taken(model, q, batches, value[chosen].mean().item(), config.temperature, scale)
         rows += [{"step on": name, **row} for row in steps]
     return rows
@@ -172,7 +172,7 @@ def main(config: Config):
     prompts, held_out = read_prompts(config, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
     problems = [problem_in(prompt.record, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
     longest = min(config.micro_tokens, model.config.max_position_embeddings)
-    examples = load_sft(config.reference, tokenizer, longest)[:config.prompts] if config.reference else []
+    examples = load_sft(config.reference, tokenizer, longest, first=config.prompts) if config.reference else []
     scale = adam_scale(config.adam, model) if config.adam else None
     run = Run(out, config, device=device, fingerprint=mark)
     print(f"sampling {config.samples} answers to each of {len(held_out)} prompts of Q and {len(prompts)} others", flush=True)
@@ -192,7 +192,7 @@ def main(config: Config):
     found = measure(model, val, groups, *passes, config.halves, config.contrast, scale)
     given = [reference_row(model, examples, *passes)] if examples else []
     summary = report(out, prompts, groups, found, own_rows(groups, found.tokens) + given, tokenizer, problems)
-    if config.check and live_prompts(rewards(groups)):
+    if config.check and live_prompts(correctness(groups)):
         show(out, "steps", take_steps(model, val, groups, found, config, scale))
     run.finish(**summary)
     print(f"written: {out}", flush=True)
@@ -205,7 +205,7 @@ def main(config: Config):
 def report(out: Path, prompts: list[Prompt], groups: list[list[Episode]], found: Measured, fluency: list[dict],
            tokenizer: Tokenizer, problems: list[Problem | None]) -> dict[str, float | None]:
     """Prints and writes what was found, and returns the summary."""
-    correct, kappa = rewards(groups), means(found.tokens)
+    correct, kappa = correctness(groups), means(found.tokens)
     columns = columns_of(found, correct, kappa)
     show(out, "rollout_accuracy", tables.histogram(correct))
     show(out, "influence", tables.by_accuracy(correct, columns))

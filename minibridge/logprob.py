@@ -212,7 +212,8 @@ def _within(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _part(count: int, share: int, other: int) -> int:
-    """One in `share` of count, with `other` logits of each no more than BLOCK_ELEMENTS, but at least WHOLE_ELEMENTS."""
+    """How many of `count` to take at a time, of `other` logits each: one in `share`, but no more than BLOCK_ELEMENTS logits
+    together, and never fewer than WHOLE_ELEMENTS."""
     return max(1, WHOLE_ELEMENTS // max(1, other), min(-(-count // share), BLOCK_ELEMENTS // max(1, other)))
 
 

@@ -117,8 +117,8 @@ def training(s: Sizes, line: Line, first: bool, entropy: bool) -> Counter:
     gradients, waiting = (0, 4 * s.body) if first else (4 * s.weights, 0)
     chunk = chunk_tokens(line.scored, c.vocab_size) * c.vocab_size
     logit = 4 + s.cast if chunk >= COMPILE_ELEMENTS else 16 if entropy else 8  # eager: logps, exp and their product too
-    # A layer's backward pass: the gradient that comes in, and what the MLP's has before it frees as much; what checkpointing
-    # left out is there again.
+    # In the backward pass of a layer: the gradient that comes in, and the most that the MLP's own holds at a time; with
+    # checkpointing also the layer's activations, which are there again.
     grown = s.size * line.tokens * (c.hidden_size + 2 * c.intermediate_size)
     if s.mlp_by_hand:
         rows = min(line.tokens, MLP_ROWS)

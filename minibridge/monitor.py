@@ -1,11 +1,11 @@
 """What a step's rollouts look like, for the log of train_rl.py; docs/manual.md explains every figure."""
 from collections import Counter
 
-from minibridge import coinfluence, spans
+from minibridge import spans
 from minibridge.answer import extract
 from minibridge.config import printable
 from minibridge.dag import problem_in
-from minibridge.rollout import Episode, dead
+from minibridge.rollout import Episode, correctness, dead, mix
 from minibridge.verify import verify
 
 VERIFIED = 128  # answers verified per step, but at least one for each prompt
@@ -18,10 +18,9 @@ def describe(groups: list[list[Episode]]) -> dict[str, float]:
     def mean(values) -> float:
         return sum(values) / len(episodes)
 
-    learnable = coinfluence.mix(coinfluence.rewards(groups))
     answers = Counter(text for episode in episodes if (text := extract(episode.text)) is not None)
     return {
-        **learnable,
+        **mix(correctness(groups)),
         "reward": mean(episode.reward for episode in episodes),
         "well_formed": mean(episode.well_formed for episode in episodes),
         "length": mean(len(episode.completion.ids) for episode in episodes),

@@ -85,10 +85,9 @@ def resume_point(config: Any, mark: str) -> Path | None:
         same_settings(config.out, config, but=MAY_CHANGE)
         if saved and checkpoint.read_state(saved).get("fingerprint") != mark:
             raise InputError(f"{saved}: not of this run, or {config.data} or {config.model} has changed since")
-        if saved and not finished(config):
-            print(f"{config.out}: goes on from {saved.name}", flush=True)
-        if not saved and not finished(config):
-            what = "no checkpoint yet, so the run begins anew" if begun else "no run yet, so one begins"
+        if not finished(config):
+            what = (f"goes on from {saved.name}" if saved else "no checkpoint yet, so the run begins anew" if begun
+                    else "no run yet, so one begins")
             print(f"{config.out}: {what}", flush=True)
     elif begun and (saved or (out / "model").exists() or metrics.exists() and metrics.stat().st_size):
         raise InputError(f"{config.out}: holds an earlier run; give --resume or choose another --out")

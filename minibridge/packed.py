@@ -23,8 +23,8 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Packed:
     """Attention in texts whose tokens lie end to end in one line of S tokens: the model sees (1, S), and no padding.
 
-    Text i has lengths[i] tokens. If after[i] is not None it continues text after[i] and attends to all of it, as answers
-    continue their prompt, which thus stands in the line once. A text that others continue continues none itself.
+    Text i has lengths[i] tokens. It continues text number after[i], to all of which it attends too, or none (None): so do
+    answers their prompt, which stands in the line once for all of them. A text that is continued continues no other.
 
     If `in_pieces`, each text attends to itself, and neighbouring answers attend to their prompt in one call: nothing is
     copied. Elsewhere each layer copies q, k and v to `rows` (B, L), which hold a prompt and one answer each, and reads the

@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import make_dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minibridge import sharding
-from minibridge.config import InputError, parse, run_main
+from minibridge.config import InputError, exit_status, parse, run_main
 from minibridge.model import Decoder
 from minibridge.run_folder import Run
 
@@ -93,7 +92,8 @@ class Ranks:
             self.sharded = True
 
     def even(self, items: list) -> list[tuple[Any, float]]:
-        """Each item and 1.0; if sharded, then the last one and 0.0 until all ranks have equally many."""
+        """Each item with its weight 1.0. If sharded, where a forward pass is an act of all ranks, one that has fewer items
+        than another repeats its last with 0.0."""
         most = max(self.gather([len(items)])) if self.sharded else len(items)
         return [(item, 1.0) for item in items] + [(items[-1], 0.0)] * (most - len(items))
 
@@ -129,7 +129,7 @@ def run(main: Callable, cls: type) -> int:
         return run_main(main, cls)
     store, rank, size = next(dist.rendezvous("env://"))  # where processes can leave notes
 
-    def begin(_):
+    def begin():
         try:
             dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=size)
             main(parse(cls), Ranks(rank, size))
@@ -142,7 +142,7 @@ def run(main: Callable, cls: type) -> int:
     status = 1
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank == 0 else nowhere):
-            status = run_main(begin, make_dataclass("NoOptions", []), [])  # `begin` parses, whose errors are said once too
+            status = exit_status(begin)
     except SystemExit as end:  # of --help, or without a word
         status = end.code
     except BaseException:

@@ -106,9 +106,9 @@ def rl(config: Any, prompts: Sequence[int] = (), held_out: Sequence[int] = ()) -
     return _plan(config, s, device, dtype, about, phases, seconds, config.steps, rates, flags)
 
 
-def sft(config: Any, examples: Sequence[Example] = ()) -> Plan:
-    """Of train_sft.py's Config. A run that has loaded its model and data gives its examples. InputError for a wrong model
-    folder, or if no micro-batch holds the longest example."""
+def sft(config: Any, examples: Sequence[Example] = (), loaded: bool = True) -> Plan:
+    """Of train_sft.py's Config. A run that has loaded its model and data gives its examples (loaded=False: others may, too).
+    InputError for a wrong model folder, or if no micro-batch holds the longest example."""
     device, dtype, model, s = _opened(config)
     longest = min(config.max_length, model.config.max_position_embeddings)
     longest = max((len(example.ids) for example in examples), default=longest)
@@ -117,7 +117,7 @@ def sft(config: Any, examples: Sequence[Example] = ()) -> Plan:
     def phases(config: Any) -> Phases:
         found = highest(replace(s, checkpointing=config.checkpointing), config.batch_size, 1, 0, longest,
                         config.micro_tokens, entropy=False)
-        return _with_held({"training": found}, held(s, False, sampled=False), s, loaded=bool(examples))
+        return _with_held({"training": found}, held(s, False, sampled=False), s, loaded and bool(examples))
 
     seen, count = (examples, len(examples)) if examples else _examples(config, longest)
     mean = sum(len(example.ids) for example in seen) / len(seen)

@@ -178,7 +178,8 @@ def base_mark(config: Experiment, out: Path) -> str:
     """SHA-256 of the base's weights. InputError if the run folder began with others."""
     digest = hashlib.sha256()
     for path in checkpoint.weight_files(Path(config.base)):
-        digest.update(path.read_bytes())
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # it goes on, and no file is in memory as a whole
     if (out / "run.json").exists() and read_json(out / "run.json").get("base") != digest.hexdigest():
         raise InputError(f"{out}: began with other weights than those in {config.base}; choose another --out")
     return digest.hexdigest()
@@ -188,7 +189,7 @@ def print_plans(config: Experiment):
     """As if every prompt and example were as long as is allowed."""
     where = Path(config.out), config.names[0]
     longest = Example([0] * config.max_length, [1] * config.max_length)
-    print(f"=== SFT\n{plan.sft(sft_config(config, *where), [longest] * config.sft_rows)}\n")
+    print(f"=== SFT\n{plan.sft(sft_config(config, *where), [longest] * config.sft_rows, loaded=False)}\n")
     print(f"=== RL\n{plan.rl(replace(rl_config(config, *where), model=config.base))}\n")
     print(f"Of one arm and seed, without the tests; there are {len(config.names)} arms and {config.seeds} seeds.")
 

@@ -3,6 +3,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from minibridge import answer
 from minibridge.config import InputError, check_fields, numbered
@@ -52,6 +53,23 @@ def rollout(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], samples
 def score(prompt: Prompt, completion: Completion, text: str, format_scale: float = 0.0) -> Episode:
     return Episode(prompt, completion, text, answer.correct(text, prompt.answer, prompt.tolerance),
                    answer.well_formed(text), answer.reward(text, prompt.answer, format_scale, prompt.tolerance))
+
+
+def rewards(groups: list[list[Episode]]) -> Tensor:
+    """(N, G)"""
+    return torch.tensor([[episode.reward for episode in group] for group in groups])
+
+
+def correctness(groups: list[list[Episode]]) -> Tensor:
+    """(N, G) of 1 for a right answer and 0, in fp64; format rewards are left out."""
+    return torch.tensor([[episode.correct for episode in group] for group in groups], dtype=torch.float64)
+
+
+def mix(correct: Tensor) -> dict[str, float]:
+    """What GRPO can learn from rollouts, by their `correctness` (N, G)."""
+    alpha = correct.mean(1)
+    return {"accuracy": alpha.mean().item(), "between_0_and_1": ((alpha > 0) & (alpha < 1)).double().mean().item(),
+            "root_of_alpha_1_minus_alpha": (alpha * (1 - alpha)).sqrt().mean().item()}
 
 
 def dead(group: list[Episode]) -> bool:

@@ -30,9 +30,8 @@ def shard(model: Decoder, size: int):
 
 @torch.no_grad()
 def sampling_copy(model: Decoder) -> Decoder:
-    """The model, whole and in the dtype of its activations, with its weights of now: the same bits as its own products have.
-
-    A model has one copy, which is filled anew, so that what torch.compile has made of it stays valid."""
+    """A whole copy with the weights of now, cast to the dtype of the activations: the bits that the model's own products
+    have. A model has one copy, which is filled anew, so that what torch.compile has made of it stays valid."""
     if model not in _copies:
         with torch.device("meta"):
             _copies[model] = Decoder(model.config).to(model.activation_dtype)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from minibridge import answer
 from minibridge.config import REQUIRED, InputError, option, printable, read_jsonl, run_main
 from minibridge.dag import Problem, problem_in
-from minibridge.traces import formula
+from minibridge.traces import infix
 from minibridge.verify import Step, verify
 
 
@@ -50,7 +50,7 @@ def turns(record: dict, where: str) -> tuple[str | None, str | None]:
 
 def graph(problem: Problem) -> str:
     """Every quantity with its formula and value: the needed ones in a solving order, then the others."""
-    rows = [(key, formula(problem.nodes[key].expr), str(problem.values[key]))
+    rows = [(key, infix(problem.nodes[key].expr), str(problem.values[key]))
             for key in (*problem.order, *problem.redundant)]
     notes = {key: ", ".join(["asked"] * (key == problem.target) + ["not needed"] * (key in problem.redundant)
                             + ["not stated"] * (not node.stated)) for key, node in problem.nodes.items()}

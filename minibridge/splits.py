@@ -32,7 +32,7 @@ from minibridge.dag import Problem, read_problem
 SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
           "val": (500, (21, 25), range(8, 9)), "test": (500, (20, 20), range(9, 10))}
 PATIENCE = 20_000  # candidates without a new problem before giving up
-SLOW, HOPELESS = 100, 100_000  # also when a new problem takes so many, and all the missing ones together at least so many
+SLOW, HOPELESS = 100, 100_000  # or when the last 20 took more than SLOW each, and at that pace the rest more than HOPELESS
 BLOCK = 250  # candidates that a process draws at a time
 
 Candidate = Callable[[int], tuple[Problem, str]]  # number -> problem, the hash that decides its split

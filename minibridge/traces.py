@@ -246,29 +246,23 @@ def _introduce(problem: Problem, key: str, letter: str, wording: random.Random, 
 
 def exploited(node: Node, missing: Sequence[str], rng: random.Random, behaviors: Behaviors) -> tuple[bool, bool]:
     """Whether this attempt restates the node's condition, and whether its formula is reduced stepwise."""
-    if not behaviors.strict:
-        return restated(node, rng, behaviors.analysis), behaviors.subgoal
-    injected = not missing and rng.random() < behaviors.reflection
-    return injected and behaviors.analysis > 0 and node.stated and bool(node.parents), injected and behaviors.subgoal
-
-
-def restated(node: Node, rng: random.Random, level: int) -> bool:
-    """Whether an attempt restates the node's condition; drawn at every attempt, only where there is something
-    to restate: a stated node that depends on another."""
-    if not (node.stated and node.parents):
-        return False
-    return rng.random() < ANALYSIS_LEVELS[level][min(node.degree, 5) - 1]
+    restatable = node.stated and bool(node.parents)  # others say nothing that the formula does not
+    if behaviors.strict:
+        injected = not missing and rng.random() < behaviors.reflection
+        return injected and behaviors.analysis > 0 and restatable, injected and behaviors.subgoal
+    chances = ANALYSIS_LEVELS[behaviors.analysis]
+    return restatable and rng.random() < chances[min(node.degree, 5) - 1], behaviors.subgoal
 
 
 def compute(expr: Expr, name: str, names: dict[str, str] | None, values: dict[str, Number], subgoal: bool) -> str:
     """"x = p * (q + r) = 3 * (4 + 5) = 3 * 9 = 27."; without subgoals the reductions in between are left out."""
-    chain = [name, formula(expr, names)] if any(isinstance(leaf, str) for leaf in leaves(expr)) else [name]
+    chain = [name, infix(expr, names)] if any(isinstance(leaf, str) for leaf in leaves(expr)) else [name]
     numbers = [substitute(expr, values)]
     while isinstance(numbers[-1], tuple):
         numbers.append(reduce_once(numbers[-1]))
     if not subgoal:
         numbers = [numbers[0], *numbers[1:][-1:]]
-    return " = ".join([*chain, *map(formula, numbers)]) + "."
+    return " = ".join([*chain, *map(infix, numbers)]) + "."
 
 
 def substitute(expr: Expr, values: dict[str, Number]) -> Expr:
@@ -290,7 +284,7 @@ def reduce_once(expr: tuple) -> Expr:
     return (op, first, *args[2:]) if len(args) > 2 else first
 
 
-def formula(expr: Expr, names: dict[str, str] | None = None) -> str:
+def infix(expr: Expr, names: dict[str, str] | None = None) -> str:
     """Infix text, nodes by their `names` or, without any, by their keys; negative numbers stand bare ("4 - -3"), nested
     groups in parentheses, but for a product or quotient in a sum or difference; roots and squares are written sqrt(x),
     square(x)."""
@@ -298,8 +292,8 @@ def formula(expr: Expr, names: dict[str, str] | None = None) -> str:
         return names[expr] if names is not None and isinstance(expr, str) else str(expr)
     op, *args = expr
     if op in UNARY:
-        return f"{op}({formula(args[0], names)})"
-    texts = [formula(arg, names) for arg in args]
+        return f"{op}({infix(args[0], names)})"
+    texts = [infix(arg, names) for arg in args]
     for i, arg in enumerate(args):
         if isinstance(arg, tuple) and (arg[0] in "+-" or arg[0] in "*/" and op in "*/"):
             texts[i] = f"({texts[i]})"

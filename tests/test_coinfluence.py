@@ -9,7 +9,7 @@ import torch
 from conftest import make_model
 from minibridge import checkpoint, coinfluence
 from minibridge.coinfluence import (
-    adam_scale, factor, means, measure, mix, packed, per_step, rewards, taken, validation_directions
+    adam_scale, factor, live_batches, means, measure, per_step, taken, validation_directions
 )
 from minibridge.config import InputError
 from minibridge.data import Prompt
@@ -19,7 +19,7 @@ from minibridge.influence import columns_of, doubts, summarise
 from minibridge.jvp import directional, gradient, inner
 from minibridge.optim import adamw
 from minibridge.policy import pack, score, share_of_loss, whole_step
-from minibridge.rollout import Episode
+from minibridge.rollout import Episode, correctness, mix
 from minibridge.tables import rank_correlation
 
 CPU = torch.device("cpu")
@@ -133,9 +133,9 @@ def test_four_terms_are_means_over_all_pairs_of_answers(model, val, groups):
                  if theirs[i].correct == their_sign and group[j].correct == own_sign]
         return sum(pairs) / len(pairs)
 
-    weights = factor(rewards(val).mean(1), 4).tolist()
+    weights = factor(correctness(val).mean(1), 4).tolist()
     live = [n for n, weight in enumerate(weights) if weight]
-    columns = columns_of(found, rewards(groups), means(found.tokens))
+    columns = columns_of(found, correctness(groups), means(found.tokens))
     for n in (0, 1, 3):
         for (of_q, own) in ("++", "+-", "-+", "--"):
             expected = sum(weights[m] * mean_product(val[m], of_q == "+", groups[n], own == "+") for m in live) / len(val)
@@ -149,16 +149,16 @@ def test_halves_add_up_to_q(model, val, groups):
     found = measure(model, val, groups, 0.7, 60, halves=True)
     plain = measure(model, val, groups, 0.7, 60)
     torch.testing.assert_close(found.influence.value, plain.influence.value)
-    weights = group_advantages(rewards(val)) / 20
+    weights = group_advantages(correctness(val)) / 20
     first, second = (gradient(model, pack([val[n] for n in half], weights[half], 60, CPU), 0.7) for half in ([0, 4], [2]))
     shared = inner(first, second)
     assert found.cosine == pytest.approx(shared / math.sqrt(inner(first, first) * inner(second, second)), rel=1e-9)
     assert found.common == (None if shared < 0 else pytest.approx(2 * math.sqrt(shared), rel=1e-9))
     assert plain.cosine is None and not plain.parts
-    columns = columns_of(found, rewards(groups), means(found.tokens))
+    columns = columns_of(found, correctness(groups), means(found.tokens))
     for direction, half in ((first, 1), (second, 2)):
         kappa = means(directional(model, groups, direction, 0.7, 60))
-        torch.testing.assert_close(columns[f"influence, half {half}"], per_step(kappa, rewards(groups)).value)
+        torch.testing.assert_close(columns[f"influence, half {half}"], per_step(kappa, correctness(groups)).value)
     assert not found.parts["half"][[2, 4]].any()  # prompts without influence are not run again
 
 
@@ -170,7 +170,7 @@ def test_what_halves_agree_on_has_less_noise_than_the_gradient(model, val):
 
 
 def test_summary_and_doubts(model, val, groups):
-    found, correct = measure(model, val, groups, 0.7, 60, halves=True), rewards(groups)
+    found, correct = measure(model, val, groups, 0.7, 60, halves=True), correctness(groups)
     kappa = means(found.tokens)
     columns = columns_of(found, correct, kappa)
     summary = summarise(found, correct, kappa, columns)
@@ -221,7 +221,7 @@ def test_growth_is_as_predicted_with_an_error_that_falls_with_the_step(model, va
 
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     predicted = found.influence.value[chosen].mean().item()
-    rows = taken(model, packed(val, 60, CPU), packed([groups[n] for n in chosen], 60, CPU), predicted, 0.7, scale)
+    rows = taken(model, live_batches(val, 60, CPU), live_batches([groups[n] for n in chosen], 60, CPU), predicted, 0.7, scale)
     errors = [row["relative error"] for row in rows]
     assert errors[-1] < 1e-3  # the deviation by N, not N - 1, would be 13% off
     assert [one / other for one, other in zip(errors, errors[1:])] == pytest.approx([10], rel=0.05)
@@ -234,8 +234,8 @@ def test_growth_is_as_predicted_with_an_error_that_falls_with_the_step(model, va
 def test_the_growth_that_is_measured_is_that_of_grpos_objective(model, val, groups, monkeypatch):
     """Of the ratio, that is, and not of its logarithm; by the loss itself with its clip wide open."""
     monkeypatch.setattr(coinfluence, "LENGTHS", (0.5,))
-    advantages = group_advantages(rewards(val))
-    q, step = (pack(x, group_advantages(rewards(x)) / 20, 60, CPU) for x in (val, groups))
+    advantages = group_advantages(correctness(val))
+    q, step = (pack(x, group_advantages(correctness(x)) / 20, 60, CPU) for x in (val, groups))
     (row,) = taken(model, q, step, 1.0, 0.7)
     move = gradient(model, step, 0.7)
     before = [score(model, batch, 0.7)[0].detach() for batch in pack(val, advantages, 60, CPU)]
@@ -261,7 +261,7 @@ def test_the_objective_that_grows_is_the_expected_accuracy(model):
     groups = [[Episode(prompt, Completion(answer, [0.0, 0.0]), "", bool(r), False, r) for answer, r in zip(answers, right)]
               for prompt in prompts]
     alpha = sum(right) / len(right)
-    weights = (rewards(groups) - alpha) / 25 * length  # no division by the deviation, sums over tokens and not means
+    weights = (correctness(groups) - alpha) / 25 * length  # no division by the deviation, sums over tokens and not means
     step = gradient(model, pack(groups[:1], weights[:1], 10**6, CPU), 1.0)
 
     def expected_accuracy() -> float:

@@ -105,7 +105,7 @@ def test_sampling_is_that_of_the_other_cache(model, monkeypatch, rows, recorded,
     expected = samples()
     monkeypatch.setattr(generate, "runs_ahead", lambda device: ahead)
     monkeypatch.setattr(flash, "FEWEST_ROWS", 2)
-    monkeypatch.setattr(flash, "run", lambda function, compiled, sizes, *inputs: function(*inputs))
+    monkeypatch.setattr(flash, "run_graph", lambda function, compiled, sizes, *inputs: function(*inputs))
     monkeypatch.setattr(flash.FlashCache, "_recorded", record)
     monkeypatch.setattr(generate, "decoding_cache", lambda *sizes_and_so_on: flash.FlashCache(*sizes_and_so_on[:-1], recorded))
     found = samples()

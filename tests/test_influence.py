@@ -57,8 +57,9 @@ def arguments(toy, tuned, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(toy, arguments, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    assert run(*arguments, "--out", out, "--contrast", "--check", 1, "--reference", toy.sft) == 0
+    out, reference = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("reference") / "sft.jsonl"
+    write_jsonl(reference, [*read_jsonl(toy.sft), {"messages": []}])  # past the first --prompts lines, which are read
+    assert run(*arguments, "--out", out, "--contrast", "--check", 1, "--reference", reference) == 0
     return out
 
 

@@ -191,6 +191,13 @@ def test_the_process_counts_less_what_it_has_loaded(toy, monkeypatch):
     assert loaded.phases["decoding"]["this process"] == 10**9 - 2 * weights  # the model and its reference
 
 
+def test_examples_alone_are_no_loaded_model(toy, monkeypatch):
+    monkeypatch.setattr(plan, "resident", lambda: 10**9)
+    config = train_sft.Config(model=str(toy.model), data="missing.jsonl", out="nowhere", device="cpu")
+    found = [plan.sft(config, [Example([0] * 50, [1] * 50)], loaded).phases["training"]["this process"] for loaded in (False, True)]
+    assert found == [10**9, 10**9 - sum(parameter.nbytes for parameter in toy.load().parameters())]
+
+
 def test_memory_of_the_machine(monkeypatch):
     cpu = torch.device("cpu")
     assert measure.resident() < measure.free_memory(cpu)

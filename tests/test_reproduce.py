@@ -273,11 +273,14 @@ def test_what_is_the_authors_own_stays_behind_a_flag():
         "qwen2.5-1.5b": 200, "qwen2.5-3b": 100, "llama-3.2-1b": 200, "small": 100}
 
 
-def test_the_plan_of_a_setting(random_bases, tmp_path, capsys):
+def test_the_plan_of_a_setting(random_bases, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce.plan, "resident", lambda: 2**30)
     config = reproduce.SETTINGS["qwen2.5-1.5b"](base=random_bases["qwen2.5-1.5b"], out=str(tmp_path / "run"), plan=True)
     reproduce.main(config)
     printed = capsys.readouterr().out
     assert printed.startswith("=== SFT\n") and "\n=== RL\n" in printed and printed.count("\ntotal ") == 2
+    held = [line.split()[2:] for line in printed.splitlines() if line.startswith("this process")]
+    assert [len(columns) for columns in held] == [1, 3] and len({number for columns in held for number in columns}) == 1
     assert "75 steps" in printed and "200 steps" in printed and "2 arms and 1 seeds" in printed
     assert not (tmp_path / "run").exists()
 

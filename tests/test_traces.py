@@ -356,7 +356,7 @@ def test_levels_of_analysis_nest(problems):
 
 def test_analysis_of_five_and_more_parents():
     node = Node("Crate", "Ball", ("+", *"abcdef"))
-    restated = [traces.restated(node, random.Random(0), level) for level in range(5)]
+    restated = [traces.exploited(node, (), random.Random(0), Behaviors(analysis=level))[0] for level in range(5)]
     assert restated == [False, True, True, True, True]
 
 
@@ -522,7 +522,7 @@ def test_strict_with_probability_0_is_vanilla(problems):
     (("square", ("-", "a", "b")), "square(p - q)"),
 ])
 def test_formulas_are_in_parentheses_where_precedence_needs_them(expr, text):
-    assert traces.formula(expr, {"a": "p", "b": "q"}) == text
+    assert traces.infix(expr, {"a": "p", "b": "q"}) == text
 
 
 @pytest.mark.parametrize("expr, text", [

@@ -431,6 +431,18 @@ def test_flags_reach_their_places(toy, guesser, tmp_path, monkeypatch):
     assert seen["adamw"][0][2] == 0.08 and seen["update"][0][2:] == (0.01, 0.9)
 
 
+def test_validation_samples_as_training_does_but_greedily(toy, guesser, tmp_path, monkeypatch):
+    rollout, seen = train_rl.rollout, []
+    monkeypatch.setattr(train_rl, "rollout", lambda *words, **options: seen.append((words, options)) or rollout(*words, **options))
+    monkeypatch.setattr(cache, "compiled_form", lambda function, _: function)  # in no need of a compiler
+    assert train(guesser, toy.rl, tmp_path, "--steps 1 --compile on --samples 5 --rows 7 --val", toy.rl) == 0
+    validations = [(words, options) for words, options in seen if options["temperature"] == 0]
+    assert len(seen) == 3 and len(validations) == 2  # before the step and after it
+    for words, options in validations:
+        assert len(words[2]) == len(read_jsonl(toy.rl)) and words[3] == 1
+        assert options == {"max_new_tokens": 8, "temperature": 0.0, "rows": 7, "compiled": True, "ranks": ALONE}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_reaches_its_places(toy, guesser, tmp_path, monkeypatch, name):
     """Advantages, the loss, the normaliser of the whole step, and run.json, with what was given by name."""

@@ -259,7 +259,7 @@ def counts(problem, seed, behaviors):
     done = [attempt.key for attempt in plan if not attempt.missing]
     operations = [len(dag.leaves(problem.nodes[key].expr)) - 1 for key in done]
     return (len(plan) - len(done),
-            sum(traces.restated(problem.nodes[attempt.key], analysing, behaviors.analysis) for attempt in plan),
+            sum(traces.exploited(problem.nodes[key], missing, analysing, behaviors)[0] for key, missing in plan),
             behaviors.subgoal * sum(max(0, number - 1) for number in operations), len(done),
             len(set(done) & set(problem.redundant)))
 
