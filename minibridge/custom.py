@@ -25,7 +25,7 @@ from decimal import Decimal
 
 from minibridge.arithmetic import TOLERANCE
 from minibridge.config import InputError, numbered
-from minibridge.dag import Expr, Node, Number, Problem, evaluate, leaves, rounded
+from minibridge.dag import Expr, Node, Number, Problem, evaluate, leaves, rounded, solving_order
 from minibridge.formula import plain
 
 LARGEST = 10**9
@@ -56,19 +56,14 @@ def problem(record: dict) -> Problem:
     """A problem from one line. Raises InputError, which names the node where there is one to name."""
     _check_fields(record, {"nodes": list, "target": str, "ask": str})
     nodes = _nodes(record["nodes"])
-    parents = {key: node.parents for key, node in nodes.items()}
-    for key, own in parents.items():
-        for parent in own:
-            if parent not in nodes:
-                raise InputError(f"node {key!r}: no node is called {parent!r}")
+    solving = _file_order(nodes)
     if record["target"] not in nodes:
         raise InputError(f"target: no node is called {record['target']!r}")
-    solving = _solving_order(parents)
     _check_values(nodes, solving)
-    needed, waiting = set(), [record["target"]]
-    while waiting:
-        needed.add(key := waiting.pop())
-        waiting += [parent for parent in parents[key] if parent not in needed]
+    needed = {record["target"]}
+    for key in reversed(solving):
+        if key in needed:
+            needed.update(nodes[key].parents)
     order = [key for key in solving if key in needed]
     return _checked(Problem("own", nodes, tuple(order), tuple(key for key in nodes if key not in needed),
                             sum(len(leaves(nodes[key].expr)) - 1 for key in order),
@@ -138,18 +133,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _solving_order(parents: dict[str, tuple[str, ...]]) -> list[str]:
+def _file_order(nodes: dict[str, Node]) -> list[str]:
     """All keys, each after its parents, and otherwise as they stand in the file."""
-    solved, waiting = {}, list(parents)
-    while waiting:
-        key = next((key for key in waiting if all(parent in solved for parent in parents[key])), None)
-        if key is None:
-            path = [waiting[0]]
-            while path.count(path[-1]) < 2:  # every waiting node has a parent that waits too
-                path.append(next(parent for parent in parents[path[-1]] if parent not in solved))
-            cycle = path[path.index(path[-1]):]
-            raise InputError(f"node {cycle[0]!r}: is computed from itself: {' -> '.join(cycle)}")
-        waiting.remove(key)
+    solving_order(nodes)  # InputError if there is no such order
+    solved: dict[str, bool] = {}
+    while len(solved) < len(nodes):
+        key = next(key for key in nodes if key not in solved and all(parent in solved for parent in nodes[key].parents))
         solved[key] = True
     return list(solved)
 

@@ -141,7 +141,7 @@ class Problem:
     values: dict[str, Number] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        solving = self._solving_order()
+        solving = solving_order(self.nodes)
         solved: set[str] = set()
         for key in self.order:
             if key not in self.nodes or key in solved or self.missing(key, solved):
@@ -153,16 +153,6 @@ class Problem:
             if key not in self.nodes or key in solved:
                 raise InputError(f"redundant: {key!r} is unknown or stands in order too")
         object.__setattr__(self, "values", self._evaluate(solving))
-
-    def _solving_order(self) -> tuple[str, ...]:
-        """All keys, each after its parents."""
-        for key, node in self.nodes.items():
-            if unknown := [parent for parent in node.parents if parent not in self.nodes]:
-                raise InputError(f"node {key!r}: unknown parent {unknown[0]!r}")
-        try:
-            return tuple(TopologicalSorter({key: node.parents for key, node in self.nodes.items()}).static_order())
-        except CycleError as error:
-            raise InputError(f"nodes form a cycle: {' -> '.join(error.args[1])}") from None
 
     def _evaluate(self, keys: tuple[str, ...], finish: Callable[[Number], Number] = rounded) -> dict[str, Number]:
         """Values of `keys`, which stand in a solving order."""
@@ -225,6 +215,12 @@ class Problem:
         """Hash of what the question needs, without names: the same with other redundant nodes beside it."""
         return self._digests[self.target]
 
+    @property
+    def split_key(self) -> str:
+        """The hash that decides which split may hold the problem: in arithmetic two that differ in redundant nodes alone are
+        of one split."""
+        return self.core if self.task.startswith("arithmetic") else self.structure
+
     @cached_property
     def _digests(self) -> dict[str, str]:
         """Of each node, a hash of its expression with the parents' hashes in place of their names."""
@@ -267,6 +263,18 @@ class Problem:
             raise InputError("problem: two nodes of one name")
         return cls(record["task"], {node.key: node for node in nodes}, tuple(record["order"]),
                    tuple(record["redundant"]), record["num_ops"], record.get("tolerance", 0.0), record.get("ask", ""))
+
+
+def solving_order(nodes: dict[str, Node]) -> tuple[str, ...]:
+    """All keys, each after its parents. Raises InputError for an unknown parent and for a cycle."""
+    for key, node in nodes.items():
+        if unknown := [parent for parent in node.parents if parent not in nodes]:
+            raise InputError(f"node {key!r}: no node is called {unknown[0]!r}")
+    try:
+        return tuple(TopologicalSorter({key: node.parents for key, node in nodes.items()}).static_order())
+    except CycleError as error:
+        cycle = error.args[1][::-1]  # each needs the next
+        raise InputError(f"node {cycle[0]!r}: is computed from itself: {' -> '.join(cycle)}") from None
 
 
 def _json(expr: Expr):

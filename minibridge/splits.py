@@ -35,7 +35,7 @@ PATIENCE = 20_000  # candidates without a new problem before giving up
 SLOW, HOPELESS = 100, 100_000  # or when the last 20 took more than SLOW each, and at that pace the rest more than HOPELESS
 BLOCK = 250  # candidates that a process draws at a time
 
-Candidate = Callable[[int], tuple[Problem, str]]  # number -> problem, the hash that decides its split
+Candidate = Callable[[int], Problem]  # of each number its own
 
 
 def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, seed: int,
@@ -43,7 +43,7 @@ def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, se
     """`count` different iGSM problems of a split, no answer taking more than `balance` of them (or one).
     Raises InputError when the filters leave too few."""
     name = f"ops {ops[0]}-{ops[1]}"
-    candidate = partial(_igsm, f"{seed}/{split}/{ops[0]}-{ops[1]}", ops, scale)
+    candidate = partial(_drawn, f"{seed}/{split}/{ops[0]}-{ops[1]}", partial(igsm.draw, ops=ops, scale=scale))
     return _chosen(candidate, split, count, balance, workers, name)
 
 
@@ -51,18 +51,12 @@ def arithmetic_problems(split: str, count: int, variant: str, depth: int, redund
                         balance: float = 1.0, workers: int = 1) -> list[Problem]:
     """The same of arithmetic problems. Two that differ only in redundant premises are of the same split."""
     name = f"{seed}/{split}/{variant} {depth} {redundant[0]}-{redundant[1]}"
-    candidate = partial(_arithmetic, name, depth, redundant, variant)
+    candidate = partial(_drawn, name, partial(arithmetic.draw, depth=depth, redundant=redundant, variant=variant))
     return _chosen(candidate, split, count, balance, workers, f"depth {depth}")
 
 
-def _igsm(stream: str, ops: tuple[int, int], scale: igsm.Scale, number: int) -> tuple[Problem, str]:
-    problem = igsm.draw(random.Random(f"{stream}/{number}"), ops, scale)
-    return problem, problem.structure
-
-
-def _arithmetic(stream: str, depth: int, redundant: tuple[int, int], variant: str, number: int) -> tuple[Problem, str]:
-    problem = arithmetic.draw(random.Random(f"{stream}/{number}"), depth, redundant, variant)
-    return problem, problem.core
+def _drawn(stream: str, draw: Callable[[random.Random], Problem], number: int) -> Problem:
+    return draw(random.Random(f"{stream}/{number}"))
 
 
 def _chosen(candidate: Candidate, split: str, count: int, balance: float, workers: int, sizes: str) -> list[Problem]:
@@ -103,8 +97,8 @@ def _of_split(candidate: Candidate, split: str, workers: int) -> Iterator[tuple[
 
 
 def _block(candidate: Candidate, split: str, numbers: range) -> list[tuple[int, Problem | None]]:
-    drawn = ((number, *candidate(number)) for number in numbers)
-    return [(number, problem if int(key, 16) % 10 in SPLITS[split][2] else None) for number, problem, key in drawn]
+    drawn = ((number, candidate(number)) for number in numbers)
+    return [(number, problem if int(problem.split_key, 16) % 10 in SPLITS[split][2] else None) for number, problem in drawn]
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
@@ -127,7 +121,7 @@ def main(config: Config):
         if not path or path in keys:
             raise InputError(f"files: {path!r} is " + ("given twice" if path else "no name"))
         rows = [read_problem(line, where) for where, line in numbered(path)]
-        keys[path] = {problem.core if problem.task.startswith("arithmetic") else problem.structure for problem in rows}
+        keys[path] = {problem.split_key for problem in rows}
         answers = Counter(str(problem.answer) for problem in rows)
         common, times = answers.most_common(1)[0]
         table.append(f"| {path} | {len(rows)} | {len({problem.id for problem in rows})} | {answers['0'] / len(rows):.1%} "

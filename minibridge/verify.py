@@ -76,10 +76,9 @@ class Step:
 @dataclass(frozen=True)
 class Verdict:
     """steps: every line, and in the end always the closing and the box. boxed: the box holds the right answer.
-    redundant: nodes solved that the question does not need. unneeded: steps on these, or on nodes solved before."""
+    unneeded: steps on nodes that the question does not need, or that were solved before."""
     steps: tuple[Step, ...]
     boxed: bool
-    redundant: int
     unneeded: int
 
     @property
@@ -142,8 +141,7 @@ def verify(problem: Problem, text: str) -> Verdict:
     steps.append(Step(BOX, *(box.span() if box else (len(text),) * 2), error=None if boxed else WRONG_BOX,
                       reason=None if boxed else f"the answer is {problem.answer}"))
     solved = [step.node for step in steps if step.kind == STEP and step.node]
-    needed = set(problem.order)
-    return Verdict(tuple(steps), boxed, len(set(solved) - needed), len(solved) - len(needed.intersection(solved)))
+    return Verdict(tuple(steps), boxed, unneeded=len(solved) - len({*solved} & {*problem.order}))
 
 
 # --- sentences ---------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def nodes(*changed):
 @pytest.mark.parametrize("record, named", [
     (nodes(ANN, node("Ben's apples", "2 * Ann", "So."), TOTAL), ["node \"Ben's apples\"", "'Ann'"]),
     (nodes(node("Ann's apples", "the total", "So."), BEN, TOTAL),
-     ["node", "computed from itself", "Ann's apples -> the total -> Ann's apples"]),
+     ["node", "computed from itself: ", "Ann's apples -> the total -> "]),
     (nodes(ANN, BEN, TOTAL, node("x", "x + 1", "So.")), ["node 'x'", "x -> x"]),
     (nodes(ANN, BEN, node("the total", "Ben's apples / (Ann's apples - 5)")), ["node 'the total'", "division by zero"]),
     (nodes(ANN, BEN, BEN, TOTAL), ["node \"Ben's apples\"", "second"]),

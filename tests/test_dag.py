@@ -75,8 +75,8 @@ def test_locked_until_every_parent_is_solved():
 
 
 @pytest.mark.parametrize("changes, order, named", [
-    ({"a": ("+", 1, "t")}, "abcdt", ["cycle", *map(full, "act")]),
-    ({"r": ("+", "r", 1)}, "abcdt", ["cycle", full("r")]),
+    ({"a": ("+", 1, "t")}, "abcdt", ["computed from itself", *map(full, "act")]),
+    ({"r": ("+", "r", 1)}, "abcdt", ["computed from itself", full("r")]),
     ({"d": "z"}, "abcdt", [full("d"), full("z")]),
     ({}, "abzdt", ["order", full("z")]),
     ({}, "cabdt", ["order", full("c")]),

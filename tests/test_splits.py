@@ -65,7 +65,7 @@ def test_patience_counts_from_the_last_new_problem(monkeypatch):
 def test_a_hopeless_balance_is_refused_soon(monkeypatch):
     """Each answer may stand twice: now and then a new one comes up, and the patience of any one of them never ends."""
     drawn, draw = [], igsm.draw
-    monkeypatch.setattr(igsm, "draw", lambda *args: drawn.append(0) or draw(*args))
+    monkeypatch.setattr(igsm, "draw", lambda *args, **sizes: drawn.append(0) or draw(*args, **sizes))
     with pytest.raises(InputError, match=r"of 2000 problems found .* balance 0\.001"):
         splits.problems("sft", 2000, (1, 3), FREE_TOY, 0, balance=.001)
     assert len(drawn) < splits.PATIENCE / 2

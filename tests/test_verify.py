@@ -83,7 +83,7 @@ def test_a_right_answer_in_full():
         "Ash's Jar", "Elm's Jar", "Yew's Jar", "Oak's Jar", "Fir's Jar", "Yew's Jar", "Yew's Food", "Yew's Food", None]
     assert not any(step.error or step.reason for step in verdict.steps)
     assert (verdict.solved, verdict.attempts, verdict.restatements, verdict.subgoals) == (6, 1, 2, 4)
-    assert (verdict.redundant, verdict.unneeded) == (1, 1)
+    assert verdict.unneeded == 1
     assert [(kind, TEXT[start:end]) for kind, start, end in verdict.spans() if kind in (RESTATEMENT, SUBGOAL, BOX)] == [
         (RESTATEMENT, "It equals 2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar"),
         (RESTATEMENT, "The text says it equals the difference of each Ash's Jar and each Elm's Jar"),
@@ -226,7 +226,7 @@ def test_a_wrong_sentence_does_not_hide_the_rest_of_its_step():
 def test_steps_out_of_the_minimal_set():
     again = "- Let d be each Oak's Jar. d = p - q = -5.\n" + 2 * "- Let T be each Fir's Tin. T = q = 9.\n"
     verdict = check(edited("- Let r", again + "- Let r"))
-    assert verdict.correct and (verdict.solved, verdict.redundant, verdict.unneeded) == (9, 2, 4)
+    assert verdict.correct and (verdict.solved, verdict.unneeded) == (9, 4)
 
 
 @pytest.mark.parametrize("slot, wording, old, new", [
@@ -272,8 +272,8 @@ def test_generated_answers_are_right_and_counted(problems, behaviors):
         verdict = check(text, problem)
         assert verdict.correct, (verdict.steps[verdict.first_wrong_step], text)
         assert counts(problem, i, behaviors) == (verdict.attempts, verdict.restatements, verdict.subgoals, verdict.solved,
-                                                 verdict.redundant)
-        assert verdict.unneeded == verdict.redundant and MENTION not in {step.kind for step in verdict.steps}
+                                                 verdict.unneeded)
+        assert MENTION not in {step.kind for step in verdict.steps}
         assert check(text.removeprefix("<think>\n"), problem).correct  # a completion
 
 
