@@ -33,10 +33,8 @@ from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
 from minibridge.monitor import behaviors, describe, show, wasted
-from minibridge.optim import (
-    NonFinite, adamw, fingerprint, finished, learning_rate, open_model, pick_device, prompt_limit, resume_point,
-    save_checkpoint, training_flops, update
-)
+from minibridge.opening import fingerprint, finished, open_model, pick_device, prompt_limit, resume_point, save_checkpoint
+from minibridge.optim import NonFinite, adamw, learning_rate, training_flops, update
 from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, total, whole_step
 from minibridge.rollout import Episode, lines, refilled, rewards, rollout

@@ -25,10 +25,8 @@ from minibridge.data import Example, index_stream, load_sft, micro_batches
 from minibridge.logprob import fused_loss
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
-from minibridge.optim import (
-    NonFinite, adamw, fingerprint, finished, learning_rate, open_model, pick_device, resume_point, save_checkpoint,
-    training_flops, update
-)
+from minibridge.opening import fingerprint, finished, open_model, pick_device, resume_point, save_checkpoint
+from minibridge.optim import NonFinite, adamw, learning_rate, training_flops, update
 from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import example_hidden
 from minibridge.tokenizer import Tokenizer

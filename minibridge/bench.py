@@ -38,7 +38,8 @@ from minibridge.logprob import fused_loss, token_logprobs, token_logprobs_naive
 from minibridge.measure import Repeats, bandwidth, clock, matmul_rate, peak_memory, rates, report, row
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
-from minibridge.optim import adamw, pick_device, pick_dtype, training_flops
+from minibridge.opening import pick_device, pick_dtype
+from minibridge.optim import adamw, training_flops
 from minibridge.parallel import ALONE
 from minibridge.policy import pack, score
 from minibridge.reproduce import TOY_BASE

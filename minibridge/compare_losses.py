@@ -22,7 +22,7 @@ from minibridge.data import load_prompts
 from minibridge.grpo import PRESETS, Recipe, group_advantages
 from minibridge.jvp import Direction, inner
 from minibridge.model import Decoder
-from minibridge.optim import open_model, pick_device
+from minibridge.opening import open_model, pick_device
 from minibridge.policy import pack, score, share_of_loss, total, whole_step
 from minibridge.rollout import Episode, read_episodes, rewards
 from minibridge.tables import markdown

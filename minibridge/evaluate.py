@@ -29,7 +29,7 @@ from minibridge.checkpoint import outline
 from minibridge.config import InputError, check_fields, numbered, option, printable, run_main, write_jsonl, write_whole
 from minibridge.dag import problem_in
 from minibridge.data import load_prompts
-from minibridge.optim import fingerprint, open_model, pick_device, prompt_limit
+from minibridge.opening import fingerprint, open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
 from minibridge.run_folder import record, write_record
 from minibridge.verify import WRONG_BOX, Verdict, verify

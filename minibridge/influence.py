@@ -35,7 +35,7 @@ from minibridge.grpo import group_advantages
 from minibridge.jvp import Direction
 from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
-from minibridge.optim import fingerprint, open_model, pick_device, prompt_limit
+from minibridge.opening import fingerprint, open_model, pick_device, prompt_limit
 from minibridge.policy import example_hidden
 from minibridge.rollout import Episode, correctness, lines, mix, rollout
 from minibridge.run_folder import Run, same_settings

@@ -24,7 +24,8 @@ from minibridge.logprob import chunk_tokens
 from minibridge.measure import bandwidth, free_memory, matmul_rate, resident
 from minibridge.memory import ITEMS, Sizes, decoding, held, highest, sizes
 from minibridge.model import Decoder
-from minibridge.optim import pick_device, pick_dtype, prompt_limit, training_flops
+from minibridge.opening import pick_device, pick_dtype, prompt_limit
+from minibridge.optim import training_flops
 from minibridge.tokenizer import Tokenizer
 
 SPARE = 0.9  # suggestions fill so much of the free memory: an allocator loses some between its blocks

@@ -28,7 +28,7 @@ from minibridge import arms, checkpoint, igsm, splits, traces
 from minibridge.config import option, run_main, write_jsonl
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
-from minibridge.optim import pick_device
+from minibridge.opening import pick_device
 from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer, train_toy
 

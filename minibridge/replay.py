@@ -22,7 +22,7 @@ from minibridge.config import REQUIRED, InputError, no_memory, option
 from minibridge.grpo import Recipe
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
-from minibridge.optim import DTYPES, pick_device
+from minibridge.opening import DTYPES, pick_device
 from minibridge.parallel import ALONE, Ranks
 from minibridge.policy import MicroBatch, Step, share_of_loss
 

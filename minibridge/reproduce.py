@@ -30,7 +30,7 @@ from minibridge.config import InputError, option, read_json, run_command, write_
 from minibridge.dag import Problem
 from minibridge.data import Example, load_prompts, load_sft
 from minibridge.jobs import side_by_side
-from minibridge.optim import pick_device
+from minibridge.opening import pick_device
 from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer
 

@@ -34,7 +34,8 @@ from minibridge.data import Example, Prompt, load_prompts, load_sft
 from minibridge.model import Decoder
 from minibridge.model_config import SIZES, ModelConfig
 from minibridge.reproduce import TOY_BASE
-from minibridge.optim import adamw, fingerprint, resume_point, update
+from minibridge.opening import fingerprint, resume_point
+from minibridge.optim import adamw, update
 from minibridge.run_folder import Run, _lines_before
 from minibridge.tokenizer import Tokenizer
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minibridge.config import InputError
-from minibridge.optim import adamw, learning_rate, pick_device, pick_dtype, update
+from minibridge.opening import pick_device, pick_dtype
+from minibridge.optim import adamw, learning_rate, update
 
 
 def rates(steps, **options):

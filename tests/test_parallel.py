@@ -23,7 +23,7 @@ import train_sft
 from conftest import metrics, scripted_model
 from minibridge import checkpoint, parallel, replay
 from minibridge.config import InputError, read_jsonl, run_main
-from minibridge.optim import pick_device
+from minibridge.opening import pick_device
 
 FORK = multiprocessing.get_context("forkserver")  # children start with torch imported, in no time
 FORK.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "train_rl", "train_sft"])
