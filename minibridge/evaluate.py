@@ -32,6 +32,7 @@ from minibridge.data import load_prompts
 from minibridge.opening import fingerprint, open_model, pick_device, prompt_limit
 from minibridge.rollout import lines, rollout
 from minibridge.run_folder import record, write_record
+from minibridge.tables import markdown
 from minibridge.verify import WRONG_BOX, Verdict, verify
 
 
@@ -93,16 +94,16 @@ def table(problems: list[Scored]) -> str:
     rows = [("all", problems), ("answer not 0", [p for p in problems if p.answer != "0"])]
     for ops in sorted({p.num_ops for p in problems if p.num_ops is not None}):
         rows.append((f"{ops} ops", [p for p in problems if p.num_ops == ops]))
-    text = ["| problems | count | accuracy | 95% interval |" + "".join(f" pass@{k} |" for k in ks)]
-    text.append("|---|---|---|---|" + "---|" * len(ks))
+    found = []
     for name, chosen in rows:
         if chosen:
             low, high = wilson(accuracy(chosen), len(chosen))
             passes = (sum(pass_at_k(len(p.correct), sum(p.correct), k) for p in chosen) / len(chosen) for k in ks)
-            text.append(f"| {name} | {len(chosen)} | {accuracy(chosen):.1%} | {low:.1%} to {high:.1%} |"
-                        + "".join(f" {value:.1%} |" for value in passes))
+            found.append({"problems": name, "count": len(chosen), "accuracy": f"{accuracy(chosen):.1%}",
+                          "95% interval": f"{low:.1%} to {high:.1%}",
+                          **{f"pass@{k}": f"{value:.1%}" for k, value in zip(ks, passes)}})
     constant, share = best_constant(problems)
-    return "\n".join([*text, "", f"best constant answer: {printable(constant)}, {share:.1%}"])
+    return f"{markdown(found)}\n\nbest constant answer: {printable(constant)}, {share:.1%}"
 
 
 def behaviors(verdicts: list[Verdict]) -> str:
@@ -111,19 +112,19 @@ def behaviors(verdicts: list[Verdict]) -> str:
         return sum(values) / len(verdicts)
 
     boxed = [verdict for verdict in verdicts if verdict.boxed]
-    text = ["| behavior | all answers |", "|---|---|",
-            f"| with a failed attempt | {mean(verdict.attempts > 0 for verdict in verdicts):.1%} |"]
+    found = {"with a failed attempt": f"{mean(verdict.attempts > 0 for verdict in verdicts):.1%}"}
     for name, field in (("failed attempts", "attempts"), ("right failed attempts", "right_attempts"),
                         ("restatements", "restatements"), ("subgoals", "subgoals"),
                         ("steps with a value", "solved"), ("steps without need", "unneeded")):
-        text.append(f"| {name} per answer | {mean(getattr(verdict, field) for verdict in verdicts):.2f} |")
-    text.append(f"| right in every step | {mean(verdict.correct for verdict in verdicts):.1%} |")
+        found[f"{name} per answer"] = f"{mean(getattr(verdict, field) for verdict in verdicts):.2f}"
+    found["right in every step"] = f"{mean(verdict.correct for verdict in verdicts):.1%}"
     if boxed:
         wrong = sum(not verdict.correct for verdict in boxed) / len(boxed)
-        text.append(f"| right result with a wrong step | {wrong:.1%} of right results |")
+        found["right result with a wrong step"] = f"{wrong:.1%} of right results"
     errors = Counter(verdict.error for verdict in verdicts if verdict.error)
     listed = ", ".join(f"{error}: {count}" for error, count in errors.most_common())
-    return "\n".join([*text, "", f"first errors: {listed or 'none'}"])
+    rows = [{"behavior": name, "all answers": value} for name, value in found.items()]
+    return f"{markdown(rows)}\n\nfirst errors: {listed or 'none'}"
 
 
 def rescore(path: str) -> list[Scored]:

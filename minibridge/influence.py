@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minibridge import plots, tables
+from minibridge import breakdown, plots, tables
 from minibridge.coinfluence import (
     Measured, adam_scale, check_live, live_batches, live_prompts, means, measure, per_step, taken
 )
@@ -86,21 +86,21 @@ def read_prompts(config: Config, tokenizer: Tokenizer, limit: int) -> tuple[list
 
 
 def reference_row(model: Decoder, examples: list[Example], temperature: float, max_tokens: int) -> dict:
-    """`tables.fluency` of given answers; the prompts of SFT lines are not among the tokens."""
+    """`breakdown.fluency` of given answers; the prompts of SFT lines are not among the tokens."""
     found = []
     for piece in micro_batches(examples, max_tokens):
         with torch.no_grad():
             hidden, targets = example_hidden(model, [examples[index] for index in piece])
             found.append(torch.stack(token_logprobs(hidden, model.lm_head_weight, targets, temperature)))
-    return tables.fluency("reference answers", *torch.cat(found, 1).cpu(), len(examples))
+    return breakdown.fluency("reference answers", *torch.cat(found, 1).cpu(), len(examples))
 
 
 def own_rows(groups: list[list[Episode]], tokens: list[list[Tensor]]) -> list[dict]:
-    """`tables.fluency` of the model's own answers, all of them and apart."""
+    """`breakdown.fluency` of the model's own answers, all of them and apart."""
     answers = [(episode.correct, values) for group, row in zip(groups, tokens) for episode, values in zip(group, row)]
     kinds = {"own answers": (True, False), "own right answers": (True,), "own wrong answers": (False,)}
     chosen = {name: [values for correct, values in answers if correct in wanted] for name, wanted in kinds.items()}
-    return [tables.fluency(name, *torch.cat(values, 1)[[0, 2]], len(values)) for name, values in chosen.items() if values]
+    return [breakdown.fluency(name, *torch.cat(values, 1)[[0, 2]], len(values)) for name, values in chosen.items() if values]
 
 
 def columns_of(found: Measured, correct: Tensor, kappa: Tensor) -> dict[str, Tensor]:
@@ -143,11 +143,11 @@ def summarise(found: Measured, correct: Tensor, kappa: Tensor, columns: dict[str
     mean = found.influence.value.mean().item()
     summary = mix(correct) | {"influence": mean, "gradient_norm": found.norm,
                               "influence_over_norm": found.norm and mean / found.norm,
-                              "answers_rank_correlation": tables.rank_correlation(*own)}
+                              "answers_rank_correlation": breakdown.rank_correlation(*own)}
     if "half" in found.parts:
         halves = [columns[f"influence, half {half}"][live] for half in (1, 2)]
         summary |= {"halves_cosine": found.cosine, "common_gradient_norm": found.common,
-                    "halves_rank_correlation": tables.rank_correlation(*halves)}
+                    "halves_rank_correlation": breakdown.rank_correlation(*halves)}
     return summary
 
 
@@ -207,11 +207,11 @@ def report(out: Path, prompts: list[Prompt], groups: list[list[Episode]], found:
     """Prints and writes what was found, and returns the summary."""
     correct, kappa = correctness(groups), means(found.tokens)
     columns = columns_of(found, correct, kappa)
-    show(out, "rollout_accuracy", tables.histogram(correct))
-    show(out, "influence", tables.by_accuracy(correct, columns))
+    show(out, "rollout_accuracy", breakdown.histogram(correct))
+    show(out, "influence", breakdown.by_accuracy(correct, columns))
     if None not in problems:
         kinds = [[token_kinds(tokenizer, episode, problem) for episode in group] for group, problem in zip(groups, problems)]
-        show(out, "behaviors", tables.by_kind(found.tokens, kinds, group_advantages(correct)))
+        show(out, "behaviors", breakdown.by_kind(found.tokens, kinds, group_advantages(correct)))
     show(out, "fluency", fluency)
     summary = summarise(found, correct, kappa, columns)
     print(tables.markdown([{"of the run": name, "": value} for name, value in summary.items()]), flush=True)

@@ -27,6 +27,7 @@ from functools import partial
 from minibridge import arithmetic, igsm
 from minibridge.config import REQUIRED, InputError, numbered, option, run_main
 from minibridge.dag import Problem, read_problem
+from minibridge.tables import markdown
 
 # Rows and op range of the paper's splits, and the share of all structures (in tenths) that a split may draw from.
 SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
@@ -116,7 +117,7 @@ class Config:
 
 def main(config: Config):
     keys: dict[str, set[str]] = {}
-    table = ["| file | rows | problems | answer 0 | commonest answer |", "|---|---|---|---|---|"]
+    table = []
     for path in config.files.split(","):
         if not path or path in keys:
             raise InputError(f"files: {path!r} is " + ("given twice" if path else "no name"))
@@ -124,9 +125,10 @@ def main(config: Config):
         keys[path] = {problem.split_key for problem in rows}
         answers = Counter(str(problem.answer) for problem in rows)
         common, times = answers.most_common(1)[0]
-        table.append(f"| {path} | {len(rows)} | {len({problem.id for problem in rows})} | {answers['0'] / len(rows):.1%} "
-                     f"| {common}, {times / len(rows):.1%} |")
-    print("\n".join(table) + "\n")
+        share = f"{times / len(rows):.1%}"
+        table.append({"file": path, "rows": len(rows), "problems": len({problem.id for problem in rows}),
+                      "answer 0": f"{answers['0'] / len(rows):.1%}", "commonest answer": f"{common}, {share}"})
+    print(markdown(table) + "\n")
     for (path, own), (other, others) in itertools.combinations(keys.items(), 2):
         print(f"structures in both {path} and {other}: {len(own & others)}")
 

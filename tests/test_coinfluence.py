@@ -8,6 +8,7 @@ import torch
 
 from conftest import make_model
 from minibridge import checkpoint, coinfluence
+from minibridge.breakdown import rank_correlation
 from minibridge.coinfluence import (
     adam_scale, factor, live_batches, means, measure, per_step, taken, validation_directions
 )
@@ -20,7 +21,6 @@ from minibridge.jvp import directional, gradient, inner
 from minibridge.optim import adamw
 from minibridge.policy import pack, score, share_of_loss, whole_step
 from minibridge.rollout import Episode, correctness, mix
-from minibridge.tables import rank_correlation
 
 CPU = torch.device("cpu")
 F64 = torch.float64

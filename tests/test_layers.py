@@ -54,7 +54,7 @@ def existing(*modules):
 
 @pytest.mark.parametrize("module", existing(
     "strictjson", "config", "dag", "igsm", "arithmetic", "worlds", "custom", "traces", "arms", "splits", "answer", "formula",
-    "verify"))
+    "verify", "tables"))
 def test_data_generation_needs_only_the_standard_library(module):
     for name in below(module):
         outside = {root for root in imports(PACKAGE / f"{name}.py") if not root.startswith("minibridge")}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minibridge import tables
+from minibridge import breakdown, tables
 from minibridge.coinfluence import per_step
 from minibridge.config import InputError
 from minibridge.grpo import group_advantages
@@ -32,7 +32,7 @@ def test_markdown():
 
 
 def test_histogram():
-    table = tables.histogram(torch.tensor([[1, 0], [1, 1], [1, 0], [0, 1]], dtype=F64))
+    table = breakdown.histogram(torch.tensor([[1, 0], [1, 1], [1, 0], [0, 1]], dtype=F64))
     assert table == [{"alpha": 0, "prompts": 0, "share": 0}, {"alpha": 0.5, "prompts": 3, "share": 0.75},
                      {"alpha": 1, "prompts": 1, "share": 0.25}]
 
@@ -41,7 +41,7 @@ def test_bins_of_every_number_of_right_answers():
     """Edges belong to the upper bin, but 0 and 1 to none but their own; also where 5 alpha is no whole number in floats."""
     for samples in (4, 5, 10, 32):
         correct = (torch.arange(samples) < torch.arange(samples + 1)[:, None]).double()
-        table = tables.by_accuracy(correct, {"right": correct.sum(1)})
+        table = breakdown.by_accuracy(correct, {"right": correct.sum(1)})
         expected = [[0]] + [[n for n in range(1, samples) if b * samples <= 5 * n < (b + 1) * samples] for b in range(5)]
         for row, inside in zip(table, [*expected, [samples], list(range(samples + 1))], strict=True):
             assert row["prompts"] == len(inside) and row["right"] == (sum(inside) / len(inside) if inside else None)
@@ -51,12 +51,12 @@ def test_bins_of_every_number_of_right_answers():
 def test_means_leave_out_what_is_not_known_and_have_intervals():
     correct = torch.tensor([[1, 0], [1, 0], [0, 1], [1, 1]], dtype=F64)
     values = torch.tensor([1.0, 4.0, math.nan, math.nan], dtype=F64)
-    table = tables.by_accuracy(correct, {"x": values})
+    table = breakdown.by_accuracy(correct, {"x": values})
     reach = 12.7062 * math.sqrt(4.5 / 2)
     for row in (table[3], table[-1]):
         assert row["x"] == 2.5 and row["x +-"] == pytest.approx(reach)
     assert table[6] == {"alpha": "1", "prompts": 1, "x": None, "x +-": None}
-    one = tables.by_accuracy(correct[:1], {"x": values[:1]})[-1]
+    one = breakdown.by_accuracy(correct[:1], {"x": values[:1]})[-1]
     assert one["x"] == 1 and one["x +-"] is None
 
 
@@ -66,7 +66,7 @@ def test_what_kinds_bring_adds_up_to_the_influence():
     tokens = [[torch.randn(3, 2 + n + g, dtype=F64, generator=generator) for g in range(3)] for n in range(3)]
     kinds = [[torch.randint(0, 4, (2 + n + g,), generator=generator) for g in range(3)] for n in range(3)]
     kappa = torch.tensor([[answer[1].mean() for answer in group] for group in tokens], dtype=F64)
-    table = tables.by_kind(tokens, kinds, group_advantages(correct))
+    table = breakdown.by_kind(tokens, kinds, group_advantages(correct))
     value = per_step(kappa, correct).value
     assert sum(row["influence"] for row in table) == pytest.approx(value.mean().item())
     assert [row["text"] for row in table] == list(KINDS) and sum(row["share of tokens"] for row in table) == pytest.approx(1)
@@ -83,7 +83,7 @@ def test_what_kinds_bring_adds_up_to_the_influence():
              zip(tokens[n][g][1].tolist(), kinds[n][g].tolist()) if kind == 1]
     assert table[1]["kappa, wrong"] == pytest.approx(sum(wrong) / len(wrong))
     assert table[1]["kappa, right"] == pytest.approx(sum(right) / len(right))
-    dead = tables.by_kind(tokens[1:2], kinds[1:2], group_advantages(correct[1:2]))
+    dead = breakdown.by_kind(tokens[1:2], kinds[1:2], group_advantages(correct[1:2]))
     assert [(row["text"], row["tokens"], row["influence"], row["kappa, right"]) for row in dead] == [
         (kind, 0, 0, None) for kind in KINDS]
     assert table[1]["influence +-"] == pytest.approx(4.3027 * brought_by(1).std().item() / 3**0.5)
@@ -104,7 +104,7 @@ def test_students_quantiles():
 
 
 def test_fluency():
-    row = tables.fluency("own", torch.tensor([0.5, 0.5, 0.125]).log(), torch.tensor([1.0, 2.0, 6.0]), 2)
+    row = breakdown.fluency("own", torch.tensor([0.5, 0.5, 0.125]).log(), torch.tensor([1.0, 2.0, 6.0]), 2)
     assert row == {"text": "own", "answers": 2, "tokens": 3, "entropy": 3, "perplexity": pytest.approx(2 ** (5 / 3))}
 
 
@@ -113,5 +113,5 @@ def test_fluency():
     ([], [], None),
     ([1, 2, 2, 3], [1, 2, 3, 4], 0.9486832980505138)])  # ties: 9 / sqrt(90)
 def test_rank_correlation(a, b, expected):
-    found = tables.rank_correlation(torch.tensor(a, dtype=F64), torch.tensor(b, dtype=F64))
+    found = breakdown.rank_correlation(torch.tensor(a, dtype=F64), torch.tensor(b, dtype=F64))
     assert found == (None if expected is None else pytest.approx(expected))
