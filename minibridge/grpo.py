@@ -150,7 +150,7 @@ def grpo_loss(
 
         loss           the loss                    policy_loss    its first term alone
         clip_fraction  tokens whose gradient the clip has set to zero ("cispo": whose weight it has changed)
-        log_ratio      mean |logp - old_logp|
+        log_ratio      mean |logp - old_logp|, each at most MAX_LOG_RATIO
         kept           weight left by kl_threshold and kept (1 if both are off and no row is empty)
         kl             mean k3, dropped rollouts included (if ref_logps)
         entropy        mean entropy, dropped rollouts included (if entropy)

@@ -223,6 +223,7 @@ def test_growth_is_as_predicted_with_an_error_that_falls_with_the_step(model, va
     predicted = found.influence.value[chosen].mean().item()
     rows = taken(model, live_batches(val, 60, CPU), live_batches([groups[n] for n in chosen], 60, CPU), predicted, 0.7, scale)
     errors = [row["relative error"] for row in rows]
+    assert errors == pytest.approx([abs(row["measured"] / row["predicted"] - 1) for row in rows])
     assert errors[-1] < 1e-3  # the deviation by N, not N - 1, would be 13% off
     assert [one / other for one, other in zip(errors, errors[1:])] == pytest.approx([10], rel=0.05)
     assert [row["length"] for row in rows] == list(lengths)
@@ -296,6 +297,7 @@ def test_adams_scale_from_a_checkpoint(tmp_path):
     generator = torch.Generator().manual_seed(3)
     gradients = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
     gradients["model.embed_tokens.weight"][7] = 0
+    gradients["model.embed_tokens.weight"][8] = 1e-8  # as large as what is added to the root
     for _ in range(3):  # with equal gradients, bias-corrected moments are their squares
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name].clone()
@@ -314,6 +316,19 @@ def test_adams_scale_from_a_checkpoint(tmp_path):
 # ---- for the log of training
 
 
+def test_bf16_products_are_back_after_an_error(model, val, groups, monkeypatch):
+    monkeypatch.setattr(coinfluence, "measure", lambda *_: [][0])
+    model.compute_dtype = torch.bfloat16
+    with pytest.raises(IndexError):
+        coinfluence.training_numbers(model, val, groups, 0.7, 60)
+    assert model.compute_dtype == torch.bfloat16
+
+
+def test_format_rewards_are_left_out(val):
+    paid = [[replace(episode, reward=episode.reward + 0.1 * n) for n, episode in enumerate(group)] for group in val]
+    assert torch.equal(correctness(paid), torch.tensor(RIGHT, dtype=F64))
+
+
 def test_the_mix():
     correct = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]], dtype=F64)
     root = "root_of_alpha_1_minus_alpha"
@@ -329,6 +344,7 @@ def test_numbers_for_training_are_in_fp32_and_leave_the_model_as_it_is(val, grou
     assert found == {"influence": pytest.approx(expected.influence.value.mean().item()),
                      "validation_gradient_norm": pytest.approx(expected.norm)}
     assert model.compute_dtype == torch.bfloat16
-    assert coinfluence.training_numbers(model, rollouts([[1, 1], [0, 0]], 0), groups, 0.7, 60) == {}
+    for right in ([[1, 1], [0, 0]], [[1, 0], [0, 0]]):  # no live prompt of Q, and one
+        assert coinfluence.training_numbers(model, rollouts(right, 0), groups, 0.7, 60) == {}
     assert coinfluence.training_numbers(model, val, [groups[2], groups[4]], 0.7, 60) == {}
     assert model.compute_dtype == torch.bfloat16

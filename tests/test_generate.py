@@ -212,6 +212,11 @@ def test_nucleus_is_the_fewest_tokens_that_hold_top_p(top_p):
     assert torch.equal(nucleus(weights, top_p), expected)
 
 
+def test_a_nucleus_that_holds_just_top_p_takes_no_more():
+    assert nucleus(torch.tensor([[0.25, 0.5, 0.25]]), 0.5).tolist() == [[0, 0.5, 0]]
+    assert nucleus(torch.full((1, 4), 0.25), 0.75).count_nonzero() == 3
+
+
 def test_the_nucleus_of_a_large_vocabulary(top_p=0.9999):
     """Of 150,000 tokens, whose sum in fp32 is no more than a thousandth right in what its last ones hold."""
     weights = torch.randn(2, 150_000, generator=seeded()).mul(5).softmax(-1)
@@ -239,9 +244,19 @@ def test_the_first_answers_do_not_depend_on_how_many_there_are(model, samples):
     assert [[answer.ids for answer in group[:samples]] for group in more] == [[a.ids for a in group] for group in many]
 
 
-def test_each_prompt_needs_a_seed(model):
-    with pytest.raises(InputError, match=f"^1 seeds for {len(PROMPTS)} prompts$"):
-        generate(model, PROMPTS, 2, 3, seeds=[1])
+@pytest.mark.parametrize("seeds", [[1], range(7)])
+def test_each_prompt_needs_a_seed(model, seeds):
+    with pytest.raises(InputError, match=f"^{len(seeds)} seeds for {len(PROMPTS)} prompts$"):
+        generate(model, PROMPTS, 2, 3, seeds=seeds)
+
+
+def test_what_draws_tokens_has_53_bits(model, monkeypatch):
+    """A token rarer than an fp32 number's last digit could otherwise never be drawn."""
+    seen, draw = [], generate_module.draw
+    monkeypatch.setattr(generate_module, "draw", lambda *given: seen.append(given[7].clone()) or draw(*given))
+    generate(model, PROMPTS, 3, 5, generator=seeded())
+    numbers = seen[0][:, :-1]
+    assert (numbers != numbers.float()).double().mean() > 0.9
 
 
 # Where it ends
@@ -325,6 +340,7 @@ def test_no_prompts_no_completions(model):
     (dict(samples=0), "samples"),
     (dict(rows=0), "rows"),
     (dict(stop_strings=("x",)), "tokenizer"),
+    (dict(stop_strings=("b", ""), tokenizer=Letters()), "none of them may be empty"),
 ])
 def test_bad_arguments_are_named(model, arguments, words):
     with pytest.raises(InputError, match=words):

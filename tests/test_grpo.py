@@ -448,10 +448,11 @@ def test_trained_extremes_stay_finite(surrogate, dtype, advantage, gap):
     assert logps.grad.isfinite().all() and all(value.isfinite() for value in metrics.values())
 
 
-def test_rows_without_tokens_add_nothing():
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_rows_without_tokens_add_nothing(surrogate):
     data = batch()
     data["mask"][1:3] = 0
-    options = FULL | {"normalizer": 6}
+    options = FULL | {"normalizer": 6, "surrogate": surrogate}
     loss, metrics = grpo_loss(**data, **options)
     gradient, = torch.autograd.grad(loss, data["logps"])
     others = {name: value[[0, 3, 4, 5]] for name, value in data.items()}
@@ -459,6 +460,14 @@ def test_rows_without_tokens_add_nothing():
     assert gradient[1:3].eq(0).all()
     for name, value in metrics.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dropped", [{"kl_threshold": 1e-9}, {"kept": torch.zeros(6)}])
+def test_a_nan_in_a_dropped_rollout_is_still_one_in_the_loss(dropped):
+    data = batch(requires_grad=False)
+    assert grpo_loss(**data, **dropped, normalizer=6)[0] == 0
+    data["logps"][5, 0] = math.nan
+    assert grpo_loss(**data, **dropped, normalizer=6)[0].isnan()
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -143,15 +143,34 @@ def test_without_entropy():
     assert_all_close(results[2:], expected[2:], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss_of", [
+    lambda *arguments: token_logprobs(*arguments, chunk=5)[0].sum(),
+    lambda *arguments: fused(*arguments, slopes=(1.0, 0.0), chunk=5)[0]], ids=["blocks", "fused"])
 @pytest.mark.parametrize("trained", [0, 1])
-def test_a_frozen_input_gets_no_gradient(trained):
+def test_a_frozen_input_gets_no_gradient(trained, loss_of):
     arguments = [tensor.detach() for tensor in inputs()]
     arguments[trained].requires_grad_()
-    token_logprobs(*arguments, chunk=5)[0].sum().backward()
+    loss_of(*arguments).backward()
     hidden, weight, targets = inputs()
     token_logprobs_naive(hidden, weight, targets)[0].sum().backward()
     torch.testing.assert_close(arguments[trained].grad, (hidden, weight)[trained].grad)
     assert arguments[1 - trained].grad is None
+
+
+@pytest.mark.parametrize("function", [token_logprobs, token_logprobs_naive])
+def test_bf16_logits_are_widened_before_the_temperature(function):
+    hidden, weight, targets = inputs(torch.bfloat16)
+    with torch.no_grad():
+        expected = ((hidden @ weight.T).double() / 0.7).log_softmax(-1)[range(N), targets]
+        found = function(hidden, weight, targets, temperature=0.7)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_fused_loss_has_one_backward_pass():
+    loss, _ = fused(*inputs())
+    (2 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        (2 * loss).backward()
 
 
 def test_inputs_stay_as_they_are():

@@ -1,11 +1,15 @@
-"""Learning rates, the clipped step, and devices."""
+"""Learning rates, the clipped step, devices, and opening a model."""
 
 import pytest
 import torch
 
+from conftest import make_model
+from minibridge import checkpoint
 from minibridge.config import InputError
-from minibridge.opening import pick_device, pick_dtype
-from minibridge.optim import adamw, learning_rate, update
+from minibridge.model import Decoder
+from minibridge.model_config import ModelConfig
+from minibridge.opening import open_model, pick_device, pick_dtype
+from minibridge.optim import adamw, learning_rate, training_flops, update
 
 
 def rates(steps, **options):
@@ -124,3 +128,21 @@ def test_devices():
     ("bf16", "cpu", torch.bfloat16)])
 def test_dtypes(name, device, dtype):
     assert pick_dtype(name, torch.device(device)) is dtype
+
+
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(toy, tmp_path, fewer):
+    largest = max(toy.tokenizer.tokenizer.get_vocab().values())
+    checkpoint.save(make_model(largest + 1 - fewer), tmp_path, toy.tokenizer)
+    if not fewer:
+        open_model(str(tmp_path), torch.device("cpu"), "fp32")
+        return
+    with pytest.raises(InputError, match=f"the tokenizer has a token {largest}, the model's vocab_size is {largest}"):
+        open_model(str(tmp_path), torch.device("cpu"), "fp32")
+
+
+def test_an_embedding_that_is_not_the_head_is_no_work():
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    tied, apart = (Decoder(ModelConfig("qwen2", **shape, tie_word_embeddings=tie)) for tie in (True, False))
+    assert training_flops(tied, 7, 3, 5.0) == training_flops(apart, 7, 3, 5.0)

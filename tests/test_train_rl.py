@@ -479,7 +479,7 @@ def test_means_are_means_under_a_constant_length(toy, groups):
             batch.old_logps, batch.ref_logps = batch.sampled_logps + 0.3, score(toy.load(), batch, 1.0)[0]
     one, other = (improved(toy, batches, f"--preset {name} --clip-high 0.1 --mask-truncated --tis-cap 2")
                   for name in ("dr_grpo", "dapo"))
-    for name in policy.MEANS:
+    for name in ("clip_fraction", "log_ratio", "kept", "kl", "entropy", "importance"):
         assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7)
     assert one["entropy"] > 1 and one["kl"] > 0.01 and 0 < one["kept"] < 1
     assert one["importance"] == pytest.approx(math.exp(0.3), rel=1e-4)

@@ -254,6 +254,15 @@ def test_another_tokenizer_is_refused(toy, tmp_path, capsys):
     assert f"{toy.sft} or {model} has changed since" in capsys.readouterr().err
 
 
+def test_another_config_is_refused(toy, tmp_path, capsys):
+    model, out = Path(shutil.copytree(toy.model, tmp_path / "model")), tmp_path / "run"
+    assert train(toy, out, SETTINGS, "--model", model) == 0
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert train(toy, out, SETTINGS, "--resume --model", model) == 2
+    assert f"{toy.sft} or {model} has changed since" in capsys.readouterr().err
+
+
 def test_the_mark_of_a_checkpoint_is_of_what_the_run_has_read(toy, whole, tmp_path, monkeypatch, capsys):
     """Not of what lies there when it saves: the run goes on without its data file, which comes back and is right."""
     data, out = tmp_path / "data.jsonl", tmp_path / "run"
