@@ -248,3 +248,7 @@ def test_the_system_message_shows_the_tags_of_the_contract():
 def test_an_answer_that_no_box_can_hold_is_refused(answer):
     with pytest.raises(InputError, match="^x:3: field 'answer' is .* no box can hold"):
         check_scoring({"answer": answer}, "x:3")
+
+
+def test_the_tolerance_is_a_share_of_the_right_answer():
+    assert correct("\\boxed{1.5}", "1", 0.5) and correct("\\boxed{0.5}", "1", 0.5) and not correct("\\boxed{1.8}", "1", 0.5)

@@ -190,3 +190,10 @@ def test_bad_rollout_lines_are_named(problems, tmp_path, change, named):
     write_jsonl(tmp_path / "r", [rollout(problems[1], ""), rollout(problems[1], "") | change])
     with pytest.raises(InputError, match=f"r:2: .*{named}"):
         read_rollouts(str(tmp_path / "r"))
+
+
+def test_rollouts_of_another_answer_are_refused(tmp_path):
+    problem = igsm.draw(random.Random(1), (6, 9))
+    write_jsonl(tmp_path / "r", [{"id": problem.id, "answer": f"{problem.answer}1", "text": ""}])
+    with pytest.raises(InputError, match=f"the answer to problem {problem.id} is {problem.answer}, not {problem.answer}1"):
+        middling([problem], read_rollouts(str(tmp_path / "r")), (0, 100))

@@ -264,3 +264,13 @@ def test_symbolic_when_every_name_is_one_word():
         return Problem("test", {name: Node(name, "", 1) for name in names}, names[-1:], names[:-1], 1).symbolic
 
     assert named("abc", "x1", "rate_of") and not named("abc", "two words") and not named("Ann's") and not build().symbolic
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"order": ["a", "a", "t"]}, "order: 'a'"), ({"redundant": ["a"]}, "redundant: 'a'"),
+    ({"nodes": [], "order": []}, "no node to ask for"),
+    ({"nodes": [*GOOD["nodes"], {"owner": "u", "item": "", "expr": 1, "stated": True}]}, "must name every node"),
+    ({"tolerance": -1e-4}, "tolerance"), ({"num_ops": -1}, "num_ops")])
+def test_what_no_problem_has_is_named(change, named):
+    with pytest.raises(InputError, match=named):
+        Problem.from_dict(GOOD | change)

@@ -330,3 +330,18 @@ def test_answers_to_different_prompts_are_no_group(tmp_path, capsys, change):
     write_jsonl(tmp_path / "both.jsonl", [row, row | change])
     assert run("--rescore", tmp_path / "both.jsonl") == 2
     assert f"{tmp_path}/both.jsonl:2: another prompt than that of its group's first line" in capsys.readouterr().err
+
+
+def test_every_problem_counts_once_however_many_answers_it_has():
+    assert evaluate.accuracy([Scored("7", None, [True]), Scored("8", None, [False] * 3)]) == 0.5
+
+
+def test_each_behavior_stands_in_its_own_row():
+    problems = [igsm.draw(random.Random(seed), (15, 20)) for seed in range(6)]
+    verdicts = [verify(problem, traces.answer(problem, random.Random(0), traces.Behaviors(True, 1, 0.5))) for problem in problems]
+    fields = {"failed attempts": "attempts", "restatements": "restatements", "subgoals": "subgoals",
+              "steps without need": "unneeded"}
+    sums = {name: sum(getattr(verdict, field) for verdict in verdicts) for name, field in fields.items()}
+    assert len(set(sums.values())) == 4
+    found = cells(evaluate.behaviors(verdicts))
+    assert {name: found[f"{name} per answer"] for name in sums} == {name: [f"{total / 6:.2f}"] for name, total in sums.items()}

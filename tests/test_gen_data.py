@@ -361,3 +361,24 @@ def test_a_balance_that_cannot_be_had(fails, monkeypatch):
     monkeypatch.setitem(gen_data.SCALES, "toy", FREE_TOY)
     line = fails("--count", "30", "--balance", "0.05", "--scale", "toy", "--ops", "1")
     assert "10 of 30" in line and "balance 0.05" in line
+
+
+def test_the_plain_rows_of_an_augmented_arm_are_the_vanilla_ones_in_the_toys_size_too(make):
+    toy = ("--scale", "toy", "--ops", "4", "--count", "2")
+    assert make("--arm", "rc-aug", *toy)[::4] == make("--arm", "vanilla", *toy)
+
+
+def test_balance_holds_for_arithmetic(make):
+    rows = make("--task", "arithmetic-int", "--depth", "2", "--redundant", "0-0", "--count", "20", "--balance", "0.1")
+    assert max(Counter(row["answer"] for row in rows).values()) <= 2
+
+
+def test_by_default_problems_that_are_right_in_20_to_80_percent_are_kept(make, tmp_path):
+    """The first problem has one right answer of ten, the ninth nine."""
+    toy = ("--scale", "toy", "--ops", "4", "--count", "9", "--arm")
+    prompts = make(*toy, "prompts")
+    write_jsonl(tmp_path / "rollouts", [
+        {"id": row["id"], "answer": row["answer"], "text": f"\\boxed{{{row['answer'] if k <= n else 'x'}}}"}
+        for n, row in enumerate(prompts) for k in range(10)])
+    kept = make(*toy, "vanilla", "--rollouts", str(tmp_path / "rollouts"))
+    assert [row["id"] for row in kept] == [row["id"] for row in prompts][1:8]

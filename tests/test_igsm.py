@@ -1,7 +1,7 @@
 """Drawn problems: the statistics of the paper's own generator, the op count, the structure, the filters."""
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from math import exp, sqrt
 from statistics import NormalDist, mean, stdev
@@ -400,3 +400,24 @@ def test_a_value_of_more_than_a_hundred_digits_is_drawn_again():
     """The first attempt of this stream has one."""
     rng = random.Random("0/test/25-25/562")
     assert igsm.draw(rng, (25, 25), igsm.PAPER).num_ops == 25
+
+
+def test_every_name_of_every_world_comes_up(made):
+    used = {name for problems in made.values() for problem in problems for node in problem.nodes.values()
+            for name in (node.owner, node.item)}
+    assert used >= {name for world in WORLDS for _, themes in world for theme in themes for name in theme}
+
+
+def test_instances_that_fill_the_budget_and_redundant_ones_come_in_random_order():
+    def even(counts, keys):
+        assert counts.keys() == set(keys)
+        for key in keys:
+            fair([True] * counts[key] + [False] * (draws - counts[key]), 1 / len(keys))
+
+    categories = [("Cs", tuple("cdef")), ("Bs", tuple("bghi")), ("As", tuple("stuv"))]
+    rng, draws = random.Random(0), 2000
+    structure = igsm._structure(random.Random(1), 3, 2, 2, 8, categories)
+    even(Counter(key for _ in range(draws) for key in igsm._necessary(rng, structure, 0, 1)), structure.instances)
+    asked, *others = structure.instances
+    drawn = (igsm._redundant(rng, structure, [asked], {asked: [igsm.CONSTANT]}) for _ in range(draws))
+    even(Counter(next(key for key in keys if key in others) for keys in drawn), others)

@@ -1,7 +1,9 @@
 """The comparison end to end on a tiny random model: every stage really runs, none twice, and the table adds up."""
 
 import dataclasses
+import itertools
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minibridge import jobs, reproduce, results, tables
+from minibridge import igsm, jobs, reproduce, results, tables, traces
 from minibridge.checkpoint import load, save
 from minibridge.config import InputError, read_jsonl, run_command, run_main, write_jsonl
 from minibridge.dag import Problem
@@ -355,3 +357,25 @@ def test_prompts_that_are_too_long_are_found_before_any_training(finished, toy, 
     for settings, message in (({"max_prompt": 30}, "a prompt of"), ({"max_length": 90}, "90")):
         with pytest.raises(InputError, match=message):
             reproduce.main(dataclasses.replace(finished[0], out=str(tmp_path / message.split()[0]), **settings))
+
+
+def test_before_rl_is_before_it_in_every_table(tmp_path):
+    """Before: right answers with behaviors, of 3 ids. After: "0" and nothing else, of 5. Of `id` one answer is 0, of `ood` both."""
+    problems = [igsm.draw(random.Random(seed), (4, 6)) for seed in range(200)]
+    zero = next(problem for problem in problems if problem.answer == 0)
+    other = next(problem for problem in problems if problem.answer != 0 and len(problem.order) > 3)
+    for stage, test, decoding in itertools.product(results.STAGES, ("id", "ood"), results.DECODINGS):
+        write_jsonl(tmp_path / f"{stage}_bridge_{test}_{decoding}.jsonl", [
+            {"group": n, "id": problem.id, "answer": str(problem.answer), "num_ops": problem.num_ops,
+             "problem": problem.to_dict(), "ids": [1] * (3 if stage == "sft" else 5),
+             "text": traces.answer(problem, random.Random(n), traces.Behaviors(True, 4, 0.9)) if stage == "sft" else r"\boxed{0}"}
+            for n, problem in enumerate([zero, other if test == "id" else zero])])
+    found = results.outcomes(0, tmp_path, ["bridge"], {"id": "id, 5 ops", "ood": "ood, 6 ops"})
+    before, after = found[0].rows()
+    assert [before[name] for name in ("stage", "accuracy", "tokens", "accuracy, answer not 0")] == ["sft", 1, 3, 1]
+    assert [after[name] for name in ("stage", "accuracy", "tokens", "accuracy, answer not 0")] == ["rl", 0.5, 5, 0]
+    assert before["right in every step"] == 1 and after["right in every step"] == 0 < before["restatements"]
+    text = results.table(found)
+    assert "| 3 -> 5 |" in text and "id, 5 ops: 50.0%; ood, 6 ops: 100.0%" in text
+    sft, rl = (line.split(" | ") for line in text.splitlines() if line.startswith("| bridge | ") and ", greedy" in line)
+    assert (sft[1], rl[1]) == ("SFT", "RL") and float(sft[4]) > 0 == float(rl[4])

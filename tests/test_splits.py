@@ -9,6 +9,7 @@ import pytest
 from conftest import FREE_TOY
 from minibridge import arms, igsm, splits
 from minibridge.config import InputError, run_main, write_jsonl
+from minibridge.dag import Node, Problem
 
 
 # --- what a split holds ---------------------------------------------------------------------------------
@@ -143,3 +144,17 @@ def test_report_of_a_bad_file(tmp_path, capsys, line, message):
     (tmp_path / "x").write_text(line and line + "\n")
     status, output = report(capsys, tmp_path / "x")
     assert status == 2 and message in output.err and output.err.count("\n") == 1
+
+
+def test_arithmetic_problems_depend_on_the_seed():
+    one, other = ({p.id for p in splits.arithmetic_problems("sft", 10, "int", 3, (0, 2), seed)} for seed in (0, 1))
+    assert not one & other
+
+
+def test_the_report_takes_arithmetic_that_differs_in_redundant_premises_alone_for_one(tmp_path, capsys):
+    (plain,) = splits.arithmetic_problems("sft", 1, "int", 2, (0, 0), 0)
+    more = Problem(plain.task, {**plain.nodes, "zzz": Node("zzz", "", 3)}, plain.order, ("zzz",), plain.num_ops)
+    for name, problem in (("a", plain), ("b", more)):
+        write_jsonl(tmp_path / name, [arms.record(problem, 0)])
+    assert run_main(splits.main, splits.Config, ["--files", f"{tmp_path}/a,{tmp_path}/b"]) == 0
+    assert capsys.readouterr().out.endswith(": 1\n")

@@ -636,3 +636,30 @@ def test_bare_equations_are_the_vanilla_formulas_and_nothing_else(problems):
         assert text.startswith("<think>\n- ") and well_formed(text.removeprefix("<think>\n"))
         assert [line for line in text.split("\n") if line.startswith("- ")] == expected
         assert extract(text) == str(problem.answer)
+
+
+# --- wordings ------------------------------------------------------------------------------------------
+
+
+SLOTS = ("OPENINGS", "STATED", "SELECT", "NAME", "SELECT_AND_NAME", "REMIND", "RESTATE", "LOCKED", "CLOSINGS")
+
+
+def test_every_wording_is_used():
+    problems = [igsm.draw(random.Random(seed), (15, 20)) for seed in range(30)]
+    texts = "\n".join(traces.answer(problem, random.Random(0), Behaviors(False, 4, 0.5)) for problem in problems)
+    for wording in (wording for slot in SLOTS for wording in getattr(traces, slot)):
+        assert re.search("(?i)" + ".+?".join(map(re.escape, re.split(r"\{\w+\}", wording))), texts), wording
+
+
+def test_a_letter_is_given_in_the_sentence_or_after_it_equally_often():
+    problems = [igsm.draw(random.Random(seed), (15, 20)) for seed in range(60)]
+    steps = [line for seed, problem in enumerate(problems) for line in traces.answer(problem, random.Random(seed)).split("\n")]
+    after = sum(line.startswith(("- Next is ", "- Now take ")) for line in steps)
+    inside = sum(line.startswith(("- Let ", "- Write ")) for line in steps)
+    assert abs(after - inside) < 4 * (after + inside) ** 0.5
+
+
+def test_more_than_and_times_are_of_a_number_and_one_quantity():
+    nodes = {key: Node(key, "", 1) for key in "ab"}
+    assert traces.describe(("+", 2, "a", "b"), nodes) == "the sum of 2, a and b"
+    assert traces.describe(("-", 2, "a"), nodes) == "the difference of 2 and a"

@@ -671,3 +671,24 @@ def test_wrong_input_is_one_line(toy, guesser, tmp_path, capsys, flags, message)
     assert captured.err.startswith("error: ") and message.format(**names) in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_settings_reach_the_optimizer_the_console_and_the_advantages(toy, guesser, tmp_path, monkeypatch, capsys):
+    made, seen, advantages = [], [], train_rl.group_advantages
+    adamw = train_rl.adamw
+    monkeypatch.setattr(train_rl, "adamw", lambda *words: made.append(words[1:]) or adamw(*words))
+    monkeypatch.setattr(train_rl, "group_advantages", lambda rewards, *rest: seen.append(rewards) or advantages(rewards, *rest))
+    monkeypatch.setattr("minibridge.answer.well_formed", lambda text: "\\boxed{7" in text)
+    assert train(guesser, toy.rl, tmp_path, "--steps 3 --show-every 2 --format-scale 0.25 --weight-decay 0.08 --samples 16") == 0
+    assert made == [((0.9, 0.999), 0.08)]
+    assert capsys.readouterr().out.count("--- reward") == 4  # two rollouts of steps 1 and 3
+    for step, rewards in enumerate(seen, 1):
+        lines = read_jsonl(tmp_path / "rollouts" / f"step_000{step}.jsonl")
+        assert rewards.flatten().tolist() == [line["reward"] for line in lines]
+    assert any(0.25 in rewards for rewards in seen)
+
+
+def test_answers_that_are_masked_are_wasted(toy, guesser, tmp_path):
+    """All are cut off at two tokens."""
+    assert train(guesser, toy.rl, tmp_path, "--steps 1 --samples 16 --max-new-tokens 2 --mask-truncated") == 0
+    assert metrics(tmp_path)[0]["wasted"] == 1

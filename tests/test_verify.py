@@ -761,3 +761,16 @@ def test_any_text_gets_a_verdict():
         spans = [(step.start, step.end) for step in verdict.steps[:-1]]
         assert all(0 <= start <= end <= len(text) for start, end in spans) and spans == sorted(spans)
         assert all(step.start <= part.start < part.end <= step.end for step in verdict.steps for part in step.parts)
+
+
+# --- odd ways of writing a step ----------------------------------------------------------------------------------
+
+
+def test_a_step_with_a_value_that_also_says_it_must_wait():
+    verdict = check(edited("4 - 9 = -5.", "4 - 9 = -5. But each Elm's Jar is not known yet, so it must wait."))
+    assert (verdict.solved, verdict.attempts, verdict.right_attempts) == (6, 1, 1) and verdict.error == LOCK
+
+
+def test_a_blank_behind_a_minus_and_letters_with_numbers():
+    assert found(edited("4 - 9 = -5", "4 - 9 = - 5")) == (None, None)
+    assert found(re.sub(r"\bp\b", "p1", TEXT)) == (None, None)
