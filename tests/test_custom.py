@@ -214,3 +214,10 @@ def test_an_empty_file(read, tmp_path):
         read()
     with pytest.raises(InputError, match="No such file"):
         custom.read(str(tmp_path / "nowhere"))
+
+
+def test_a_name_that_may_be_a_plural_is_never_said_to_be_its_number():
+    pupils = custom.problem({"nodes": [{"name": "the pupils", "formula": "27", "statement": "There are 27 pupils."}],
+                             "target": "the pupils", "ask": "How many?"})
+    answers = {traces.answer(pupils, random.Random(seed)) for seed in range(10)}
+    assert all("The text gives the pupils as 27." in answer for answer in answers)

@@ -382,3 +382,18 @@ def test_by_default_problems_that_are_right_in_20_to_80_percent_are_kept(make, t
         for n, row in enumerate(prompts) for k in range(10)])
     kept = make(*toy, "vanilla", "--rollouts", str(tmp_path / "rollouts"))
     assert [row["id"] for row in kept] == [row["id"] for row in prompts][1:8]
+
+
+def test_count_takes_the_first_of_ones_own_problems(make):
+    own = "--problems", "docs/own_problems.jsonl", "--arm", "vanilla"
+    assert make(*own, "--count", "2") == make(*own)[:2]
+
+
+def test_own_answers_follow_the_questions_that_lines_asks_for(make, tmp_path):
+    toy = ("--scale", "toy", "--ops", "4", "--count", "4", "--lines", "topological", "--arm")
+    text = "1\n</think>\n<answer>\nIt is \\boxed{%s}.\n</answer>"
+    prompts = make(*toy, "prompts")
+    write_jsonl(tmp_path / "rollouts", [{"id": row["id"], "answer": row["answer"], "text": text % (row["answer"] if right else "x")}
+                                        for row in prompts for right in (True, False)])
+    own = make(*toy, "own-answers", "--rollouts", str(tmp_path / "rollouts"))
+    assert [row["messages"][:2] for row in own] == [row["prompt"] for row in prompts]
