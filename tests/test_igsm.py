@@ -421,3 +421,19 @@ def test_instances_that_fill_the_budget_and_redundant_ones_come_in_random_order(
     asked, *others = structure.instances
     drawn = (igsm._redundant(rng, structure, [asked], {asked: [igsm.CONSTANT]}) for _ in range(draws))
     even(Counter(next(key for key in keys if key in others) for keys in drawn), others)
+
+
+def test_a_redundant_quantity_leans_on_redundant_ones_in_half_of_all_cases():
+    """One quantity is in the graph; the first redundant one has no others to lean on, and then is a constant."""
+    categories = [("Bs", tuple("bghi")), ("As", tuple("stuv"))]
+    rng, draws, found = random.Random(0), 4000, Counter()
+    structure = igsm._structure(random.Random(1), 2, 2, 2, 4, categories)
+    asked = structure.instances[0]
+    for _ in range(draws):
+        parents = {asked: [igsm.CONSTANT]}
+        first, *_ = igsm._redundant(rng, structure, [asked], parents)
+        found[tuple(sorted(parents[first]))] += 1
+    shares = {(igsm.CONSTANT,): 5 / 8, tuple(sorted((asked, igsm.CONSTANT))): 1 / 4, (asked,): 1 / 8}
+    assert found.keys() == shares.keys()
+    for chosen, share in shares.items():
+        fair([True] * found[chosen] + [False] * (draws - found[chosen]), share)

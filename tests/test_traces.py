@@ -663,3 +663,12 @@ def test_more_than_and_times_are_of_a_number_and_one_quantity():
     nodes = {key: Node(key, "", 1) for key in "ab"}
     assert traces.describe(("+", 2, "a", "b"), nodes) == "the sum of 2, a and b"
     assert traces.describe(("-", 2, "a"), nodes) == "the difference of 2 and a"
+
+
+def test_strict_restates_only_what_depends_on_another():
+    restated = 0
+    for problem in (igsm.draw(random.Random(seed), (15, 20)) for seed in range(40)):
+        for step in read_steps(problem, traces.answer(problem, random.Random(0), Behaviors(False, 2, 0.9, strict=True))):
+            assert step.restated is None or problem.nodes[step.key].parents
+            restated += step.restated is not None
+    assert restated

@@ -689,6 +689,9 @@ def test_settings_reach_the_optimizer_the_console_and_the_advantages(toy, guesse
 
 
 def test_answers_that_are_masked_are_wasted(toy, guesser, tmp_path):
-    """All are cut off at two tokens."""
-    assert train(guesser, toy.rl, tmp_path, "--steps 1 --samples 16 --max-new-tokens 2 --mask-truncated") == 0
-    assert metrics(tmp_path)[0]["wasted"] == 1
+    """All are cut off before their end of turn: whatever they earned, masked ones teach nothing."""
+    length = len(toy.tokenizer.encode("\\boxed{5}"))
+    for name, flags in (("a", ""), ("b", "--mask-truncated")):
+        assert train(guesser, toy.rl, tmp_path / name, f"--steps 1 --samples 16 --max-new-tokens {length} {flags}") == 0
+    plain, masked = (metrics(tmp_path / name)[0] for name in "ab")
+    assert plain["truncated"] == masked["truncated"] == masked["wasted"] == 1 > plain["wasted"]

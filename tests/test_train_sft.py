@@ -458,3 +458,23 @@ def test_wrong_input_is_one_line(toy, tmp_path, capsys, flags, message):
     assert captured.err.startswith("error: ") and message.format(**names) in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_long_row_to_validate_on_is_named_before_training(toy, tmp_path, capsys):
+    row = read_jsonl(toy.sft)[0]
+    row["messages"][1]["content"] *= 20
+    write_jsonl(tmp_path / "val.jsonl", [row])
+    assert train(toy, tmp_path / "run", "--max-length 9000 --val", tmp_path / "val.jsonl") == 2
+    assert "exceeds the model's max_position_embeddings 1024" in capsys.readouterr().err
+
+
+def test_checkpointing_and_dtype_reach_the_model(toy, tmp_path, monkeypatch):
+    seen, accumulate = [], train_sft.accumulate
+
+    def look(model, *rest):
+        seen.append((model.checkpointing, model.activation_dtype))
+        return accumulate(model, *rest)
+
+    monkeypatch.setattr(train_sft, "accumulate", look)
+    assert train(toy, tmp_path, "--epochs 0.5 --checkpointing --dtype bf16") == 0
+    assert seen == [(True, torch.bfloat16)]

@@ -774,3 +774,12 @@ def test_a_step_with_a_value_that_also_says_it_must_wait():
 def test_a_blank_behind_a_minus_and_letters_with_numbers():
     assert found(edited("4 - 9 = -5", "4 - 9 = - 5")) == (None, None)
     assert found(re.sub(r"\bp\b", "p1", TEXT)) == (None, None)
+
+
+def test_six_terms_in_two_groups():
+    assert formula.reduces(form("1 + 2 + 3 + 4 + 5 + 9"), form("7 + 17"))
+
+
+def test_only_what_the_question_states_can_be_restated():
+    said = traces.describe(PROBLEM.nodes["Yew's Food"].expr, PROBLEM.nodes)
+    assert found(edited("Yew's Food. Z", f"Yew's Food. It equals {said}. Z")) == (6, WRONG_RESTATEMENT)
