@@ -92,7 +92,7 @@ class Config:
     seed: int = option(0, "seed of the order of prompts and of sampling", least=0)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
     compile: Literal["auto", "on", "off"] = option(
-        "auto", "torch.compile the decoding of rollouts, on a GPU the layers in training too; auto: on a GPU")
+        "auto", "torch.compile decoding, on a GPU the layers in training too; auto: on a GPU")
     shard: bool = option(False, "with several processes (torchrun): split weights, gradients and Adam's state among them")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "matrix products; auto: bf16 on a GPU, fp32 on a CPU")
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
