@@ -219,8 +219,8 @@ class KVCache:
         B, prompts = len(newest), self.prompts[:, :, : len(self.grid), :, : self.prompt_limit]
         self.used, slots = longest + 1, self.slots[: max(2, longest)]
         return run_graph(decode_step, self.compiled, SIZES, model, self.answers, prompts, slots, self.prompt_lengths[:B],
-                   self.owned[:B], self.grid, self.place[:B], self.prompt_bias, self.flat(B, slots), draw, newest, lengths,
-                   *more)
+                         self.owned[:B], self.grid, self.place[:B], self.prompt_bias, self.flat(B, slots), draw, newest,
+                         lengths, *more)
 
     def flat(self, rows: int, slots: Tensor) -> Tensor | None:
         """(B*K*G, S): where the values of each query's slots stand among all of a layer, one (D,) after another.

@@ -1,12 +1,10 @@
 """One step's rollouts under all presets: what train_rl.py would have done, whatever the micro-batches; bad files named."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 import train_rl
 from minibridge import compare_losses

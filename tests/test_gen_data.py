@@ -385,7 +385,7 @@ def test_by_default_problems_that_are_right_in_20_to_80_percent_are_kept(make, t
 
 
 def test_count_takes_the_first_of_ones_own_problems(make):
-    own = "--problems", "docs/own_problems.jsonl", "--arm", "vanilla"
+    own = "--problems", OWN, "--arm", "vanilla"
     assert make(*own, "--count", "2") == make(*own)[:2]
 
 
