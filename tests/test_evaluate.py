@@ -11,7 +11,7 @@ import pytest
 from minibridge import evaluate, igsm, traces
 from minibridge.config import read_jsonl, run_main, write_jsonl
 from minibridge.dag import read_problem
-from minibridge.evaluate import Config, Scored, best_constant, pass_at_k, rescore, table, wilson
+from minibridge.evaluate import Config, Scored, best_constant, interval, pass_at_k, rescore, table, wilson
 from minibridge.verify import verify
 
 HEAD = "| problems | count | accuracy | 95% interval |"
@@ -55,6 +55,32 @@ def test_wilson_solves_its_equation(mean):
         assert end in (0.0, 1.0) or abs(mean - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 30))
 
 
+def test_an_interval_of_single_answers_is_wilsons():
+    assert interval([1.0] * 27 + [0.0] * 3, 30) == pytest.approx(wilson(0.9, 30))
+    assert interval([1.0] * 30, 30) == wilson(1.0, 30) and interval([0.0] * 30, 30) == wilson(0.0, 30)
+
+
+@pytest.mark.parametrize("values, answers, counted", [
+    ([1 / 4, 0, 3 / 4], 12, 48 / 7),  # variance 7/72; 2/9 of it a question of yes or no would have
+    ([1 / 2] * 5, 20, 20), ([1 / 2, 1 / 2, 1 / 4], 12, 12),  # by chance less than even these would have, one by one
+    ([1.0] * 5, 20, 5), ([0.0] * 5, 20, 5)])
+def test_an_interval_counts_as_many_answers_as_its_variance_says(values, answers, counted):
+    assert interval(values, answers) == pytest.approx(wilson(sum(values) / len(values), counted))
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_intervals_of_many_answers_contain_the_truth_as_often_as_they_say(k):
+    """60 problems, whose chances of a right answer are spread evenly from 0 to 1, 16 answers to each, 1,000 times."""
+    random_ = random.Random(0)
+    truth, held = 1 - 1 / (k + 1), 0
+    for _ in range(1000):
+        chances = [random_.random() for _ in range(60)]
+        right = [sum(random_.random() < chance for _ in range(16)) for chance in chances]
+        low, high = interval([pass_at_k(16, count, k) for count in right], 60 * 16)
+        held += low <= truth <= high
+    assert 920 <= held <= 980
+
+
 PROBLEMS = [Scored("0", 20, [True]), Scored("0", 20, [True]), Scored("7", 21, [True]),
             Scored("8", 21, [False]), Scored("9", 9, [False])]
 
@@ -79,7 +105,9 @@ def test_pass_at_k_columns_are_means_over_problems():
     assert text.startswith(HEAD + " pass@2 | pass@4 |\n|---|---|---|---|---|---|\n")
     rows = cells(text)
     assert list(rows) == ["problems", "all", "answer not 0"]
-    assert rows["all"] == ["3", "33.3%", "6.1% to 79.2%", f"{(1 / 2 + 0 + 1) / 3:.1%}", "66.7%"]
+    assert [cell.split(" ")[0] for cell in rows["all"]] == ["3", "33.3%", "10.4%", f"{(1 / 2 + 0 + 1) / 3:.1%}", "66.7%"]
+    assert rows["all"][2] == "{:.1%} to {:.1%}".format(*wilson(1 / 3, 48 / 7))
+    assert rows["all"][4] == "66.7% ({:.1%} to {:.1%})".format(*wilson(2 / 3, 3))  # each problem has it or has it not
 
 
 def test_pass_at_k_stops_at_the_fewest_answers_of_a_problem():
@@ -131,7 +159,7 @@ def test_sampled_run_and_its_rescore(toy, guesser, tmp_path, capsys):
     lines = read_jsonl(outs[0])
     assert cells(printed[0])["all"][1] == f"{sum(line['correct'] for line in lines) / len(lines):.1%}"
     right = {line["group"] for line in lines if line["correct"]}
-    assert 0 < len(right) and cells(printed[0])["all"][4] == f"{len(right) / 8:.1%}"  # pass@4 of 4: any right
+    assert 0 < len(right) and cells(printed[0])["all"][4].startswith(f"{len(right) / 8:.1%} (")  # pass@4 of 4: any right
 
 
 def test_rescore_looks_at_the_text(tmp_path):
