@@ -28,12 +28,9 @@ from minibridge import custom, igsm, traces
 from minibridge.arms import AUGMENTED, augmented, behaviors_of, middling, own_answers, read_rollouts, record
 from minibridge.config import REQUIRED, InputError, jsonl, option, printable, run_main, write_whole
 from minibridge.dag import Problem
-from minibridge.splits import SPLITS, arithmetic_problems, problems
+from minibridge.splits import DEPTHS, REDUNDANT, SPLITS, arithmetic_problems, problems
 
 SCALES = {"paper": igsm.PAPER, "toy": igsm.TOY}
-DEPTHS = {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}  # of arithmetic trees
-REDUNDANT = (0, 8)
-VARIANTS = {"arithmetic": "6op", "arithmetic-int": "int"}
 FITS = {"igsm": ("task", "ops", "scale", "balance", "workers"),  # options that others do not have
         "arithmetic": ("task", "depth", "redundant", "balance", "workers"), "own": ()}
 ANSWERED = ("sft", "base")  # splits whose rows have answers, of an arm
@@ -88,7 +85,7 @@ def chosen_problems(config: Config) -> list[Problem]:
         ops = config.ops or SPLITS[config.split][1]
         return problems(config.split, count, ops, SCALES[config.scale], config.seed, config.balance, config.workers)
     depth = DEPTHS[config.split] if config.depth is None else config.depth
-    return arithmetic_problems(config.split, count, VARIANTS[config.task], depth, config.redundant or REDUNDANT, config.seed,
+    return arithmetic_problems(config.split, count, config.task, depth, config.redundant or REDUNDANT, config.seed,
                                config.balance, config.workers)
 
 

@@ -4,6 +4,7 @@
     python -m minibridge.reproduce replication                     more arms, seeds and steps: the table of docs/results.md
     python -m minibridge.reproduce small --base FOLDER             problems of the paper, the small model of `pretrain`
     python -m minibridge.reproduce qwen2.5-1.5b --base FOLDER      as in the paper; also qwen2.5-3b and llama-3.2-1b
+    python -m minibridge.reproduce qwen2.5-1.5b --base FOLDER --task arithmetic --max-prompt 2048      its other task
 
 `--plan` prints what SFT and RL would take, and stops. What is shrunk in `toy` and `replication`: four to six operations in
 SFT and six in RL, where the paper has fifteen to twenty in both; no quantity that is not needed, four small categories of
@@ -35,7 +36,6 @@ from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer
 
 TOY_BASE = Path(__file__).parent / "toy_base"
-TESTS = {"id": "ops", "ood": "ood_ops"}  # the test sets, and the settings that hold their op ranges
 MAY_CHANGE = ("out", "base", "workers", "arms", "seeds", "rows", "micro_tokens", "checkpointing", "plan")
 
 
@@ -48,6 +48,11 @@ class Experiment:
     seed: int = option(0, "seed of problems, training and sampling", least=0)
     seeds: int = option(1, "how often all is done, with the seeds from --seed on", least=1, most=1000)
     workers: int = option(2, "processes, each for an arm of a seed at a time; they share the threads", least=1, most=256)
+    task: Literal["igsm", "arithmetic", "arithmetic-int"] = option("igsm", "of gen_data.py; toy_base knows the first alone")
+    sft_depth: int = option(splits.DEPTHS["sft"], "arithmetic: levels of the SFT problems' trees", least=2, most=6)
+    depth: int = option(splits.DEPTHS["rl"], "arithmetic: levels of all other trees", least=2, most=6)
+    redundant: tuple[int, int] = option(splits.REDUNDANT, "arithmetic: unneeded premises, but")
+    ood_redundant: tuple[int, int] = option((20, 22), "arithmetic: those of the out-of-distribution test problems")
     problems: Literal["toy", "paper"] = option("toy", "iGSM of small worlds, nothing redundant; or as in the paper")
     sft_ops: tuple[int, int] = option((4, 6), "operations of the SFT problems")
     ops: tuple[int, int] = option((6, 6), "operations of the in-distribution test problems")
@@ -89,6 +94,12 @@ class Experiment:
     def one_seed_each(self) -> list["Experiment"]:
         return [replace(self, out=str(Path(self.out) / f"seed_{seed}"), seed=seed, seeds=1)
                 for seed in range(self.seed, self.seed + self.seeds)]
+
+    @property
+    def tests(self) -> dict[str, tuple[int, int]]:
+        """The test sets, and the sizes by which they differ: operations, or in arithmetic unneeded premises."""
+        id_, ood = (self.ops, self.ood_ops) if self.task == "igsm" else (self.redundant, self.ood_redundant)
+        return {"id": id_, "ood": ood}
 
     @property
     def scale(self) -> igsm.Scale:
@@ -170,7 +181,7 @@ def check_data(config: Experiment):
     out, tokenizer = Path(config.out), Tokenizer.load(config.base)
     for arm in config.names:
         load_sft(out / f"sft_{arm}.jsonl", tokenizer, config.max_length, truncate=config.as_authors)
-    for name in ("rl", *(f"test_{test}" for test in TESTS), *["val"] * bool(config.val_problems)):
+    for name in ("rl", *(f"test_{test}" for test in config.tests), *["val"] * bool(config.val_problems)):
         load_prompts(out / f"{name}.jsonl", tokenizer, config.max_prompt)
 
 
@@ -221,17 +232,26 @@ def make_data(config: Experiment):
     """All arms get as many SFT rows, of the same problems; those that write a problem four times get the first quarter of
     them. No answer of the toy's is more frequent than 5%, so that none is a shortcut."""
     out, prompts = Path(config.out), partial(rows, config, None)
-    sets = [("sft", config.sft_ops, config.sft_rows, {f"sft_{arm}": partial(rows, config, arm) for arm in config.names}),
-            ("rl", config.rl_ops, config.rl_steps * config.rl_prompts, {"rl": prompts})]
-    sets += [("val", (21, 25), config.val_problems, {"val": prompts})] * bool(config.val_problems)
-    sets += [("test", getattr(config, ops), config.test_problems, {f"test_{name}": prompts})
-             for name, ops in TESTS.items()]
-    balance = 1.0 if config.problems == "paper" else 0.05
-    for split, ops, count, files in sets:
+    sets = [("sft", config.sft_rows, {f"sft_{arm}": partial(rows, config, arm) for arm in config.names}),
+            ("rl", config.rl_steps * config.rl_prompts, {"rl": prompts})]
+    sets += [("val", config.val_problems, {"val": prompts})] * bool(config.val_problems)
+    sets += [(name, config.test_problems, {f"test_{name}": prompts}) for name in config.tests]
+    for which, count, files in sets:
         if missing := [name for name in files if not (out / f"{name}.jsonl").exists()]:
-            drawn = splits.problems(split, count, ops, config.scale, config.seed, balance)
+            drawn = draw(config, which, count)
             for name in missing:
                 write_jsonl(out / f"{name}.jsonl", files[name](drawn))
+
+
+def draw(config: Experiment, which: str, count: int) -> list[Problem]:
+    """Problems for "sft", "rl", "val" or one of the tests."""
+    split, balance = "test" if which in config.tests else which, 1.0 if config.problems == "paper" else 0.05
+    if config.task == "igsm":
+        ops = {"sft": config.sft_ops, "rl": config.rl_ops, "val": (21, 25), **config.tests}[which]
+        return splits.problems(split, count, ops, config.scale, config.seed, balance)
+    depth = config.sft_depth if which == "sft" else config.depth
+    redundant = config.tests.get(which, config.redundant)
+    return splits.arithmetic_problems(split, count, config.task, depth, redundant, config.seed, balance)
 
 
 def rows(config: Experiment, arm: str | None, problems: list[Problem]) -> list[dict]:
@@ -268,7 +288,7 @@ def rl_config(config: Experiment, out: Path, arm: str) -> train_rl.Config:
 def answer_tests(config: Experiment, out: Path, name: str):
     """Answers of one model to both test sets: the greedy ones, and those it gives at the temperature RL trains it at."""
     settings = {"greedy": {}, "sampled": {"samples": config.test_samples, "temperature": 1.0, "seed": config.seed}}
-    for which, decoding in itertools.product(TESTS, results.DECODINGS):
+    for which, decoding in itertools.product(config.tests, results.DECODINGS):
         answers = out / f"{name}_{which}_{decoding}.jsonl"
         if announce_if_missing(answers, f"test of {name}, {which}, {decoding}"):
             write_jsonl(answers, evaluate.sample(evaluate.Config(
@@ -280,7 +300,8 @@ def answer_tests(config: Experiment, out: Path, name: str):
 def write_results(config: Experiment) -> str:
     """results.csv, gains.csv, curves.csv and table.md; returns the latter."""
     runs, out = [(one.seed, Path(one.out)) for one in config.one_seed_each], Path(config.out)
-    tests = {test: results.title(test, getattr(config, ops)) for test, ops in TESTS.items()}
+    unit = "ops" if config.task == "igsm" else "unneeded"
+    tests = {test: results.title(test, sizes, unit) for test, sizes in config.tests.items()}
     found = [outcome for seed, folder in runs for outcome in results.outcomes(seed, folder, config.names, tests)]
     text = results.table(found)
     tables.write(out / "results.csv", [row for outcome in found for row in outcome.rows()])

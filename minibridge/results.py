@@ -153,8 +153,8 @@ def effects(found: list[Outcome]) -> Table:
     return rows
 
 
-def title(test: str, ops: tuple[int, int]) -> str:
-    return f"{test}, {ops[0]} ops" if ops[0] == ops[1] else f"{test}, {ops[0]}-{ops[1]} ops"
+def title(test: str, sizes: tuple[int, int], unit: str) -> str:
+    return f"{test}, {sizes[0]} {unit}" if sizes[0] == sizes[1] else f"{test}, {sizes[0]}-{sizes[1]} {unit}"
 
 
 def row(outcomes: list[Outcome], first: list[Outcome]) -> dict[str, str]:

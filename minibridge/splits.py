@@ -1,7 +1,7 @@
 """Which problems a split holds: different ones, and no structure that stands in another split.
 
     problems("sft", 2000, ops=(15, 20), scale=igsm.PAPER, seed=0)      iGSM
-    arithmetic_problems("rl", 10000, "6op", depth=5, redundant=(0, 8), seed=0)
+    arithmetic_problems("rl", 10000, "arithmetic", depth=5, redundant=(0, 8), seed=0)
 
 A problem's structure (its graph and its constants, whatever things are called and whatever the order of terms) decides by
 its hash which split may hold it. Candidate number i of a split comes from a random stream of its own, so any number of
@@ -32,6 +32,8 @@ from minibridge.tables import markdown
 # Rows and op range of the paper's splits, and the share of all structures (in tenths) that a split may draw from.
 SPLITS = {"base": (2000, (1, 14), range(0, 4)), "sft": (2000, (15, 20), range(4, 6)), "rl": (10000, (15, 20), range(6, 8)),
           "val": (500, (21, 25), range(8, 9)), "test": (500, (20, 20), range(9, 10))}
+DEPTHS = {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}  # of arithmetic trees, in the paper (but for the base)
+REDUNDANT = (0, 8)  # unneeded premises of its arithmetic problems
 PATIENCE = 20_000  # candidates without a new problem before giving up
 SLOW, HOPELESS = 100, 100_000  # or when the last 20 took more than SLOW each, and at that pace the rest more than HOPELESS
 BLOCK = 250  # candidates that a process draws at a time
@@ -48,9 +50,10 @@ def problems(split: str, count: int, ops: tuple[int, int], scale: igsm.Scale, se
     return _chosen(candidate, split, count, balance, workers, name)
 
 
-def arithmetic_problems(split: str, count: int, variant: str, depth: int, redundant: tuple[int, int], seed: int,
+def arithmetic_problems(split: str, count: int, task: str, depth: int, redundant: tuple[int, int], seed: int,
                         balance: float = 1.0, workers: int = 1) -> list[Problem]:
-    """The same of arithmetic problems. Two that differ only in redundant premises are of the same split."""
+    """The same of "arithmetic" or "arithmetic-int". Two that differ only in redundant premises are of the same split."""
+    variant = {"arithmetic": "6op", "arithmetic-int": "int"}[task]
     name = f"{seed}/{split}/{variant} {depth} {redundant[0]}-{redundant[1]}"
     candidate = partial(_drawn, name, partial(arithmetic.draw, depth=depth, redundant=redundant, variant=variant))
     return _chosen(candidate, split, count, balance, workers, f"depth {depth}")

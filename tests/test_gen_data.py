@@ -130,8 +130,8 @@ def test_op_range_of_a_split(make, split, ops):
 
 
 def test_arithmetic_splits_of_the_paper(make):
-    assert gen_data.DEPTHS == {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}
-    for split, depth in gen_data.DEPTHS.items():
+    assert splits.DEPTHS == {"base": 3, "sft": 4, "rl": 5, "val": 5, "test": 5}
+    for split, depth in splits.DEPTHS.items():
         for row in make("--task", "arithmetic-int", "--split", split, "--count", "1"):
             problem = Problem.from_dict(row["problem"])
             assert len(problem.order) == 2**depth - 1 and len(problem.redundant) <= 8 * 3

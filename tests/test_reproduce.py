@@ -52,20 +52,20 @@ def test_every_stage_starts_from_the_one_before(finished, toy):
 
 
 def test_every_stage_leaves_its_result(finished):
-    _, out = finished
+    config, out = finished
     folder = out / "seed_0"
     for arm in ARMS:
         assert load(folder / f"sft_{arm}" / "model").config == load(folder / f"rl_{arm}" / "model").config
         assert len(list((folder / f"rl_{arm}" / "rollouts").iterdir())) == 2
         for stage in results.STAGES:
-            for test in reproduce.TESTS:
+            for test in config.tests:
                 assert len(read_jsonl(folder / f"{stage}_{arm}_{test}_greedy.jsonl")) == 24
                 assert len(read_jsonl(folder / f"{stage}_{arm}_{test}_sampled.jsonl")) == 24 * 3
     table = (out / "table.md").read_text()
-    assert all(table.count(f"| {arm} |") == 2 * len(reproduce.TESTS) + 4 for arm in ARMS)
+    assert all(table.count(f"| {arm} |") == 2 * len(config.tests) + 4 for arm in ARMS)
     assert len(tables.read(out / "curves.csv")) == 2 * len(ARMS)
     rows = tables.read(out / "results.csv")
-    assert len(rows) == len(ARMS) * len(reproduce.TESTS) * 2 * 2
+    assert len(rows) == len(ARMS) * len(config.tests) * 2 * 2
     assert {row["test"] for row in rows} == {line.split(" | ")[1] for line in table.splitlines()[2:2 + len(ARMS) * 4]}
 
 
@@ -257,6 +257,26 @@ def test_each_setting_of_the_paper_runs_on_random_weights(name, random_bases, tm
     assert all(15 <= row["num_ops"] <= 20 for name in ("rl", "sft_bridge") for row in read_jsonl(folder / f"{name}.jsonl"))
     assert (tmp_path / "run" / "table.md").exists()
     assert (defaults.sft_rows, defaults.rl_prompts * defaults.rl_samples) == (2000, 1024)
+
+
+def test_the_other_task(random_bases, tmp_path):
+    """The paper's depths and premises by default; the tests differ in premises, and what is drawn is of that task."""
+    assert [getattr(reproduce.Experiment(), name) for name in ("sft_depth", "depth", "redundant", "ood_redundant")] == [
+        4, 5, (0, 8), (20, 22)]
+    config = reproduce.Experiment(
+        task="arithmetic-int", base=random_bases["qwen2.5-1.5b"], out=str(tmp_path / "run"), arms="vanilla,bridge", workers=1,
+        sft_depth=2, depth=3, redundant=(0, 1), ood_redundant=(2, 3), sft_rows=40, sft_batch=4, rl_steps=1, rl_prompts=20,
+        rl_samples=2, val_problems=20, test_problems=20, max_prompt=1500, max_length=4096, max_new_tokens=6)
+    reproduce.main(config)
+    found = {path.stem: [Problem.from_dict(row["problem"]) for row in read_jsonl(path)]
+             for path in (tmp_path / "run" / "seed_0").glob("*.jsonl")}
+    assert {problem.task for problems in found.values() for problem in problems} == {"arithmetic-int"}
+    assert all(len(problem.order) == 3 for arm in ("vanilla", "bridge") for problem in found[f"sft_{arm}"])
+    for name, premises in {"rl": {0, 1}, "val": {0, 1}, "test_id": {0, 1}, "test_ood": {2, 3}}.items():
+        assert {-(-len(problem.redundant) // 3) for problem in found[name]} == premises  # two or three sentences each
+        assert all(len(problem.order) == 7 for problem in found[name])
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert "| id, 0-1 unneeded |" in table and "| ood, 2-3 unneeded |" in table
 
 
 def test_what_is_the_authors_own_stays_behind_a_flag():

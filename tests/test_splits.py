@@ -36,11 +36,11 @@ def test_problems_of_a_split_differ(monkeypatch):
         splits.problems("base", len(mine) + 1, (2, 5), FREE_TOY, 0)
 
 
-@pytest.mark.parametrize("variant", ["6op", "int"])
-def test_no_arithmetic_structure_stands_in_two_splits(variant):
+@pytest.mark.parametrize("task", ["arithmetic", "arithmetic-int"])
+def test_no_arithmetic_structure_stands_in_two_splits(task):
     """Nor what is needed of one, whatever redundant premises stand beside it."""
     cores, structures = ([{getattr(problem, name) for problem in
-                           splits.arithmetic_problems(split, 50, variant, 2, (0, 1), seed=0)} for split in splits.SPLITS]
+                           splits.arithmetic_problems(split, 50, task, 2, (0, 1), seed=0)} for split in splits.SPLITS]
                          for name in ("core", "structure"))
     for sets in (cores, structures):
         assert len(set.union(*sets)) == sum(map(len, sets))
@@ -92,8 +92,8 @@ def test_any_number_of_processes_draws_the_same(monkeypatch):
     for balance in (1.0, .1):
         alone = splits.problems("val", 30, (2, 5), FREE_TOY, 3, balance)
         assert alone == splits.problems("val", 30, (2, 5), FREE_TOY, 3, balance, workers=2)
-    assert (splits.arithmetic_problems("rl", 8, "int", 3, (0, 2), 0)
-            == splits.arithmetic_problems("rl", 8, "int", 3, (0, 2), 0, workers=3))
+    assert (splits.arithmetic_problems("rl", 8, "arithmetic-int", 3, (0, 2), 0)
+            == splits.arithmetic_problems("rl", 8, "arithmetic-int", 3, (0, 2), 0, workers=3))
 
 
 def test_an_error_in_a_process_arrives():
@@ -147,12 +147,12 @@ def test_report_of_a_bad_file(tmp_path, capsys, line, message):
 
 
 def test_arithmetic_problems_depend_on_the_seed():
-    one, other = ({p.id for p in splits.arithmetic_problems("sft", 10, "int", 3, (0, 2), seed)} for seed in (0, 1))
+    one, other = ({p.id for p in splits.arithmetic_problems("sft", 10, "arithmetic-int", 3, (0, 2), seed)} for seed in (0, 1))
     assert not one & other
 
 
 def test_the_report_takes_arithmetic_that_differs_in_redundant_premises_alone_for_one(tmp_path, capsys):
-    (plain,) = splits.arithmetic_problems("sft", 1, "int", 2, (0, 0), 0)
+    (plain,) = splits.arithmetic_problems("sft", 1, "arithmetic-int", 2, (0, 0), 0)
     more = Problem(plain.task, {**plain.nodes, "zzz": Node("zzz", "", 3)}, plain.order, ("zzz",), plain.num_ops)
     for name, problem in (("a", plain), ("b", more)):
         write_jsonl(tmp_path / name, [arms.record(problem, 0)])
