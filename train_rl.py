@@ -9,7 +9,7 @@ or more optimizer steps on the clipped surrogate with a KL penalty towards the m
 code: gradients are those of the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step
 does train (theirs has rate 0), exactly the sampled tokens are trained, the stop token included, answers stop at the
 end-of-turn token and not at "</answer>", blanks around a boxed answer are forgiven, a well-formed answer (--format-scale)
-has each tag once and nothing behind the last, and a prompt that is too long is an error.
+has each tag once and nothing behind the last, and a prompt may have 1,024 tokens (theirs 512), of which more are an error.
 
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """
@@ -42,7 +42,7 @@ from minibridge.tokenizer import Tokenizer
 
 CONSOLE = ("accuracy", "dead_groups", "length", "truncated", "common_answer", "entropy", "kl", "grad_norm", "seconds",
            "memory_gib", "val_accuracy")
-Answerer = Callable[..., list[list[Episode]]]
+Sampler = Callable[..., list[list[Episode]]]
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ def recipe_of(config: Config) -> Recipe:
 
 def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
             rate: float, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
-    """The optimizer steps on one rollout batch; returns the first one's metrics, where ratios to the trainer are 1."""
-    whole = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
+    """The optimizer steps on one rollout batch. Returns the first one's metrics, where ratios to the trainer are 1; but the
+    last one's clip_fraction and log_ratio, which tell how far the steps have led."""
+    totals = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
     turns = ranks.even(batches)
     with torch.no_grad():
         for batch, _ in turns:
@@ -135,16 +136,16 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
     for number in range(config.updates):
         parts = []
         for batch, counted in turns:
-            loss, metrics = share_of_loss(model, batch, whole)
+            loss, metrics = share_of_loss(model, batch, totals)
             (counted * loss).backward()
             parts += [metrics] if counted else []
         ranks.sum_gradients(model)
-        found = total(parts, whole, ranks)
+        found = total(parts, totals, ranks)
         if not math.isfinite(found["loss"]):
             raise NonFinite(f"the loss is {found['loss']}")
         found["grad_norm"] = update(model, optimizer, rate, config.clip)
         first = first or found
-    return first
+    return first | {name: found[name] for name in ("clip_fraction", "log_ratio")}
 
 
 def learn(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, groups: list[list[Episode]],
@@ -175,37 +176,37 @@ def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool
     return training_flops(model, tokens, scored, pairs, passes)
 
 
-def answerer(model: Decoder, tokenizer: Tokenizer, config: Config, ranks: Ranks) -> Answerer:
+def sampler_of(model: Decoder, tokenizer: Tokenizer, config: Config, ranks: Ranks) -> Sampler:
     """`rollout` of this policy by the settings; prompts, number of samples, seeds and temperature are left to give."""
     compiled = config.compile == "on" or config.compile == "auto" and model.device.type == "cuda"
     return partial(rollout, model, tokenizer, max_new_tokens=config.max_new_tokens, rows=config.rows, compiled=compiled,
                    ranks=ranks)
 
 
-def draws(answers: Answerer, prompts: list[Prompt], drawn: int, config: Config) -> Callable[[int], list[list[Episode]]]:
-    """sample(n): groups of answers to the next n prompts of the run's order, of which `drawn` are behind us."""
+def batches_of(prompts: list[Prompt], sampler: Sampler, drawn: int, config: Config) -> Callable[[int], list[list[Episode]]]:
+    """next_groups(n): answers to the next n prompts of the run's order, of which `drawn` are behind us."""
     stream = prompt_stream(len(prompts), config.prompts, config.seed, drawn)
 
-    def sample(count: int) -> list[list[Episode]]:
+    def next_groups(count: int) -> list[list[Episode]]:
         indices, seeds = zip(*itertools.islice(stream, count))
-        return answers([prompts[index] for index in indices], config.samples, seeds=seeds, temperature=config.temperature,
+        return sampler([prompts[index] for index in indices], config.samples, seeds=seeds, temperature=config.temperature,
                        format_scale=config.format_scale)
 
-    return sample
+    return next_groups
 
 
-def validate(answers: Answerer, prompts: list[Prompt]) -> float:
+def validate(sampler: Sampler, prompts: list[Prompt]) -> float:
     """Greedy accuracy."""
-    groups = answers(prompts, 1, temperature=0.0)
+    groups = sampler(prompts, 1, temperature=0.0)
     return sum(group[0].correct for group in groups) / len(groups)
 
 
-def influence(model: Decoder, answers: Answerer, held_out: list[Prompt], groups: list[list[Episode]], step: int,
+def influence(model: Decoder, sampler: Sampler, held_out: list[Prompt], groups: list[list[Episode]], step: int,
               config: Config) -> dict[str, float]:
     """What a plain GRPO step on correctness alone would do now for held-out prompts, by fresh answers to them."""
     asked = held_out[: config.prompts]
     seeds = [sample_seed(config.seed, f"influence/{step}", position) for position in range(len(asked))]
-    val = answers(asked, config.samples, seeds=seeds, temperature=config.temperature)
+    val = sampler(asked, config.samples, seeds=seeds, temperature=config.temperature)
     return coinfluence.training_numbers(model, val, groups, config.temperature, config.micro_tokens)
 
 
@@ -258,10 +259,10 @@ def load_state(saved, model: Decoder, optimizer: torch.optim.Optimizer, config: 
 
 def keep_failed(path: Path, model: Decoder, batches: list[MicroBatch], config: Config, ranks: Ranks) -> str:
     """Writes what `replay` reads; what to say of it."""
-    whole = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
+    totals = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
     said = f"to inspect it: python train_rl.py --replay {path}"
     try:
-        replay.save_failure(path, model, batches, whole, ranks)
+        replay.save_failure(path, model, batches, totals, ranks)
     except (InputError, OSError) as trouble:  # a full disk is no reason to hide what failed
         said = f"and {trouble}"
     ranks.barrier()  # the first process to end would end the one that writes
@@ -286,15 +287,15 @@ def main(config: Config, ranks: Ranks = ALONE):
                          resume_step=state["step"] + 1 if saved else None, plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)
-    answers, drawn = answerer(model, tokenizer, config, ranks), state["drawn"]
-    sample = draws(answers, prompts, drawn, config)
+    sampler, drawn = sampler_of(model, tokenizer, config, ranks), state["drawn"]
+    next_groups = batches_of(prompts, sampler, drawn, config)
     if held_out and not saved:
-        run.log(0, val_accuracy=validate(answers, held_out))
+        run.log(0, val_accuracy=validate(sampler, held_out))
 
     for step in range(state["step"] + 1, config.steps + 1):
         began = time.monotonic()
         try:
-            groups = refilled(sample, config.prompts, config.refill)
+            groups = refilled(next_groups, config.prompts, config.refill)
         except InputError as error:  # logits that are not finite: an update too large for a norm to show it
             raise InputError(f"step {step}: {error}; --resume goes back to the last checkpoint") from None
         drawn += len(groups)
@@ -306,7 +307,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         sampled = sum(len(episode.completion.ids) for group in groups for episode in group)
         groups = groups[: config.prompts]
         if config.influence_every and step % config.influence_every == 0:
-            numbers |= influence(model, answers, held_out, groups, step, config)
+            numbers |= influence(model, sampler, held_out, groups, step, config)
         ready = time.monotonic()
         numbers |= learn(model, reference, optimizer, groups, step, config, ranks)
         trained = time.monotonic()
@@ -316,7 +317,7 @@ def main(config: Config, ranks: Ranks = ALONE):
                     "tokens_per_second": sampled / (decoded - began), "memory_gib": highest_memory(device) / 2**30,
                     "utilisation": flops / (trained - ready) / planned.rates[0] / ranks.size}
         if held_out and (step == config.steps or config.eval_every and step % config.eval_every == 0):
-            numbers["val_accuracy"] = validate(answers, held_out)
+            numbers["val_accuracy"] = validate(sampler, held_out)
         run.log(step, console=CONSOLE, **numbers)
         if config.show_every and (step - 1) % config.show_every == 0:
             show(groups)

@@ -65,11 +65,12 @@ def per_step(kappa: Tensor, correct: Tensor) -> Influence:
 
 @dataclass(frozen=True)
 class Measured:
-    """norm: |g_Q|. tokens: (3, T) of each answer, as `jvp.directional` has them. parts: kappa (N, G) by the other
-    directions of `validation_directions`, each of a part of Q, and 0 for prompts that are not live; kappa less that is by
-    the rest of Q. cosine: between the gradients of either half of Q. common: the norm that they agree on, 2 sqrt(<g1, g2>)
-    where g_Q = g1 + g2, what either half adds to it, free of the noise of sampling that |g_Q| holds; None where they point
-    apart."""
+    """norm: |g_Q|. tokens: (3, T) of each answer, as `jvp.directional` has them.
+
+    parts: by the names of `validation_directions`, kappa (N, G) along the gradient of a part of Q alone, 0 for prompts that
+    are not live; kappa less that is along the gradient of the rest of Q.
+    cosine: between g1 and g2, what either half of Q adds to g_Q. common: 2 sqrt(<g1, g2>), an estimate of |g_Q| that is free
+    of the noise of sampling; None where <g1, g2> is not above 0."""
     norm: float
     tokens: list[list[Tensor]]
     influence: Influence
@@ -164,7 +165,7 @@ def means(tokens: list[list[Tensor]]) -> Tensor:
 
 
 def live_batches(groups: list[list[Episode]], max_tokens: int, device: torch.device) -> list[MicroBatch]:
-    """The live ones, with GRPO's advantages over the number of all answers."""
+    """Of the live groups alone; their advantages are GRPO's, divided by the number of answers in all groups."""
     correct = correctness(groups)
     live = live_prompts(correct)
     return pack([groups[n] for n in live], group_advantages(correct)[live] / correct.numel(), max_tokens, device)

@@ -30,7 +30,7 @@ from minibridge.formula import plain
 
 LARGEST = 10**9
 MOST_TOKENS = 100  # of a formula; it also bounds how deep its parentheses go
-OPERATORS = "+-*/()"
+SYMBOLS = "+-*/()"
 NO_NAME = re.compile(r"[-+*/()=]|\.(\s|$)|^(it|and)$|^[\W\d_]*$", re.IGNORECASE)
 MARKS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed")  # of an answer: no text may hold them
 MOST_NODES, LONGEST_NAME = 1000, 100
@@ -202,7 +202,7 @@ def _atom(tokens: list[str]) -> Expr:
         if not tokens or tokens.pop(0) != ")":
             raise InputError("formula: a parenthesis is not closed")
         return expr
-    if token in OPERATORS or not token:
+    if token in SYMBOLS or not token:
         raise InputError(f"formula: a number, a name or a parenthesis is missing before {token or 'the end'!r}")
     return _number(token) if _is_number(token) else token
 

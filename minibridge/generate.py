@@ -110,10 +110,10 @@ def prefill_batch(rows: int, samples: int, longest: int) -> int:
 
 
 def draw(model: Decoder, hidden: Tensor, newest: Tensor, lengths: Tensor, over: Tensor, ids: Tensor, logprobs: Tensor,
-         numbers: Tensor, ends: Tensor, temperature: float, top_p: float):
+         numbers: Tensor, stops: Tensor, temperature: float, top_p: float):
     """The token after each of the hidden states (B, C) becomes `newest` (B,), and goes to place `lengths` (B,) of ids
     (B, T + 1), as its log-probability does of logprobs (B, T + 1); then `lengths` and `over` (B,) are updated. What is
-    drawn for rows already over is discarded. numbers (B, T + 1): uniform ones to draw by; ends (V,): true for stop tokens.
+    drawn for rows already over is discarded. numbers (B, T + 1): uniform ones to draw by; stops (V,): true for stop tokens.
     """
     at = lengths[:, None]  # (B, 1)
     tokens, drawn = sample(model.logits(hidden), temperature, top_p, numbers.gather(1, at)[:, 0])  # (B,), (B,)
@@ -121,7 +121,7 @@ def draw(model: Decoder, hidden: Tensor, newest: Tensor, lengths: Tensor, over: 
     ids.scatter_(1, at, tokens[:, None])
     logprobs.scatter_(1, at, drawn[:, None])
     lengths += ~over
-    over |= ends[tokens] | (lengths >= ids.shape[1] - 1) | ~drawn.isfinite()
+    over |= stops[tokens] | (lengths >= ids.shape[1] - 1) | ~drawn.isfinite()
 
 
 @dataclass
@@ -177,8 +177,8 @@ class _Pool:
         self.parts: dict[int, list[Tensor]] = {}  # of the state, by the number of first rows
         self.ahead = runs_ahead(device) and not stop.strings
         self.pending: Callable[[], list[bool]] = list  # of the step before the last, if we run ahead, which rows were over
-        self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
-        self.ends[[id_ for id_ in stop.ids if 0 <= id_ < len(self.ends)]] = True
+        self.stops = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+        self.stops[[id_ for id_ in stop.ids if 0 <= id_ < len(self.stops)]] = True
 
     def _prefill(self, prompts, results: list[list[Completion]]) -> Iterator[_Row]:
         """Each sample in order. A batch of prompts is run when the first of its samples is asked for."""
@@ -219,12 +219,11 @@ class _Pool:
             ask, self.pending = self.pending, ask
         over = ask()  # the step's one wait
         if self.stop.strings:
-            over = [ends or found for ends, found in zip(over, self._strings())]
-        ended = [b for b, ends in enumerate(over) if ends]
+            over = [is_over or found for is_over, found in zip(over, self._strings())]
+        ended = [b for b, is_over in enumerate(over) if is_over]
         if not ended:
             return
-        ends = (x[ended].tolist() for x in (self.ids, self.logprobs, self.lengths))
-        for b, ids, logprobs, length in zip(ended, *ends):
+        for b, ids, logprobs, length in zip(ended, *(x[ended].tolist() for x in (self.ids, self.logprobs, self.lengths))):
             self.stop.finish(self.live[b].completion, ids[:length], logprobs[:length])
             self.live[b].prompt.samples -= 1
         self.changed = True
@@ -250,7 +249,7 @@ class _Pool:
             if self.compiled:
                 for part in self.parts[rows]:
                     mark(part, *range(part.ndim))
-        self.cache.step(self.model, longest, draw, *self.parts[rows], self.ends, *self.how)
+        self.cache.step(self.model, longest, draw, *self.parts[rows], self.stops, *self.how)
 
     def _strings(self) -> list[bool]:
         """Whether each live row's newest token completes a stop string."""

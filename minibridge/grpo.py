@@ -24,7 +24,7 @@ from torch import Tensor
 from minibridge.config import InputError
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far beyond any clip range, far from overflow
-MAX_K3 = 10.0  # the authors' cap on k3 per token, reached at d = 2.6; beyond it the gradient is zero
+MAX_K3 = 10.0  # the authors' cap on k3 per token, reached at d = 2.6 and at d = -11; beyond it the gradient is zero
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def kl_k3(gap: Tensor) -> Tensor:
 
     The gradient for logp is 1 - exp(gap), zero where the two agree; beyond the cap MAX_K3 it is zero too.
     """
-    gap = gap.clamp(max=MAX_K3)  # only exp of a large gap overflows
+    gap = gap.clamp(max=MAX_LOG_RATIO)  # only exp of a large gap overflows
     # expm1 because exp(gap) - 1 has lost all digits of the result, gap^2 / 2, when the gap is small.
     return (torch.expm1(gap) - gap).clamp(max=MAX_K3)
 

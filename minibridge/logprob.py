@@ -76,8 +76,10 @@ def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_of: LossOf,
         leaves = [x.requires_grad_(for_hidden or for_weight) for x in (logprobs, entropy) if x is not None]
         loss, metrics = loss_of(logprobs, entropy, rows)
         if for_hidden or for_weight:
-            slopes = [*torch.autograd.grad(loss, leaves, allow_unused=True), None][:2]
-            grad_logits = _grad_logits(logits, 0, targets[rows], temperature, normaliser, entropy, *slopes, hidden.dtype)
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+            slope, entropy_slope = slopes if with_entropy else (*slopes, None)
+            grad_logits = _grad_logits(logits, 0, targets[rows], temperature, normaliser, entropy, slope, entropy_slope,
+                                       hidden.dtype)
             if for_hidden:
                 torch.mm(grad_logits, weight_, out=grad_hidden[rows])
             if for_weight:

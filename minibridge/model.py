@@ -45,7 +45,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary embeddings and K <= H key/value heads."""
+    """What self-attention has of its own: projections to H query and K <= H key/value heads, and their rotary embeddings.
+    Who attends to whom is for the `attend` that `Block.forward` is given."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

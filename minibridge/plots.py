@@ -23,7 +23,7 @@ from statistics import mean
 from minibridge import drawing, tables
 from minibridge.config import REQUIRED, InputError, option, run_main, whole_lines, write_whole
 from minibridge.evaluate import wilson
-from minibridge.results import interval
+from minibridge.results import mean_and_reach
 from minibridge.tables import Table, number
 
 RANGES = {"accuracy": (0, 1), "share": (0, 1), "alpha": (0, 1), "problems": (1, 1e9)}
@@ -128,7 +128,7 @@ def spread(seeds: Table) -> dict[str, float]:
     if len(seeds) == 1:
         low, high = wilson(shares[0], int(seeds[0]["problems"]))
         return {"accuracy": shares[0], "low": low, "high": high}
-    middle, reach = interval([[share] for share in shares])
+    middle, reach = mean_and_reach([[share] for share in shares])
     return {"accuracy": middle, "low": max(0.0, middle - reach), "high": min(1.0, middle + reach)}
 
 

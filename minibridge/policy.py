@@ -140,7 +140,7 @@ def example_hidden(model: Decoder, examples: list[Example]) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTotals:
     """What a micro-batch's share of the loss depends on beside itself, counted over the whole optimizer step."""
     recipe: Recipe
     temperature: float
@@ -153,22 +153,23 @@ class Step:
         return self.tokens / self.normalizer if self.recipe.aggregate == "length" else 1.0
 
 
-def whole_step(batches: list[MicroBatch], recipe: Recipe, temperature: float, longest: int, ranks: Ranks = ALONE) -> Step:
+def whole_step(batches: list[MicroBatch], recipe: Recipe, temperature: float, longest: int,
+               ranks: Ranks = ALONE) -> StepTotals:
     """`longest`: the most tokens that an answer may have."""
     lengths = torch.cat([batch.trained.sum(1) for batch in batches])  # (rollouts,)
     lengths = torch.tensor(ranks.gather(lengths.tolist()))  # of all ranks
-    return Step(recipe, temperature, step_normalizer(recipe.aggregate, lengths, longest), int(lengths.sum()))
+    return StepTotals(recipe, temperature, step_normalizer(recipe.aggregate, lengths, longest), int(lengths.sum()))
 
 
-def share_of_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+def share_of_loss(model: Decoder, batch: MicroBatch, step: StepTotals) -> tuple[Tensor, dict[str, Tensor]]:
     """A micro-batch's share of the loss of a step, and of its metrics: those of `grpo_loss`, and `mismatch` and
     `mismatch_mean`, the largest and the mean |logp - the sampler's|. `total` adds up the shares."""
     rollouts_needed = step.recipe.kl_threshold is not None or step.recipe.surrogate == "gspo"
-    return (whole_loss if rollouts_needed else chunked_loss)(model, batch, step)
+    return (unchunked_loss if rollouts_needed else chunked_loss)(model, batch, step)
 
 
-def whole_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-    """By way of all log-probabilities; the logits are computed again in the backward pass."""
+def unchunked_loss(model: Decoder, batch: MicroBatch, step: StepTotals) -> tuple[Tensor, dict[str, Tensor]]:
+    """By way of all the micro-batch's log-probabilities at once; the logits are computed again in the backward pass."""
     recipe = step.recipe
     logps, entropy = score(model, batch, step.temperature, with_entropy=True)
     old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
@@ -181,7 +182,7 @@ def whole_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor, d
     return loss, {**metrics, "mismatch": gaps.max(), "mismatch_mean": gaps.sum() / step.tokens}
 
 
-def chunked_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+def chunked_loss(model: Decoder, batch: MicroBatch, step: StepTotals) -> tuple[Tensor, dict[str, Tensor]]:
     """The same, some tokens at a time and with their gradients, so that no logits are computed twice."""
     trained, recipe = batch.trained, step.recipe
 
@@ -211,7 +212,7 @@ def chunked_loss(model: Decoder, batch: MicroBatch, step: Step) -> tuple[Tensor,
 MEANS = ("clip_fraction", "log_ratio", "kept", "kl", "entropy", "importance")  # weighted as the loss is
 
 
-def total(parts: list[dict[str, Tensor]], step: Step, ranks: Ranks = ALONE) -> dict[str, float]:
+def total(parts: list[dict[str, Tensor]], step: StepTotals, ranks: Ranks = ALONE) -> dict[str, float]:
     """A step's figures from those of its micro-batches: the largest mismatch, sums and weighted means of the others."""
     rows = ranks.gather(torch.stack([torch.stack([*part.values()]) for part in parts]).tolist())
     columns = dict(zip(parts[0], torch.tensor(rows, dtype=torch.double).T))  # (micro-batches,) each

@@ -24,7 +24,7 @@ from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
 from minibridge.opening import DTYPES, pick_device
 from minibridge.parallel import ALONE, Ranks
-from minibridge.policy import MicroBatch, Step, share_of_loss
+from minibridge.policy import MicroBatch, StepTotals, share_of_loss
 
 OF_THE_PROMPTS = ("prompts", "prompt_lengths")  # all other fields of a MicroBatch have a row for each answer
 
@@ -35,7 +35,7 @@ class Config:
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
 
-def save_failure(path: Path, model: Decoder, batches: list[MicroBatch], step: Step, ranks: Ranks = ALONE):
+def save_failure(path: Path, model: Decoder, batches: list[MicroBatch], step: StepTotals, ranks: Ranks = ALONE):
     """Write what `load_failure` reads: all tensors, and in the file's metadata the shape of the model and the recipe. All
     `ranks` call it with their micro-batches."""
     tensors = ranks.tensors({f"model/{name}": tensor for name, tensor in model.state_dict().items()})
@@ -50,7 +50,7 @@ def save_failure(path: Path, model: Decoder, batches: list[MicroBatch], step: St
     aside.rename(path)
 
 
-def load_failure(path: str | Path, device: torch.device) -> tuple[Decoder, list[MicroBatch], Step]:
+def load_failure(path: str | Path, device: torch.device) -> tuple[Decoder, list[MicroBatch], StepTotals]:
     """Raises InputError for anything but a file of `save_failure`."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -66,7 +66,7 @@ def load_failure(path: str | Path, device: torch.device) -> tuple[Decoder, list[
             if number != "model":
                 parts.setdefault(int(number), {})[field] = tensor
         batches = [MicroBatch(**parts[number]) for number in sorted(parts)]
-        return model, batches, Step(**metadata["step"] | {"recipe": Recipe(**metadata["step"]["recipe"])})
+        return model, batches, StepTotals(**metadata["step"] | {"recipe": Recipe(**metadata["step"]["recipe"])})
     except OSError as error:
         raise InputError(f"{path}: not read ({error.strerror or error})") from None
     except (SafetensorError, InputError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,7 +83,7 @@ class Finding:
     where: str
 
 
-def examine(model: Decoder, batch: MicroBatch, step: Step) -> Finding:
+def examine(model: Decoder, batch: MicroBatch, step: StepTotals) -> Finding:
     model.zero_grad(set_to_none=True)
     inputs = [name for name, value in vars(batch).items() if value is not None and not value.isfinite().all()]
     with _watching(model) as modules:
@@ -131,7 +131,7 @@ def main(config: Config):
         raise InputError(f"{config.replay}: not what a failed step leaves ({str(error).splitlines()[0]})") from None
 
 
-def _report(model: Decoder, batches: list[MicroBatch], step: Step):
+def _report(model: Decoder, batches: list[MicroBatch], step: StepTotals):
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     print(f"weights that are not finite: {', '.join(broken) or 'none'}")
     print(f"\n{'micro-batch':<12} {'answers':>7} {'tokens':>7} {'loss':>12} {'grad norm':>12}  first not finite")

@@ -77,7 +77,7 @@ def shown(scored: list[evaluate.Scored]) -> dict[str, float]:
     return behavior_rates([verdict for problem in scored for verdict in problem.verdicts])
 
 
-def interval(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
+def mean_and_reach(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Mean of numbers of the problems of each seed, and the half width of its 95% interval (Student's t): over the problems
     of a single seed, or over the means of several seeds, each of which has problems and training of its own."""
     values = seeds[0] if len(seeds) == 1 else [mean(numbers) for numbers in seeds]
@@ -120,9 +120,9 @@ def gain_of(outcomes: list[Outcome], first: list[Outcome]) -> tuple[tuple[float,
     itself."""
     more = None, None
     if outcomes[0].arm != first[0].arm:
-        more = interval([[a - b for a, b in zip(one.changes, other.changes, strict=True)]
+        more = mean_and_reach([[a - b for a, b in zip(one.changes, other.changes, strict=True)]
                          for one, other in zip(outcomes, first, strict=True)])
-    return interval([outcome.changes for outcome in outcomes]), more
+    return mean_and_reach([outcome.changes for outcome in outcomes]), more
 
 
 def effects(found: list[Outcome]) -> Table:
@@ -146,9 +146,9 @@ def effects(found: list[Outcome]) -> Table:
         having, lacking = ([arm for parts, arm in arms.items() if (behavior in parts) == has] for has in (True, False))
         for test, decoding in tests:
             with_it, without = gains_of(having, test, decoding), gains_of(lacking, test, decoding)
-            more, reach = interval([[a - b for a, b in zip(*both)] for both in zip(with_it, without)])
+            more, reach = mean_and_reach([[a - b for a, b in zip(*both)] for both in zip(with_it, without)])
             rows.append({"behavior": behavior, "test": test, "answers": decoding,
-                         "gain with": f"{interval(with_it)[0]:+.1%}", "without": f"{interval(without)[0]:+.1%}",
+                         "gain with": f"{mean_and_reach(with_it)[0]:+.1%}", "without": f"{mean_and_reach(without)[0]:+.1%}",
                          "more": f"{more:+.1%}", "95% interval": around(more, reach)})
     return rows
 

@@ -29,7 +29,7 @@ ANALYSIS_LEVELS = ((0, 0, 0, 0, 0), (0, .1, .4, .8, 1), (.1, .4, .8, 1, 1), (.4,
 REDUNDANT_SHARE = 0.3  # of the picks out of turn, when the problem has redundant nodes
 
 CONDITION = "The {kind} of {node} equals {expression}."
-OPERATIONS = {"+": "sum", "-": "difference", "*": "product", "/": "quotient", "sqrt": "square root", "square": "square"}
+NOUNS = {"+": "sum", "-": "difference", "*": "product", "/": "quotient", "sqrt": "square root", "square": "square"}
 OPENINGS = ("I will find one quantity at a time.", "Let me go step by step.", "I work it out one step at a time.")
 STATED = ("{node} is {value}.", "The text gives {node} as {value}.")
 SELECT = ("Next is {node}.", "Now take {node}.")
@@ -125,7 +125,7 @@ def describe(expr: Expr, nodes: dict[str, Node]) -> str:
     op, first, *rest = expr
     if isinstance(first, int) and op in "+*" and len(rest) == 1:
         return f"{first} {'more than' if op == '+' else 'times'} {describe(rest[0], nodes)}"
-    return f"the {OPERATIONS[op]} of {listing([describe(arg, nodes) for arg in expr[1:]])}"
+    return f"the {NOUNS[op]} of {listing([describe(arg, nodes) for arg in expr[1:]])}"
 
 
 def listing(names: list[str]) -> str:

@@ -389,6 +389,11 @@ def test_op_range_is_kept(ops):
     assert drawn <= set(range(ops[0], ops[1] + 1))
 
 
+def test_a_stream_that_needs_many_draws_still_gives_a_problem():
+    """This one more than 500; one such stream would end a whole file."""
+    assert 21 <= igsm.draw(random.Random(470), (21, 25), igsm.TOY).num_ops <= 25
+
+
 @pytest.mark.parametrize("ops", [(0, 3), (-1, 1), (5, 3), (60, 60)], ids=str)
 def test_impossible_ranges(monkeypatch, ops):
     monkeypatch.setattr(igsm, "MAX_DRAWS", 100)

@@ -316,14 +316,14 @@ def test_the_gain_of_one_seed_by_hand():
     """Changes +1, 0, 0, -1, +1: mean 1/5, variance (0.64 + 0.04 + 0.04 + 1.44 + 0.64) / 4 = 0.7."""
     changes = outcome("a", 0, [[0], [1], [0], [1], [0]], [[1], [1], [0], [0], [1]]).changes
     assert changes == [1, 0, 0, -1, 1]
-    assert results.interval([changes]) == pytest.approx((0.2, 2.7764 * (0.7 / 5) ** 0.5))
+    assert results.mean_and_reach([changes]) == pytest.approx((0.2, 2.7764 * (0.7 / 5) ** 0.5))
     assert outcome("a", 0, [[1, 0], [0, 1]], [[0, 1], [1, 0]]).changes == [0, 0]
 
 
 def test_the_gain_of_several_seeds_by_hand():
     """Means .5, 0, .25 of the seeds: mean .25, deviation .25, and 4.303 deviations of the mean of three."""
     seeds = [[1, 0], [0, 0], [0, 0.5]]
-    assert results.interval(seeds) == pytest.approx((0.25, 4.3027 * 0.25 / 3**0.5))
+    assert results.mean_and_reach(seeds) == pytest.approx((0.25, 4.3027 * 0.25 / 3**0.5))
     mine = [outcome("b", seed, [[0], [0]], [[gain > 0], [gain > 1]]) for seed, gain in enumerate((1, 2))]
     firsts = [outcome("a", seed, [[0], [0]], [[1], [0]]) for seed in range(2)]
     cells = results.row(mine, firsts)
