@@ -114,7 +114,7 @@ def open_data(config: Config, model: Decoder, tokenizer: Tokenizer, ranks: Ranks
     if (longest := max(len(example.ids) for example in examples + held_out)) > model.config.max_position_embeddings:
         raise InputError(f"max_length: an example of {longest} tokens exceeds the model's max_position_embeddings "
                          f"{model.config.max_position_embeddings}")
-    micro_batches(examples + held_out, config.micro_tokens)
+    micro_batches(examples + held_out, config.micro_tokens)  # InputError for one that is longer than micro_tokens
     return examples, held_out
 
 
