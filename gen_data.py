@@ -9,8 +9,8 @@
     python gen_data.py --problems docs/own_problems.jsonl --split sft --arm bridge --out data/own.jsonl
 
 The problems of a split depend on the task, its sizes, the seed, the split, the count and the balance, never on the arm: two
-arms hold the same problems in the same order, with the same `id`, differently worded. No structure stands in two splits
-(problems of your own all stand in every split: give each a file of its own).
+arms hold the same problems in the same order, with the same `id`, differently worded (augmented ones four times each). No
+structure stands in two splits (problems of your own all stand in every split: give each a file of its own).
 `minibridge/arms.py` says what the arms are, `minibridge/custom.py` how a file of your own problems is written.
 SFT lines hold "messages", all others "prompt", in the form TRL reads.
 
@@ -43,7 +43,8 @@ class Config:
     task: Literal["igsm", "arithmetic", "arithmetic-int"] = option(
         "igsm", "arithmetic: six operations, four decimals; arithmetic-int: + - * of whole numbers")
     problems: str | None = option(None, "JSONL file of your own problems, instead of a task")
-    split: Literal["sft", "rl", "val", "test", "base"] = option("sft", "which disjoint part of all problems to draw from")
+    split: Literal["sft", "rl", "val", "test", "base"] = option(
+        "sft", "which disjoint part of all problems to draw from; base: for pretraining, with answers as sft")
     arm: str | None = option(None, "of SFT rows: vanilla, bridge, any of subgoal, analysis, reflection joined by +, pp-aug, "
                                    "rc-aug, own-answers, prompts; with reflection, ARM@0.3 is ARM --strict --reflection "
                                    "0.3; none: bridge")
@@ -51,17 +52,17 @@ class Config:
     reflection: float | None = option(None, "probability of trying a node out of turn; none: 0.1 in arms that have it")
     strict: bool = option(False, "our reading of the paper's Algorithm 1 (traces.Behaviors), with --reflection for every "
                                 "probability")
-    count: int | None = option(None, "problems; none: the paper's (2000 sft and base, 10000 rl, 500 val and test), or all "
-                                     "your own")
+    count: int | None = option(None, "problems; none: the paper's (2000 sft, 10000 rl, 500 val and test; base: 2000), or "
+                                     "all your own")
     rows: int | None = option(None, "most rows to write; none: all", least=1)
     ops: tuple[int, int] | None = option(None, "igsm: operations, as 15-20 or 20; none: the paper's for the split")
     scale: Literal["paper", "toy"] = option("paper", "igsm: structures, values, words; toy: those toy_base knows")
     depth: int | None = option(None, "arithmetic: levels of the tree; none: 3 for base, the paper's 4 for sft, 5 for others",
                                least=2, most=6)
-    redundant: tuple[int, int] | None = option(None, "arithmetic: unneeded premises, at most 1000; none: 0-8 (20-22 is the "
-                                                     "OOD test)")
+    redundant: tuple[int, int] | None = option(None, "arithmetic: unneeded premises, of two or three sentences "
+                                                     "each; none: 0-8 (20-22 is the OOD test)")
     lines: traces.Lines | None = option(None, "order of the conditions; none: random, of your own problems as given")
-    balance: float = option(1.0, "largest share of the problems that one answer may have (always one problem)")
+    balance: float = option(1.0, "largest share of the problems with one and the same answer (each may have one)")
     rollouts: str | None = option(None, "JSONL file of a model's answers to these problems: keep those of middling accuracy")
     keep: tuple[int, int] | None = option(None, "percent of right rollouts that a problem is kept for; none: 20-80")
     workers: int = option(1, "processes that draw; any number of them gives the same file", least=1, most=256)
@@ -102,8 +103,6 @@ def check_fit(config: Config):
             raise InputError(f"{field.name}: does not apply to {idle[field.name]}")
     if config.keep is not None and config.keep[1] > 100:
         raise InputError(f"keep: {config.keep[1]} is no percentage")
-    if config.redundant is not None and config.redundant[1] > 1000:
-        raise InputError(f"redundant: at most 1000, not {config.redundant[1]}")
     if config.arm == "own-answers" and config.rollouts is None:
         raise InputError("arm: own-answers needs --rollouts")
     for name in ("problems", "rollouts"):

@@ -80,7 +80,7 @@ class Config:
     max_prompt: int = option(1024, "longest prompt, in tokens; a longer one is an error", least=1)
     max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
     rows: int = option(256, "answers decoded at the same time", least=1)
-    micro_tokens: int = option(8192, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
+    micro_tokens: int = option(8192, "most tokens trained at a time, as if padded: sets memory, no result", least=1)
     influence_every: int = option(
         0, "steps between measurements of what a plain GRPO step would do for --val, by answers to --prompts of its "
            "prompts; 0: never", least=0)
@@ -283,7 +283,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     prompts, held_out = open_data(config, model, tokenizer, ranks)
     state = load_state(saved, model, optimizer, config)
     planned = plan.rl(config, *([len(prompt.ids) for prompt in some] for some in (prompts, held_out)))
-    run = ranks.open_run(config.out, config, device=device, steps=config.steps,
+    run = ranks.open_run(config.out, config, device=device, steps=config.steps, fingerprint=mark,
                          resume_step=state["step"] + 1 if saved else None, plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)

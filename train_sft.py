@@ -40,7 +40,7 @@ class Config:
     val: str | None = option(None, "JSONL file of SFT examples held out for the validation loss")
     epochs: float = option(5.0, "passes over the data", least=1e-6, most=1e6)
     batch_size: int = option(128, "examples of one optimizer step", least=1)
-    micro_tokens: int = option(16384, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
+    micro_tokens: int = option(16384, "most tokens trained at a time, as if padded: sets memory, no result", least=1)
     learning_rate: float = option(5e-6, "peak learning rate", least=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
     warmup: int = option(0, "steps of linear warm-up", least=0)
@@ -72,7 +72,8 @@ def answer_loss(model: Decoder, batch: list[Example]) -> tuple[torch.Tensor, int
 
 
 def shared_out(examples: list[Example], config: Config, ranks: Ranks) -> list[tuple[list[Example], float]]:
-    """This process's share in micro-batches, each with 1.0 or (`Ranks.even`) 0.0; longest first, so that all get alike."""
+    """This process's share in micro-batches, each with its weight in the loss, 1.0 or (`Ranks.even`) 0.0; longest first, so
+    that all get alike."""
     share = ranks.mine(sorted(examples, key=lambda example: -len(example.ids)))
     return ranks.even([[share[row] for row in rows] for rows in micro_batches(share, config.micro_tokens)])
 
@@ -158,7 +159,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     run = ranks.open_run(config.out, config, device=device, steps=steps, resume_step=start + 1 if saved else None,
-                         plan=planned.record())
+                         plan=planned.record(), fingerprint=mark)
     print(f"{planned.verdict()}\n{preview(examples[0], tokenizer)}", flush=True)
     start_peak(device)
 

@@ -22,6 +22,7 @@ TOLERANCE = 1e-4  # of the score, and the most that rounding may move the answer
 LEAST, BELOW = 1e-4, 1000  # an answer is at least LEAST and smaller than BELOW
 LARGEST = 10_000  # no value of the problem gets there, whatever its sign
 MAX_DRAWS = 2000
+MOST_REDUNDANT = 1000  # of up to three names each
 # Three consonants make no English word, and none of the words around them.
 NAMES = ["".join(letters) for letters in itertools.product("bcdfghjklmnpqrstvwxz", repeat=3)]
 
@@ -39,6 +40,8 @@ def draw(rng: random.Random, depth: int = 5, redundant: tuple[int, int] = (0, 8)
     """
     if depth < 2:
         raise InputError(f"depth: must be at least 2, not {depth}")
+    if redundant[1] > MOST_REDUNDANT:
+        raise InputError(f"redundant: at most {MOST_REDUNDANT}, not {redundant[1]}")
     for _ in range(MAX_DRAWS):
         problem = attempt(rng, depth, redundant, variant, links)
         if problem is not None:

@@ -7,8 +7,8 @@
     python -m minibridge.bench influence                 answers whose derivative along a direction is found, per second
     python -m minibridge.bench data                      problems and worked answers per second
 
---peers needs the oracle extra, and trl for `step`. Peers run as they come, ours with torch.compile unless --eager; a first
-turn of each does not count. --json FILE writes the rows. The limit beside a figure is what this device's own rates, measured
+--peers needs the oracle extra, and trl for `step`. Peers run as they come, our decoding compiled unless --eager (and in bf16
+on a GPU the layers that are trained); a first turn of each does not count. --json FILE writes the rows. The limit beside a figure is what this device's own rates, measured
 beside it, would allow: multiplications over its matmul rate, or bytes over its bandwidth. Wall time of this
 machine, whatever else runs on it: let nothing else run.
 """
@@ -65,11 +65,11 @@ class Rollouts(Repeats):
 @dataclass(frozen=True)
 class Work(Rollouts):
     peers: bool = option(False, "the same work through the libraries, in turns")
-    eager: bool = option(False, "ours without torch.compile")
+    eager: bool = option(False, "nothing of ours compiled: no decoding, and in bf16 on a GPU no trained layers")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
 
 
-def build(config: Rollouts, device: torch.device, trained: bool = False) -> Decoder:
+def build(config: Work | Rollouts, device: torch.device, trained: bool = False) -> Decoder:
     shape = ModelConfig.from_hf({
         **dict(zip(NAMES, SHAPES[config.shape])), "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "max_position_embeddings": config.prompt_tokens + config.new_tokens, "tie_word_embeddings": True})

@@ -213,7 +213,7 @@ def save_training(
         f"optimizer/{names[parameter]}/{key}": value
         for parameter, moments in optimizer.state.items()
         for key, value in moments.items()
-    })  # fmt: skip
+    })
     if not ranks.main:
         return
     with _replacing(Path(folder)) as aside:

@@ -34,7 +34,7 @@ class Config:
     model: str = option(REQUIRED, "Hugging Face folder of the policy")
     data: str | None = option(None, "JSONL file of the prompts; none: the run's")
     reference: str | None = option(None, "Hugging Face folder of the reference of the KL term; none: the run's")
-    micro_tokens: int = option(8192, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
+    micro_tokens: int = option(8192, "most tokens trained at a time, as if padded: sets memory, no result", least=1)
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
 
@@ -86,8 +86,9 @@ def main(config: Config):
     run, device = Settings.read(config.rollouts), pick_device(config.device)
     model, tokenizer = open_model(config.model, device, "fp32")
     reference = open_model(config.reference or run.model, device, "fp32")[0]
-    groups = read_episodes(config.rollouts, load_prompts(config.data or run.data, tokenizer,
-                                                         model.config.max_position_embeddings))[: run.prompts]
+    positions = model.config.max_position_embeddings
+    prompts = load_prompts(config.data or run.data, tokenizer, positions, "positions of the model")
+    groups = read_episodes(config.rollouts, prompts)[: run.prompts]
     if (largest := max(max(episode.completion.ids) for group in groups for episode in group)) >= model.config.vocab_size:
         raise InputError(f"{config.rollouts}: a token {largest}, but the model's vocab_size is {model.config.vocab_size}")
     found = {name: step_gradient(model, reference, groups, recipe, run, config.micro_tokens)

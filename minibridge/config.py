@@ -171,7 +171,7 @@ def exit_status(work: Callable[[], Any]) -> int:
         if not no_memory(error):
             raise
         lines = str(error).strip().splitlines() or ["out of memory"]
-        message, status = f"error: no memory: {lines[0]} (fewer --rows, --micro-tokens or tokens take less)", 2
+        message, status = f"error: no memory: {lines[0]} (to train or sample, lower --rows, --micro-tokens or lengths)", 2
     try:
         _flush_output()
     except OSError:

@@ -16,7 +16,7 @@ statement  the sentence that tells it; left out where the reader has to infer th
 target     the name of the quantity asked for. Nodes it does not need are redundant premises
 
 Every operation is rounded to four decimals (see `dag`): with thirds, prefer `total * 2 / 3` to a node for one
-third. A problem with a division or a decimal number is scored with a relative tolerance of 1e-4, any other exactly.
+third. Where the answer needs a division or a decimal number it is scored with a relative tolerance of 1e-4, else exactly.
 docs/own_problems.jsonl is an example.
 """
 import re
@@ -24,7 +24,7 @@ import string
 from decimal import Decimal
 
 from minibridge.arithmetic import TOLERANCE
-from minibridge.config import InputError, numbered
+from minibridge.config import KINDS, InputError, numbered
 from minibridge.dag import Expr, Node, Number, Problem, evaluate, leaves, rounded, solving_order
 from minibridge.formula import plain
 
@@ -105,14 +105,14 @@ def _nodes(records: list) -> dict[str, Node]:
 
 def _usable(name: str) -> bool:
     return (len(name) <= LONGEST_NAME and len(name.lower()) == len(name) and not NO_NAME.search(plain(name))
-            and not _is_number(name) and not any(mark in name for mark in MARKS))
+            and not any(mark in name for mark in MARKS))
 
 
 def _node(name: str, record: dict) -> Node:
     _check_fields(record, {"name": str, "formula": str, "statement": str}, optional="statement")
     text = record.get("statement", "")
     if "statement" in record and (text != _one_line(text) or not _is_statement(text)):
-        raise InputError("statement: must be one line that ends with a full stop")
+        raise InputError("statement: must be one line that ends with . ! or ?")
     if any(mark in text for mark in MARKS):
         raise InputError(f"statement: holds one of {', '.join(MARKS)}")
     node = Node(name, "", parse(record["formula"]), stated=bool(text), text=text)
@@ -126,7 +126,7 @@ def _check_fields(record: dict, kinds: dict[str, type], optional: str = "") -> N
         if field not in kinds:
             raise InputError(f"unknown field {field!r}")
         if not (isinstance(record.get(field), kinds[field]) or field == optional and field not in record):
-            raise InputError(f"field {field!r} must be a {kinds[field].__name__}")
+            raise InputError(f"field {field!r} must be {KINDS[kinds[field]]}")
 
 
 def _one_line(text: str) -> str:

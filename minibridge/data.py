@@ -48,9 +48,9 @@ class Prompt:
 
 def load_sft(
     path: str | Path, tokenizer: Tokenizer, max_length: int, whole_chat: bool = False, truncate: bool = False,
-    first: int | None = None
+    first: int | None = None, limit: str = "of --max-length"
 ) -> list[Example]:
-    """Read SFT lines; a bad line, or one longer than `max_length` tokens, is an InputError "path:line: what".
+    """Read SFT lines; a bad line, or one longer than `max_length` tokens (`limit`: whose): InputError "path:line: what".
 
     whole_chat: learn the system and user turns too, as the paper does; the default learns the completion.
     truncate: cut long examples on the right, as the paper does. The model then never sees their answer.
@@ -64,7 +64,7 @@ def load_sft(
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if len(ids) > max_length and not truncate:
-            raise InputError(f"{where}: {len(ids)} tokens, more than the {max_length} of --max-length")
+            raise InputError(f"{where}: {len(ids)} tokens, more than the {max_length} {limit}")
         mask = [1] * len(ids) if whole_chat else mask
         if 1 not in mask[1:max_length]:
             raise InputError(f"{where}: nothing is left to learn within {max_length} tokens")
@@ -72,8 +72,9 @@ def load_sft(
     return examples
 
 
-def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int) -> list[Prompt]:
-    """Read RL lines; a bad line, or one longer than `max_prompt` tokens: InputError "path:line: what"."""
+def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int,
+                 limit: str = "that max_prompt, or max_new_tokens and the model's positions, allow") -> list[Prompt]:
+    """Read RL lines; a bad line, or one longer than `max_prompt` tokens (`limit`: whose): InputError "path:line: what"."""
     prompts = []
     for where, record in numbered(path):
         messages = _messages(record, "prompt", ("user",), where)
@@ -81,8 +82,7 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt: int) -> lis
         check_fields(record, COPIED, where)
         ids = tokenizer.encode_prompt(messages)
         if len(ids) > max_prompt:
-            raise InputError(f"{where}: a prompt of {len(ids)} tokens, more than the {max_prompt} that max_prompt, or "
-                             f"max_new_tokens and the model's positions, allow")
+            raise InputError(f"{where}: a prompt of {len(ids)} tokens, more than the {max_prompt} {limit}")
         prompts.append(Prompt(ids, record["answer"], record))
     return prompts
 

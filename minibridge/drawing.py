@@ -110,7 +110,7 @@ def influence(figure, table: Table, arms: list[Arm]):
     for axes, (name, title) in zip(figure.subplots(1, 2), columns.items()):
         for arm in arms:
             rows = {row["alpha"]: row for row in of(table, arm=arm.name)}
-            bins = [rows.get(name, {}) for name in tables.BINS]
+            bins = [rows.get(bin_, {}) for bin_ in tables.BINS]
             ticks = [tick + apart * (arms.index(arm) - (len(arms) - 1) / 2) for tick in range(len(bins))]
             axes.errorbar(ticks, [row.get(name, nan) for row in bins], [row.get(f"{name} +-", nan) for row in bins],
                           label=arm.label, **arm.point)

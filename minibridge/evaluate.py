@@ -89,6 +89,12 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
+def estimate(problems: list[Scored], k: int = 1) -> tuple[float, float, float]:
+    """pass@k, its 95% interval from, and to; pass@1 is the accuracy."""
+    values = [pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
+    return statistics.fmean(values), *interval(values, sum(len(p.correct) for p in problems))
+
+
 def accuracy(problems: list[Scored]) -> float:
     return sum(sum(p.correct) / len(p.correct) for p in problems) / len(problems)
 
@@ -109,18 +115,12 @@ def table(problems: list[Scored]) -> str:
     found = []
     for name, chosen in rows:
         if chosen:
-            (share, reach), *passes = (_estimate(chosen, k) for k in ks)
-            found.append({"problems": name, "count": len(chosen), "accuracy": share, "95% interval": reach,
-                          **{f"pass@{k}": f"{value} ({its})" for k, (value, its) in zip(ks[1:], passes)}})
+            (share, low, high), *passes = (estimate(chosen, k) for k in ks)
+            found.append({"problems": name, "count": len(chosen), "accuracy": f"{share:.1%}",
+                          "95% interval": f"{low:.1%} to {high:.1%}",
+                          **{f"pass@{k}": "{:.1%} ({:.1%} to {:.1%})".format(*values) for k, values in zip(ks[1:], passes)}})
     constant, share = best_constant(problems)
     return f"{markdown(found)}\n\nbest constant answer: {printable(constant)}, {share:.1%}"
-
-
-def _estimate(problems: list[Scored], k: int) -> tuple[str, str]:
-    """pass@k and its interval, in words; pass@1 is the accuracy."""
-    values = [pass_at_k(len(p.correct), sum(p.correct), k) for p in problems]
-    low, high = interval(values, sum(len(p.correct) for p in problems))
-    return f"{statistics.fmean(values):.1%}", f"{low:.1%} to {high:.1%}"
 
 
 def behaviors(verdicts: list[Verdict]) -> str:

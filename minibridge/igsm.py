@@ -24,9 +24,11 @@ MAX_DRAWS = 2000  # of 21 to 25 operations in small worlds one draw in a hundred
 
 @dataclass(frozen=True)
 class Scale:
-    """What bounds a problem besides its op count. The defaults are the paper's. `cap` bounds every value in the problem
-    (None: only the answer is bounded, by 1000); `letters` are what answers may call its quantities (none: formulas hold
-    their names); `redundant` is the most quantities the question may hold without need (None: any number)."""
+    """What bounds a problem besides its op count. The defaults are the paper's. `instances` is the most pairs of items of
+    which one may hold the other; `layers` and `widths` are what numbers of layers, and of items in a layer, are drawn from;
+    `cap` bounds every value in the problem (None: only the answer is bounded, by 1000); `letters` are what answers may call
+    its quantities (none: formulas hold their names); `redundant` is the most quantities the question may hold without
+    need (None: any number)."""
     instances: int = 20
     layers: tuple[int, ...] = (2, 3, 4)
     widths: tuple[int, ...] = (2, 3, 4)

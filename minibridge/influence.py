@@ -28,17 +28,17 @@ from minibridge import breakdown, plots, tables
 from minibridge.coinfluence import (
     Measured, adam_scale, check_live, live_batches, live_prompts, means, measure, per_step, taken
 )
-from minibridge.config import REQUIRED, InputError, option, read_json, run_main, write_jsonl
+from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.dag import Problem, problem_in
 from minibridge.data import Example, Prompt, load_prompts, load_sft, micro_batches
 from minibridge.grpo import group_advantages
 from minibridge.jvp import Direction
 from minibridge.logprob import token_logprobs
 from minibridge.model import Decoder
-from minibridge.opening import fingerprint, open_model, pick_device, prompt_limit
+from minibridge.opening import fingerprint, open_model, pick_device, prompt_limit, same_run
 from minibridge.policy import example_hidden
 from minibridge.rollout import Episode, correctness, lines, mix, rollout
-from minibridge.run_folder import Run, same_settings
+from minibridge.run_folder import Run
 from minibridge.spans import token_kinds
 from minibridge.tokenizer import Tokenizer
 
@@ -58,13 +58,13 @@ class Config:
     halves: bool = option(True, "also by either half of Q, to see how far the ranking rests on it; one more pass")
     contrast: bool = option(False, "also the four means over right and wrong answers on both sides; two more passes")
     check: int = option(0, "prompts on which a step is really taken, and one on all: 5 passes over Q each", least=0)
-    adam: str | None = option(None, "checkpoint of train_rl.py, by whose second moments steps are scaled as Adam's are")
+    adam: str | None = option(None, "folder checkpoints/step_K of train_rl.py, by whose second moments steps are scaled")
     reference: str | None = option(None, "JSONL file of SFT answers for perplexity, its first --prompts lines")
     temperature: float = option(1.0, "of sampling and of the log-probabilities", least=1e-3)
     max_prompt: int = option(1024, "longest prompt, in tokens", least=1)
     max_new_tokens: int = option(2560, "longest answer, in tokens", least=1)
     rows: int = option(256, "answers decoded at the same time", least=1)
-    micro_tokens: int = option(8192, "tokens of a micro-batch, as if padded; no result depends on it", least=1)
+    micro_tokens: int = option(8192, "most tokens trained at a time, as if padded: sets memory, no result", least=1)
     checkpointing: bool = option(False, "keep only the input of each layer for the backward pass: less memory, more time")
     seed: int = option(0, "seed of sampling", least=0)
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of sampling alone; auto: bf16 on a GPU, fp32 on a CPU")
@@ -155,24 +155,23 @@ def doubts(summary: dict[str, float | None], live: int) -> list[str]:
     """What to think of the ranking, if not all is well."""
     if live < 3:
         return [f"{live} of the prompts got both right and wrong answers: there is nothing to rank."]
-    causes = {"halves_rank_correlation": "the two halves of Q rank the prompts too differently; Q needs more prompts",
-              "answers_rank_correlation": "the two halves of each prompt's answers rank the prompts too differently; "
+    causes = {"halves_rank_correlation": "the two halves of Q do not rank the prompts alike; Q needs more prompts",
+              "answers_rank_correlation": "the two halves of each prompt's answers do not rank the prompts alike; "
                                           "give more --samples"}
     return [f"The ranking is not to be trusted: {text}." for name, text in causes.items()
-            if (value := summary.get(name)) is not None and value < UNRELIABLE]
+            if name in summary and (summary[name] is None or summary[name] < UNRELIABLE)]
 
 
 def main(config: Config):
     out, device = Path(config.out), pick_device(config.device)
-    same_settings(out, config, but=("out",))
     mark = fingerprint(config)
-    if (out / "run.json").exists() and read_json(out / "run.json").get("fingerprint", mark) != mark:
-        raise InputError(f"{out}: {config.data} or {config.model} has changed since; choose another --out")
+    same_run(config, mark)
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts, held_out = read_prompts(config, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
     problems = [problem_in(prompt.record, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
     longest = min(config.micro_tokens, model.config.max_position_embeddings)
-    examples = load_sft(config.reference, tokenizer, longest, first=config.prompts) if config.reference else []
+    examples = load_sft(config.reference, tokenizer, longest, first=config.prompts,
+                        limit="that --micro-tokens or the model's positions allow") if config.reference else []
     scale = adam_scale(config.adam, model) if config.adam else None
     run = Run(out, config, device=device, fingerprint=mark)
     print(f"sampling {config.samples} answers to each of {len(held_out)} prompts of Q and {len(prompts)} others", flush=True)

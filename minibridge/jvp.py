@@ -54,7 +54,7 @@ def directional(model: Decoder, groups: list[list[Episode]], direction: Directio
 
     In nats, and nats per unit of the direction. Micro-batches have at most max_tokens, fewer where they attend to many.
     """
-    found: list[list[Tensor]] = [[None] * len(group) for group in groups]
+    found: list[list[Tensor | None]] = [[None] * len(group) for group in groups]
     longest = max(len(episode.prompt.ids) + len(episode.completion.ids) for group in groups for episode in group)
     max_tokens = min(max_tokens, PAIR_ELEMENTS // (PLACES * model.config.num_attention_heads * longest))
     for batch, places in numbered_batches(groups, max_tokens, model.device):

@@ -149,7 +149,7 @@ def highest(s: Sizes, answers: int, group: int, prompt: int, longest: int, limit
     while rows < answers:
         rows = min(answers, max(rows + 1, rows * 11 // 10))
         # Prompts of so many neighbours, their groups whole or cut; and whether there are gradients of another micro-batch.
-        asking = {-(-rows // group), min(prompts, 1 - (1 - rows) // group)}
+        asking = {-(-rows // group), min(prompts, 1 + -(-(rows - 1) // group))}
         for first, asked in itertools.product({True, one or rows == answers}, asking):
             for given in _corners(rows, asked, prompt, longest, limit):
                 tokens = min(longest, (limit - asked * given) // rows, PLACES * limit // rows - given)

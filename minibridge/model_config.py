@@ -81,7 +81,7 @@ def _fields_from_hf(data: dict) -> dict:
     if kind in ARCHITECTURES and data.get("hidden_act", "silu") != "silu":
         raise InputError(f"hidden_act {data['hidden_act']!r} is not supported, only 'silu'")
     layers = data.get("layer_types") or []
-    if data.get("use_sliding_window") or not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+    if data.get("use_sliding_window") or not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise InputError("only full attention is supported, no sliding window")
     if data.get("is_causal", True) is not True:
         raise InputError("only causal attention is supported")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minibridge import checkpoint
-from minibridge.config import InputError
+from minibridge.config import InputError, read_json
 from minibridge.model import Decoder
 from minibridge.parallel import ALONE, Ranks
 from minibridge.run_folder import same_settings, settings_before
@@ -76,7 +76,7 @@ def resume_point(config: Any, mark: str) -> Path | None:
     if saved and not begun:
         raise InputError(f"{out}: holds checkpoints, but no run.json to say of which run")
     if config.resume:
-        same_settings(config.out, config, but=MAY_CHANGE)
+        same_run(config, mark)
         if saved and checkpoint.read_state(saved).get("fingerprint") != mark:
             raise InputError(f"{saved}: not of this run, or {config.data} or {config.model} has changed since")
         if not finished(config):
@@ -88,21 +88,35 @@ def resume_point(config: Any, mark: str) -> Path | None:
     return saved
 
 
+def same_run(config: Any, mark: str):
+    """InputError if the run folder began with other settings, files or weights; `mark`: the fingerprint of those of now."""
+    same_settings(config.out, config, but=MAY_CHANGE)
+    path = Path(config.out) / "run.json"
+    if path.exists() and read_json(path).get("fingerprint", mark) != mark:
+        changed = " or ".join((*_read(config), config.model))
+        raise InputError(f"{config.out}: {changed} has changed since; choose another --out")
+
+
 def finished(config: Any) -> bool:
     """Whether --resume was given for a run that is finished: the model folder is written last."""
     return config.resume and (Path(config.out) / "model" / "config.json").exists()
 
 
 def fingerprint(config: Any) -> str:
-    """SHA-256 of all that a run's steps depend on: the settings that no resumed run may change, its data file, and the
-    model and tokenizer it starts from, which in RL stay the reference's. To be taken once, when they are read."""
+    """SHA-256 of all that a run depends on: the settings that no resumed run may change, its data files, and the model and
+    tokenizer it starts from, which in RL stay the reference's. To be taken once, when they are read."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     model = Path(config.model)
-    for path in (config.data, model / "config.json", model / "tokenizer.json", *checkpoint.weight_files(model)):
+    for path in (*_read(config), model / "config.json", model / "tokenizer.json", *checkpoint.weight_files(model)):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _read(config: Any) -> list[str]:
+    """The files that are read as a whole when a run begins."""
+    return [path for path in (getattr(config, name, None) for name in ("data", "val", "reference")) if path is not None]
 
 
 def save_checkpoint(config: Any, mark: str, step: int, model: Decoder, optimizer: torch.optim.Optimizer,

@@ -89,13 +89,13 @@ def rl(config: Any, prompts: Sequence[int] = (), held_out: Sequence[int] = ()) -
     validated = len(held_out) or (_lines(config.val) if config.val else 0)  # 0: not known
     reference = bool(config.kl_coef) or config.kl_threshold is not None
 
-    def phases(config: Any) -> Phases:
-        new, rows = config.max_new_tokens, config.rows
-        found = {"decoding": decoding(s, config.prompts, config.samples, longest, new, rows)}
-        if config.val:
+    def phases(trial: Any) -> Phases:
+        new, rows = trial.max_new_tokens, trial.rows
+        found = {"decoding": decoding(s, trial.prompts, trial.samples, longest, new, rows)}
+        if trial.val:
             found["validating"] = decoding(s, validated or 2 * rows, 1, max(held_out, default=limit), new, rows)
-        found["training"] = highest(replace(s, checkpointing=config.checkpointing), answers, config.samples, longest, new,
-                                    config.micro_tokens, entropy=True)
+        found["training"] = highest(replace(s, checkpointing=trial.checkpointing), answers, trial.samples, longest, new,
+                                    trial.micro_tokens, entropy=True)
         return _with_held(found, held(s, reference, sampled=True), s, loaded=bool(prompts))
 
     rates, mean = _rates(device, dtype), sum(prompts) / len(prompts) if prompts else longest
@@ -115,9 +115,9 @@ def sft(config: Any, examples: Sequence[Example] = (), loaded: bool = True) -> P
     longest = max((len(example.ids) for example in examples), default=longest)
     _check_micro(config, longest, f"an example of {longest} tokens", bool(examples))
 
-    def phases(config: Any) -> Phases:
-        found = highest(replace(s, checkpointing=config.checkpointing), config.batch_size, 1, 0, longest,
-                        config.micro_tokens, entropy=False)
+    def phases(trial: Any) -> Phases:
+        found = highest(replace(s, checkpointing=trial.checkpointing), trial.batch_size, 1, 0, longest,
+                        trial.micro_tokens, entropy=False)
         return _with_held({"training": found}, held(s, False, sampled=False), s, loaded and bool(examples))
 
     seen, count = (examples, len(examples)) if examples else _examples(config, longest)

@@ -22,11 +22,10 @@ from statistics import mean
 
 from minibridge import drawing, tables
 from minibridge.config import REQUIRED, InputError, option, run_main, whole_lines, write_whole
-from minibridge.evaluate import wilson
 from minibridge.results import mean_and_reach
 from minibridge.tables import Table, number
 
-RANGES = {"accuracy": (0, 1), "share": (0, 1), "alpha": (0, 1), "problems": (1, 1e9)}
+RANGES = {"accuracy": (0, 1), "low": (0, 1), "high": (0, 1), "share": (0, 1), "alpha": (0, 1)}
 MISSING = 'no figures without matplotlib: pip install -e ".[plot]"'
 
 Folder = tuple[str | None, Path]  # the name given to it, if one was
@@ -69,7 +68,7 @@ def numeric(table: Table, path: Path, texts: tuple[str, ...], numbers: tuple[str
         found = {name: number(row, name, f"{path}: row {line}") for name in numbers}
         for name, value in found.items():
             low, high = RANGES.get(name, (0.0 if name.endswith("+-") else -math.inf, math.inf))
-            if not low <= value <= high and not (math.isnan(value) and name not in ("problems", "alpha", "share")):
+            if not low <= value <= high and not (math.isnan(value) and name not in ("low", "high", "alpha", "share")):
                 raise InputError(f"{path}: row {line}: field {name!r} is {value:g}")
         rows.append({name: row[name] for name in texts} | found)
     if not rows:
@@ -112,10 +111,11 @@ def training(runs: list[Folder]) -> Table:
 
 
 def accuracy(runs: list[Folder]) -> Table:
-    """Accuracy with its interval, over problems (Wilson) for one seed, over seeds for more."""
+    """Accuracy with its interval, over problems for one seed, over seeds for more."""
     parts = []
     for run in runs:
-        for arm, rows in by_arm(run, "results.csv", ("test", "decoding", "stage"), ("seed", "accuracy", "problems")).items():
+        named, numbers = ("test", "decoding", "stage"), ("seed", "accuracy", "low", "high")
+        for arm, rows in by_arm(run, "results.csv", named, numbers).items():
             same = defaultdict(list)
             for row in rows:
                 same[f"{row['test']}, {row['decoding']}", row["stage"]].append(row)
@@ -126,8 +126,7 @@ def accuracy(runs: list[Folder]) -> Table:
 def spread(seeds: Table) -> dict[str, float]:
     shares = [row["accuracy"] for row in seeds]
     if len(seeds) == 1:
-        low, high = wilson(shares[0], int(seeds[0]["problems"]))
-        return {"accuracy": shares[0], "low": low, "high": high}
+        return {name: seeds[0][name] for name in ("accuracy", "low", "high")}
     middle, reach = mean_and_reach([[share] for share in shares])
     return {"accuracy": middle, "low": max(0.0, middle - reach), "high": min(1.0, middle + reach)}
 

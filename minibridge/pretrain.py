@@ -1,6 +1,6 @@
 """The base model of the comparison, from random weights: the part that a pretrained model plays in the paper.
 
-    python -m minibridge.pretrain --out runs/base     some hours on two cores; its result comes with the package, as toy_base
+    python -m minibridge.pretrain --out runs/base     some hours on two cores
     python -m minibridge.pretrain --size small --out runs/small_base --device cuda
 
 `toy`, a million parameters, is trained in three stages on worked answers to problems of three to six operations:
@@ -11,7 +11,8 @@
 
 So the base has seen restatements, subgoals and failed attempts, as a model pretrained on much text has, and SFT on any arm
 chooses among styles that it knows. `small`, 14 million, has the last stage alone, on problems of the paper with three to
-fourteen operations. No problem has a structure of the SFT, RL, validation or test splits.
+fourteen operations. No problem has a structure of the SFT, RL, validation or test splits. (minibridge/toy_base is of an
+earlier version, for which that does not quite hold: README.md.)
 """
 import itertools
 import string

@@ -40,10 +40,11 @@ class Outcome:
     def rows(self) -> Table:
         """For a CSV file, a row a stage."""
         where = {"seed": self.seed, "arm": self.arm, "test": self.test, "decoding": self.decoding}
-        return [{**where, "stage": stage, "problems": len(scored), "accuracy": share, "tokens": tokens,
+        return [{**where, "stage": stage, "problems": len(scored), "tokens": tokens,
+                 **dict(zip(("accuracy", "low", "high"), evaluate.estimate(scored))),
                  "accuracy, answer not 0": accuracy_of([problem for problem in scored if problem.answer != "0"]),
                  **shown(scored)}
-                for stage, scored, share, tokens in zip(STAGES, (self.before, self.after), self.accuracy, self.tokens)]
+                for stage, scored, tokens in zip(STAGES, (self.before, self.after), self.tokens)]
 
 
 def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: dict[str, str]) -> list[Outcome]:
@@ -143,7 +144,7 @@ def effects(found: list[Outcome]) -> Table:
 
     rows = []
     for behavior in BEHAVIORS:
-        having, lacking = ([arm for parts, arm in arms.items() if (behavior in parts) == has] for has in (True, False))
+        having, lacking = ([arm for shown, arm in arms.items() if (behavior in shown) == has] for has in (True, False))
         for test, decoding in tests:
             with_it, without = gains_of(having, test, decoding), gains_of(lacking, test, decoding)
             more, reach = mean_and_reach([[a - b for a, b in zip(*both)] for both in zip(with_it, without)])

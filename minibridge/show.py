@@ -3,8 +3,9 @@
     python -m minibridge.show --data runs/toy/seed_0/sft_vanilla.jsonl,runs/toy/seed_0/sft_bridge.jsonl --line 2
     python -m minibridge.show --data runs/toy/seed_0/rl_bridge_id_sampled.jsonl --line 7
 
-Files of one seed hold the same problems in the same order, so the same line of two arms shows one problem, whose question
-and graph are printed once. The marks are the verifier's (`verify`): a line without a "problem" has none.
+Files of one seed hold the same problems in the same order, so the same line of two arms (with one row a problem) shows one
+problem, whose question and graph are printed once. The marks are the verifier's (`verify`): a line without a "problem" has
+none.
 """
 import re
 import sys

@@ -70,20 +70,20 @@ def _chosen(candidate: Candidate, split: str, count: int, balance: float, worker
     kept: list[Problem] = []
     seen: set[str] = set()
     answers: Counter = Counter()
-    quota = max(1, int(balance * count))
-    found = [0] * 20  # numbers of the candidates kept, and a start
+    quota = max(1, int(balance * count + 1e-9))  # 0.29 * 100 is 28.999999999999996
+    kept_at = [0] * 20  # numbers of the candidates kept, and a start
     for number, problem in _of_split(candidate, split, workers):
         if problem is not None and problem.id not in seen and answers[problem.answer] < quota:
             seen.add(problem.id)
             answers[problem.answer] += 1
             kept.append(problem)
-            found.append(number)
+            kept_at.append(number)
         if len(kept) == count:
             return kept
-        pace = (number - found[-20]) / 20  # candidates for a new problem: it never gets better, and about 10 are usual
-        if number - found[-1] > PATIENCE or pace > SLOW and pace * (count - len(kept)) > HOPELESS:
-            raise InputError(f"count: no more than {len(kept)} of {count} problems found for split {split}, "
-                             f"{sizes}, balance {balance:g}")
+        pace = (number - kept_at[-20]) / 20  # candidates for a new problem: it never gets better, and about 10 are usual
+        if number - kept_at[-1] > PATIENCE or pace > SLOW and pace * (count - len(kept)) > HOPELESS:
+            raise InputError(f"count: gave up after {number + 1:,} draws, with {len(kept)} of {count} problems for split "
+                             f"{split}, {sizes}, balance {balance:g}")
 
 
 def _of_split(candidate: Candidate, split: str, workers: int) -> Iterator[tuple[int, Problem | None]]:

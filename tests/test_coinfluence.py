@@ -179,9 +179,10 @@ def test_summary_and_doubts(model, val, groups):
     halves = [columns[f"influence, half {half}"][[0, 1, 3]] for half in (1, 2)]
     assert summary["halves_rank_correlation"] == rank_correlation(*halves)
     names = ("halves_rank_correlation", "answers_rank_correlation")
-    for values, said in (((0.9, 0.9), []), ((0.9, None), []), ((-0.1, 0.9), ["Q needs"]), ((0.6, 0.4), ["--samples"])):
+    for values, said in (((0.9, 0.9), []), ((0.9, None), ["--samples"]), ((-0.1, 0.9), ["Q needs"]), ((0.6, 0.4), ["--samples"])):
         text = doubts(dict(zip(names, values)), 3)
         assert len(text) == len(said) and all(word in line for word, line in zip(said, text))
+    assert not doubts({names[1]: 0.9}, 3)  # without halves of Q nothing is said of them
     assert "nothing to rank" in doubts(summary, 2)[0]
 
 

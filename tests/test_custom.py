@@ -164,7 +164,7 @@ def nodes(*changed):
     (nodes(ANN, BEN, node("the total", "Ben's apples / (Ann's apples - 5)")), ["node 'the total'", "division by zero"]),
     (nodes(ANN, BEN, BEN, TOTAL), ["node \"Ben's apples\"", "second"]),
     (nodes(ANN, BEN, node("the total", "Ann's apples +")), ["node 'the total'", "formula"]),
-    (nodes(ANN, BEN, node("the total", 5)), ["node 'the total'", "'formula'", "str"]),
+    (nodes(ANN, BEN, node("the total", 5)), ["node 'the total'", "'formula' must be a text"]),
     (nodes(ANN, BEN, {"name": "the total"}), ["node 'the total'", "'formula'"]),
     (nodes(ANN, BEN, TOTAL | {"statment": "So."}), ["node 'the total'", "'statment'"]),
     (nodes(ANN, BEN, node("the total", "3")), ["node 'the total'", "statement"]),

@@ -6,7 +6,6 @@ import pytest
 
 from minibridge import drawing, plots, tables
 from minibridge.config import run_main, write_jsonl
-from minibridge.evaluate import wilson
 
 pytestmark = pytest.mark.plot
 METRICS = [{"step": 0, "val_accuracy": 0.5},
@@ -38,7 +37,8 @@ def folders(tmp_path):
             {"seed": seed, "arm": arm, **line, "accuracy": line["accuracy"] + seed / 4}
             for seed in seeds for arm in ("vanilla", "bridge") for line in METRICS[1:]])
         tables.write(tmp_path / name / "results.csv", [
-            {"seed": seed, "arm": arm, "test": "id", "decoding": "greedy", "stage": stage, "problems": 4, "accuracy": share}
+            {"seed": seed, "arm": arm, "test": "id", "decoding": "greedy", "stage": stage, "problems": 4, "accuracy": share,
+             "low": share - 0.1, "high": share + 0.2}
             for seed in seeds for arm, stage, share in (("vanilla", "sft", 0.25), ("vanilla", "rl", 0.5 + seed / 4),
                                                         ("bridge", "sft", 0.25), ("bridge", "rl", 0.75))])
         tables.write(tmp_path / name / "gains.csv", [
@@ -70,7 +70,7 @@ def test_numbers_of_every_figure(folders, capsys):
         ("vanilla", "sft"): 0.25, ("bridge", "sft"): 0.25, ("vanilla", "rl"): 0.5, ("bridge", "rl"): 0.75,
         ("more: vanilla", "sft"): 0.25, ("more: bridge", "sft"): 0.25, ("more: vanilla", "rl"): 0.625,
         ("more: bridge", "rl"): 0.75}
-    assert shares["vanilla", "rl"] == pytest.approx((0.5, *wilson(0.5, 4)))
+    assert shares["vanilla", "rl"] == pytest.approx((0.5, 0.4, 0.7))
     assert shares["more: vanilla", "rl"] == (0.625, 0, 1) and shares["more: bridge", "rl"] == (0.75, 0.75, 0.75)
     for row in found["accuracy"]:
         assert row["test"] == "id, greedy"
@@ -171,8 +171,8 @@ def test_wrong_input_is_one_line(folders, capsys, argv, message):
     ("a/rollout_accuracy.csv", "alpha,share\n0,1\n1,x\n", "row 2: field 'share' must be a number, not 'x'"),
     ("rl/metrics.jsonl", '{"step": 1, "accuracy": 1}\n', "row 1: field 'dead_groups' must be a number, not 'missing'"),
     ("whole/results.csv", "arm,seed\nx,1\n", "row 1: no field 'test'"),
-    ("whole/results.csv", "arm,seed,test,decoding,stage,problems,accuracy\nx,1,a,b,sft,,0.5\n", "row 1: field 'problems' is nan"),
-    ("whole/results.csv", "arm,seed,test,decoding,stage,problems,accuracy\nx,1,a,b,sft,9,5\n", "row 1: field 'accuracy' is 5"),
+    ("whole/results.csv", "arm,seed,test,decoding,stage,accuracy,low,high\nx,1,a,b,sft,0.5,,1\n", "row 1: field 'low' is nan"),
+    ("whole/results.csv", "arm,seed,test,decoding,stage,accuracy,low,high\nx,1,a,b,sft,5,0,1\n", "row 1: field 'accuracy' is 5"),
     ("whole/gains.csv", "arm,test,decoding,gain,gain +-,more,more +-\nx,a,b,1,-1,,\n", "row 1: field 'gain +-' is -1"),
 ])
 def test_damaged_tables_are_named(folders, capsys, file, text, message):

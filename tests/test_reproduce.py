@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minibridge import igsm, jobs, reproduce, results, tables, traces
+from minibridge import evaluate, igsm, jobs, reproduce, results, tables, traces
 from minibridge.checkpoint import load, save
 from minibridge.config import InputError, read_jsonl, run_command, run_main, write_jsonl
 from minibridge.dag import Problem
@@ -66,6 +66,10 @@ def test_every_stage_leaves_its_result(finished):
     assert len(tables.read(out / "curves.csv")) == 2 * len(ARMS)
     rows = tables.read(out / "results.csv")
     assert len(rows) == len(ARMS) * len(config.tests) * 2 * 2
+    for row in rows:  # intervals count all three answers to a problem
+        saved = f"{row['stage']}_{row['arm']}_{row['test'].partition(',')[0]}_{row['decoding']}.jsonl"
+        expected = evaluate.estimate(evaluate.rescore(str(folder / saved)))
+        assert [float(row[name]) for name in ("accuracy", "low", "high")] == pytest.approx(expected, abs=1e-5)
     assert {row["test"] for row in rows} == {line.split(" | ")[1] for line in table.splitlines()[2:2 + len(ARMS) * 4]}
 
 

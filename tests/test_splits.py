@@ -1,8 +1,10 @@
 """The problems of a split: different, disjoint by structure, balanced, and the same for any number of processes."""
 
+import itertools
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,7 +69,7 @@ def test_a_hopeless_balance_is_refused_soon(monkeypatch):
     """Each answer may stand twice: now and then a new one comes up, and the patience of any one of them never ends."""
     drawn, draw = [], igsm.draw
     monkeypatch.setattr(igsm, "draw", lambda *args, **sizes: drawn.append(0) or draw(*args, **sizes))
-    with pytest.raises(InputError, match=r"of 2000 problems found .* balance 0\.001"):
+    with pytest.raises(InputError, match=r"of 2000 problems for split .* balance 0\.001"):
         splits.problems("sft", 2000, (1, 3), FREE_TOY, 0, balance=.001)
     assert len(drawn) < splits.PATIENCE / 2
 
@@ -75,6 +77,14 @@ def test_a_hopeless_balance_is_refused_soon(monkeypatch):
 def test_balance_lets_every_answer_stand_once():
     drawn = splits.problems("sft", 10, (2, 5), FREE_TOY, 0, balance=.001)
     assert len({problem.answer for problem in drawn}) == 10
+
+
+def test_balance_allows_the_whole_share(monkeypatch):
+    """Though 0.29 * 100 is 28.999999999999996."""
+    monkeypatch.setattr(splits, "PATIENCE", 500)
+    monkeypatch.setattr(splits, "_of_split", lambda *_: ((n, SimpleNamespace(id=n, answer=1)) for n in itertools.count()))
+    with pytest.raises(InputError, match="with 29 of 100 problems"):
+        splits.problems("test", 100, (2, 5), FREE_TOY, 0, balance=0.29)
 
 
 def test_balance_passes_over_rows_and_changes_none():

@@ -298,6 +298,21 @@ def test_a_finished_run_is_not_run_again(toy, whole, tmp_path, capsys):
     assert (out / "metrics.jsonl").read_bytes() == before and weights(out / "model") == weights(whole / "model")
 
 
+@pytest.mark.parametrize("changed", ["data", "val"])
+def test_a_finished_run_does_not_pass_for_one_on_other_rows(toy, tmp_path, capsys, changed):
+    """Without a checkpoint too."""
+    files, out = {"data": tmp_path / "data.jsonl", "val": tmp_path / "val.jsonl"}, tmp_path / "run"
+    for path in files.values():
+        shutil.copy(toy.sft, path)
+    words = f"{SETTINGS} --save-every 0 --val {files['val']}"
+    assert train(toy, out, words, data=files["data"]) == 0 and not (out / "checkpoints").exists()
+    assert train(toy, out, words, "--resume", data=files["data"]) == 0
+    write_jsonl(files[changed], read_jsonl(toy.sft)[::-1])
+    assert train(toy, out, words, "--resume", data=files["data"]) == 2
+    changes = f"{files['data']} or {files['val']} or {toy.model} has changed since; choose another --out"
+    assert capsys.readouterr().err == f"error: {out}: {changes}\n"
+
+
 def test_a_model_that_no_run_has_left_is_not_replaced(toy, tmp_path, capsys):
     shutil.copytree(toy.model, tmp_path / "model")
     moved = replace(toy, model=str(tmp_path / "model"))
