@@ -8,9 +8,9 @@
     python -m minibridge.bench data                      problems and worked answers per second
 
 --peers needs the oracle extra, and trl for `step`. Peers run as they come, our decoding compiled unless --eager (and in bf16
-on a GPU the layers that are trained); a first turn of each does not count. --json FILE writes the rows. The limit beside a figure is what this device's own rates, measured
-beside it, would allow: multiplications over its matmul rate, or bytes over its bandwidth. Wall time of this
-machine, whatever else runs on it: let nothing else run.
+on a GPU the layers that are trained); a first turn of each does not count. --json FILE writes the rows. The limit beside a
+figure is what this device's own rates, measured beside it, would allow: multiplications over its matmul rate, or bytes over
+its bandwidth. Wall time of this machine, whatever else runs on it: let nothing else run.
 """
 import importlib.util
 import json
