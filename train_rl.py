@@ -132,6 +132,8 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
                 batch.old_logps = batch.sampled_logps
             elif config.updates > 1:
                 batch.old_logps = score(model, batch, config.temperature)[0]
+    if reference is not None:
+        ranks.reshard(reference)
     first: dict[str, float] = {}
     for number in range(config.updates):
         parts = []
@@ -277,6 +279,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     model, reference, tokenizer = open_models(config, device, ranks)
     mark = fingerprint(config)
     saved = resume_point(config, mark)
+    ranks.agree([mark, saved and saved.name, finished(config)], f"{config.out}: settings, data, model or checkpoints")
     if finished(config):
         return print(f"{config.out}: this run is finished")
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)

@@ -146,6 +146,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     model, tokenizer = open_model(config.model, device, config.dtype)
     mark = fingerprint(config)
     saved = resume_point(config, mark)
+    ranks.agree([mark, saved and saved.name, finished(config)], f"{config.out}: settings, data, model or checkpoints")
     if finished(config):
         return print(f"{config.out}: this run is finished")
     model.checkpointing = config.checkpointing

@@ -178,7 +178,7 @@ class KVCache:
         """Copy prefilled prompts to places first, first + 1, ...; there is always room: it doubles when it is short."""
         n, _, p, _ = filled.layers[0][0].shape
         while first + n >= self.prompts.shape[2]:
-            self.prompts = torch.cat((self.prompts, torch.zeros_like(self.prompts)), 2)
+            self.prompts = doubled(self.prompts)
         for layer, pair in enumerate(filled.layers):
             self.prompts[layer, :, first : first + n, :, :p] = torch.stack(pair)
 
@@ -230,6 +230,14 @@ class KVCache:
         if not (self.compiled and slots.is_cpu):
             return None
         return (self.starts[:rows] + slots).flatten(0, 1)
+
+
+def doubled(prompts: Tensor) -> Tensor:
+    """The same with as much room again, zeros, in dimension 2."""
+    n = prompts.shape[2]
+    grown = prompts.new_zeros(*prompts.shape[:2], 2 * n, *prompts.shape[3:])
+    grown[:, :, :n] = prompts
+    return grown
 
 
 def fitting(rows: int) -> int:

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minibridge.cache import KVCache, PromptCache, run_graph
+from minibridge.cache import KVCache, PromptCache, doubled, run_graph
 
 FEWEST_ROWS = 16  # for fewer a step takes no less time
 
 
 def usable(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether there is a kernel; not while the fused ones are switched off (`sdpa_kernel`)."""
+    """Whether there is a kernel: from Ampere on, and not while the fused ones are switched off (`sdpa_kernel`)."""
     return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-            and torch.backends.cuda.flash_sdp_enabled())
+            and torch.backends.cuda.flash_sdp_enabled()
+            and not (torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)))  # a plan needs no GPU
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, most: tuple[int, int], causal: bool = False,
@@ -72,7 +73,7 @@ def decode_block(block, x: Tensor, cos: Tensor, sin: Tensor, prompts: Tensor, an
         own = varlen(q.flatten(0, 1), *answers.flatten(1, 2), by_row, row_starts, (G, S), used=answer_lengths)
         shared, shared_sums = (x.unflatten(0, (B, G))[place] for x in (shared[0], shared[1].T))  # (B, G, K, ...)
         own, own_sums = (x.unflatten(0, (B, G)) for x in (own[0], own[1].T))
-        itself = (q * k).float().sum(-1) * D**-0.5  # (B, G, K)
+        itself = (q.float() * k.float()).sum(-1) * D**-0.5  # (B, G, K)
         sums = torch.stack((shared_sums, own_sums, itself))
         share = sums.masked_fill(sums == torch.inf, -torch.inf).softmax(0)[..., None]  # inf: where there are no keys
         out = share[0] * shared + share[1] * own + share[2] * v
@@ -118,7 +119,7 @@ class FlashCache:
         """As `KVCache.put_prompts`."""
         n, _, p, _ = filled.layers[0][0].shape
         while first + n > self.prompts.shape[2]:
-            self.prompts = torch.cat((self.prompts, torch.zeros_like(self.prompts)), 2)
+            self.prompts = doubled(self.prompts)
             self._lay_out()
         for layer, pair in enumerate(filled.layers):
             self.prompts[layer, :, first : first + n, :p] = torch.stack(pair).transpose(2, 3)

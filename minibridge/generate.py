@@ -109,6 +109,12 @@ def prefill_batch(rows: int, samples: int, longest: int) -> int:
     return max(1, min(rows // samples, PREFILL_TOKENS // longest))
 
 
+def prompt_places(rows: int, samples: int, batch: int, prompts: int) -> int:
+    """Prompts to have room for: those just prefilled, and those with live rows. A prompt lives until the last of its samples
+    ends, so where that is thrice as long as the mean, three times as many live as fill the rows."""
+    return min(min(rows, 3 * -(-rows // samples)) + batch, prompts)
+
+
 def draw(model: Decoder, hidden: Tensor, newest: Tensor, lengths: Tensor, over: Tensor, ids: Tensor, logprobs: Tensor,
          numbers: Tensor, stops: Tensor, temperature: float, top_p: float):
     """The token after each of the hidden states (B, C) becomes `newest` (B,), and goes to place `lengths` (B,) of ids
@@ -159,7 +165,7 @@ class _Pool:
         longest, device = max([2, *map(len, prompts)]) - 1, model.device  # of which at least one is prefilled
         self.batch = prefill_batch(rows, samples, longest)
         self.cache = decoding_cache(
-            model.config, min(-(-rows // samples) + self.batch, len(prompts)), longest, self.rows, stop.max_new_tokens,
+            model.config, prompt_places(rows, samples, self.batch, len(prompts)), longest, self.rows, stop.max_new_tokens,
             model.activation_dtype, device, compiled)
         self.live: list[_Row] = []
         self.prompts: list[_Prompt] = []  # those of live and of waiting rows, in the order of the cache

@@ -22,7 +22,7 @@ import torch
 from minibridge.cache import fitting
 from minibridge.packed import PLACES, in_pieces
 from minibridge.functional import MLP_ROWS
-from minibridge.generate import prefill_batch
+from minibridge.generate import prefill_batch, prompt_places
 from minibridge.logprob import COMPILE_ELEMENTS, chunk_tokens
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
@@ -172,7 +172,7 @@ def decoding(s: Sizes, prompts: int, samples: int, prompt: int, answer: int, row
     """The highest moment of `generate.generate`, without what `held` counts."""
     prompt = max(1, prompt - 1)  # its last token is run with the answers
     c, live, batch = s.config, min(rows, prompts * samples), min(prompts, prefill_batch(rows, samples, prompt))
-    places = min(-(-rows // samples) + batch, prompts)  # unless answers of more prompts live at once, one or two of each
+    places = prompt_places(rows, samples, batch, prompts)
     slots = (places + 2) * (prompt + 2) + (fitting(live) + 2) * (answer + 2)  # of cache.KVCache
     drawing = 12 * live * c.vocab_size  # logits, probabilities, and these in blocks
     scores = 12 * live * c.num_attention_heads * max(prompt, answer)  # scores, less the highest, exp; or these and `flat`

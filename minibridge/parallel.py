@@ -45,6 +45,11 @@ class Ranks:
         if count < self.size:
             raise InputError(f"{name}: {count} cannot be split among {self.size} processes")
 
+    def agree(self, facts: list, what: str):
+        """InputError unless `what` each process has found, in JSON-serialisable facts, is the same."""
+        if any(found != facts for found in self.gather([facts])):
+            raise InputError(f"{what} are not the same for all processes")
+
     def mine(self, items: Sequence) -> Sequence:
         """This rank's share: every `size`-th item, from number `rank` on."""
         return items[self.rank :: self.size]
@@ -90,6 +95,11 @@ class Ranks:
         if self.size > 1:
             sharding.shard(model, self.size)
             self.sharded = True
+
+    def reshard(self, model: Decoder):
+        """After forward passes without a backward pass, which would do it: no process holds more than its share again."""
+        if self.sharded:
+            model.reshard()
 
     def even(self, items: list) -> list[tuple[Any, float]]:
         """Each item with its weight 1.0. If sharded, where a forward pass is an act of all ranks, one that has fewer items

@@ -66,11 +66,11 @@ def pack(groups: list[list[Episode]], advantages: Tensor, max_tokens: int, devic
 def padding(model: Decoder, batches: list[MicroBatch], ranks: Ranks = ALONE) -> float:
     """Share of padding in the rows, prompt and answer, that attention has on all ranks: none where it goes by pieces."""
     config = model.config
-    if in_pieces(model.device, model.activation_dtype, config.num_key_value_heads, config.head_dim):
-        return 0.0
-    lengths = [batch.prompt_lengths[batch.owner] + batch.trained.sum(1) - 1 for batch in batches]  # (B,) each
+    rows = [] if in_pieces(model.device, model.activation_dtype, config.num_key_value_heads, config.head_dim) else batches
+    lengths = [batch.prompt_lengths[batch.owner] + batch.trained.sum(1) - 1 for batch in rows]  # (B,) each
     real = ranks.total(sum(row.sum().item() for row in lengths))
-    return 1 - real / ranks.total(sum(row.max().item() * len(row) for row in lengths))
+    places = ranks.total(sum(row.max().item() * len(row) for row in lengths))
+    return 1 - real / places if places else 0.0
 
 
 def _length(episode: Episode) -> int:

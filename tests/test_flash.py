@@ -1,4 +1,5 @@
 """What a GPU's kernel for texts of different lengths is told: it stands here as a loop, and results are those of a CPU's path."""
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -143,6 +144,17 @@ def test_pieces_on_a_gpu_equal_pieces_on_a_cpu(lengths, after):
         torch.testing.assert_close(on_gpu, on_cpu, atol=3e-5, rtol=3e-5)  # the kernel's sums are fp32
 
 
+def test_a_score_with_itself_is_summed_in_fp32():
+    """Products of 1,089, in bf16 1,088, and -1,088, sixteen of each: their sum is 16, the score 2. The prompt's token has a
+    score and a value of 0."""
+    q = torch.tensor([33.0, 32.0] * 16 + [0.0] * 32).bfloat16().view(1, 1, 1, 64)
+    k = torch.tensor([33.0, -34.0] * 16 + [0.0] * 32).bfloat16().view(1, 1, 1, 64)
+    v, slots = torch.ones_like(k), torch.zeros(2, 1, 2, 1, 64, dtype=torch.bfloat16)
+    one = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([0], [0], [0, 1], [0, 2], [1], [0, 1], [0, 2], [0])]
+    out, _ = flash.decode_block(lambda x, rope, layer, attend: attend(layer, q, k, v), q, q, q, slots, slots, *one)
+    assert out[0, 0, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-2)), abs=4e-3)
+
+
 def test_where_the_kernel_is_taken(monkeypatch):
     on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
     config = SimpleNamespace(head_dim=64)
@@ -155,3 +167,7 @@ def test_where_the_kernel_is_taken(monkeypatch):
         assert flash.decoding_cache(config, 1, 1, 1, 1, dtype, device, True) == expected
         if device == on_gpu:
             assert packed.in_pieces(device, dtype, 2, size) == (expected == "flash")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in ((7, 5), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert flash.usable(on_gpu, torch.bfloat16, 64) == (capability == (8, 0))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import minibridge.generate as generate_module
+from minibridge import cache
 from minibridge.cache import KVCache
 from minibridge.config import InputError
 from minibridge.generate import generate
@@ -65,6 +66,16 @@ def test_a_step_begun_before_the_ends_are_known_changes_nothing(model, monkeypat
     for a, b in zip(flat(found), flat(expected)):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     assert work < sum(steps) <= work + len(flat(found))
+
+
+def test_prompts_whose_last_sample_is_long_find_room(model, monkeypatch):
+    """Each prompt waits for the longest of its 16 answers, so that more live than would fill the rows; room is not made anew."""
+    grown, doubled = [], cache.doubled
+    monkeypatch.setattr(cache, "doubled", lambda prompts: grown.append(0) or doubled(prompts))
+    prompts = [[n % VOCAB] * 3 for n in range(40)]
+    found = generate(model, prompts, 16, 30, stop_ids=(0, 1, 2), generator=seeded(), rows=32)
+    lengths = sorted(len(answer.ids) for answer in flat(found))
+    assert sum(lengths) / len(lengths) < lengths[-1] / 2 and not grown
 
 
 def test_stop_strings_are_asked_for_at_once(model, monkeypatch):

@@ -141,7 +141,7 @@ def split(model) -> bool:
 
 
 def all_is_split(script, rank):
-    """Model, gradients, Adam's moments and the layers of the reference."""
+    """Model, gradients, Adam's moments and the reference, before a step and after it."""
     def look(model, optimizer, *rest):
         assert split(model) and all(parameter.grad.placements == parameter.placements for parameter in model.parameters())
         norm = update(model, optimizer, *rest)
@@ -154,8 +154,10 @@ def all_is_split(script, rank):
 
 
 def improve_and_look(improve, model, reference, *rest):
-    assert split(reference.model.layers)
-    return improve(model, reference, *rest)
+    assert split(reference)
+    found = improve(model, reference, *rest)
+    assert split(reference)
+    return found
 
 
 @pytest.mark.parametrize("flag", ["--no-shard", "--shard"])
@@ -252,6 +254,29 @@ def test_an_error_ends_both_with_one_line(words, tmp_path, flags, sabotage, mess
     assert statuses == [2, -signal.SIGKILL if sabotage is second_is_killed else 2]
     assert said(tmp_path / "run") == message + "\n"
     assert not (tmp_path / "run" / "model").exists()
+
+
+def second_reads_other_rows(script, rank):
+    if rank == 1:
+        script.fingerprint = lambda config: "of other rows"
+
+
+def second_has_no_checkpoint(script, rank):
+    if rank == 1:
+        script.resume_point = lambda config, mark: None
+
+
+@pytest.mark.parametrize("name, flags, sabotage", [("train_sft", "", second_reads_other_rows),
+                                                   ("train_rl", "", second_reads_other_rows),
+                                                   ("train_rl", " --resume", second_has_no_checkpoint)])
+def test_processes_that_see_other_files_do_not_begin(words, alone, tmp_path, name, flags, sabotage):
+    out = tmp_path / "run"
+    if flags:
+        shutil.copytree(alone[name], out)
+        shutil.rmtree(out / "model")
+    assert two(name, words[name] + flags, out, sabotage) == [2, 2]
+    assert said(out) == f"error: {out}: settings, data, model or checkpoints are not the same for all processes\n"
+    assert not (out / "model").exists()
 
 
 def test_a_killed_process_ends_the_other_and_the_run_is_resumed(words, alone, tmp_path):
