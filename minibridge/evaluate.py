@@ -78,9 +78,9 @@ def interval(values: list[float], answers: int) -> tuple[float, float]:
     surveys (Franco et al. 2019). With one answer to a problem that is Wilson's own. With 16, counting problems makes
     it up to three times too wide, and counting answers too narrow."""
     mean, spread = statistics.fmean(values), statistics.pvariance(values)
-    if spread:
-        return wilson(mean, min(answers, len(values) * mean * (1 - mean) / spread))
-    return wilson(mean, len(values) if mean in (0, 1) else answers)
+    if mean in (0, 1):  # after rounding, so there may be a spread
+        return wilson(mean, len(values))
+    return wilson(mean, min(answers, len(values) * mean * (1 - mean) / spread) if spread else answers)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -217,6 +217,8 @@ def main(config: Config):
     if config.rescore is None:
         if config.model is None or config.data is None or config.out is None:
             raise InputError("give --model, --data and --out, or --rescore, or --explain")
+        if Path(config.out).is_dir():
+            raise InputError(f"out: {config.out} is a folder")
         beside = Path(config.out).with_suffix(".run.json")
         if found := [path for path in (config.out, beside) if Path(path).exists()]:
             raise InputError(f"out: {found[0]} is there already; remove it or choose another")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from minibridge import breakdown, plots, tables
+from minibridge.checkpoint import outline
 from minibridge.coinfluence import (
     Measured, adam_scale, check_live, live_batches, live_prompts, means, measure, per_step, taken
 )
@@ -164,6 +165,7 @@ def doubts(summary: dict[str, float | None], live: int) -> list[str]:
 
 def main(config: Config):
     out, device = Path(config.out), pick_device(config.device)
+    outline(config.model)  # a wrong folder is named as everywhere
     mark = fingerprint(config)
     same_run(config, mark)
     model, tokenizer = open_model(config.model, device, config.dtype)

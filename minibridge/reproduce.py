@@ -186,13 +186,14 @@ def check_data(config: Experiment):
 
 
 def base_mark(config: Experiment, out: Path) -> str:
-    """SHA-256 of the base's weights. InputError if the run folder began with others."""
+    """SHA-256 of the base: its weights, shape and tokenizer. InputError if the run folder began with another."""
     digest = hashlib.sha256()
-    for path in checkpoint.weight_files(Path(config.base)):
+    base = Path(config.base)
+    for path in (base / "config.json", base / "tokenizer.json", *checkpoint.weight_files(base)):
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)  # it goes on, and no file is in memory as a whole
     if (out / "run.json").exists() and read_json(out / "run.json").get("base") != digest.hexdigest():
-        raise InputError(f"{out}: began with other weights than those in {config.base}; choose another --out")
+        raise InputError(f"{out}: began with another base than {config.base}; choose another --out")
     return digest.hexdigest()
 
 

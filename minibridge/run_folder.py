@@ -14,7 +14,7 @@ from typing import Any
 from minibridge.config import InputError, json_line, plain, read_json, whole_lines, write_whole
 
 WRITTEN = ("metrics.jsonl", "rollouts", "model", "seed_*", "table.md", "*.csv", "rollouts.jsonl", "validation.jsonl",
-           "ranked.jsonl")  # by the commands that have a run folder
+           "ranked.jsonl", "init", "toy_base", "small_base")  # by the commands that have a run folder
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
 
 

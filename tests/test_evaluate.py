@@ -63,7 +63,8 @@ def test_an_interval_of_single_answers_is_wilsons():
 @pytest.mark.parametrize("values, answers, counted", [
     ([1 / 4, 0, 3 / 4], 12, 48 / 7),  # variance 7/72; 2/9 of it a question of yes or no would have
     ([1 / 2] * 5, 20, 20), ([1 / 2, 1 / 2, 1 / 4], 12, 12),  # by chance less than even these would have, one by one
-    ([1.0] * 5, 20, 5), ([0.0] * 5, 20, 5)])
+    ([1.0] * 5, 20, 5), ([0.0] * 5, 20, 5),
+    ([1 - 2**-52] + [1.0] * 9, 640, 10)])  # as of pass@32 of 64 answers: the mean rounds to 1
 def test_an_interval_counts_as_many_answers_as_its_variance_says(values, answers, counted):
     assert interval(values, answers) == pytest.approx(wilson(sum(values) / len(values), counted))
 
@@ -350,6 +351,9 @@ def test_answers_never_replace_their_prompts(toy, tmp_path, capsys):
     assert run_main(evaluate.main, evaluate.Config, [*words[:-1], str(tmp_path / "new.jsonl")]) == 2
     assert capsys.readouterr().err.endswith("new.run.json is there already; remove it or choose another\n")
     assert not (tmp_path / "new.jsonl").exists() and (tmp_path / "new.run.json").read_text() == "mine"
+    for folder in (".", str(tmp_path)):
+        assert run_main(evaluate.main, evaluate.Config, [*words[:-1], folder]) == 2
+        assert capsys.readouterr().err == f"error: out: {folder} is a folder\n"
 
 
 @pytest.mark.parametrize("change", [{"answer": "5"}, {"id": "another"}])

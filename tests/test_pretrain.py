@@ -1,5 +1,6 @@
 """The base models: what each stage shows, and that every stage runs; a tiny model stands in for them."""
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -66,3 +67,12 @@ def test_every_stage_runs_and_the_last_model_is_the_base(name, tmp_path, monkeyp
     pretrain.main(config)  # nothing is left to do
     with pytest.raises(InputError, match="share was 1.0, is 0.5"):
         pretrain.main(replace(config, share=0.5))
+
+
+@pytest.mark.parametrize("name", ["toy_base", "init"])
+def test_a_model_of_others_is_neither_replaced_nor_begun_with(toy, tmp_path, name):
+    shutil.copytree(toy.model, tmp_path / name)
+    before = (tmp_path / name / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=f"holds {name}, but no run.json"):
+        pretrain.main(pretrain.Config(out=str(tmp_path), share=1e-6, workers=1, device="cpu"))
+    assert (tmp_path / name / "model.safetensors").read_bytes() == before

@@ -163,8 +163,16 @@ def test_help_alone_shows_what_there_is(monkeypatch, capsys):
 
 
 def test_other_weights_under_the_same_run_are_refused(finished, guesser):
-    with pytest.raises(InputError, match="began with other weights"):
+    with pytest.raises(InputError, match="began with another base"):
         reproduce.main(dataclasses.replace(finished[0], base=guesser))
+
+
+def test_another_tokenizer_under_the_same_run_is_refused(finished, toy, tmp_path):
+    base = Path(shutil.copytree(toy.model, tmp_path / "base"))
+    reproduce.base_mark(dataclasses.replace(finished[0], base=str(base)), finished[1])
+    (base / "tokenizer.json").write_text((base / "tokenizer.json").read_text() + " ")
+    with pytest.raises(InputError, match="began with another base"):
+        reproduce.base_mark(dataclasses.replace(finished[0], base=str(base)), finished[1])
 
 
 def test_a_second_run_repeats_no_stage(finished, monkeypatch):
