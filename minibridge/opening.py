@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,24 @@ def fingerprint(config: Any) -> str:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     model = Path(config.model)
-    for path in (*_read(config), model / "config.json", model / "tokenizer.json", *checkpoint.weight_files(model)):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    add_files(digest, [*_read(config), *model_files(model)])
     return digest.hexdigest()
 
 
+def model_files(folder: Path) -> list[Path]:
+    """What makes a model and its tokenizer: shape, tokenizer, weights."""
+    return [folder / "config.json", folder / "tokenizer.json", *checkpoint.weight_files(folder)]
+
+
+def add_files(digest: Any, paths: Sequence[str | Path]):
+    """Into a hash of hashlib; no file is in memory as a whole."""
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+
+
 def _read(config: Any) -> list[str]:
-    """The files that are read as a whole when a run begins."""
+    """The data files that a run begins with."""
     return [path for path in (getattr(config, name, None) for name in ("data", "val", "reference")) if path is not None]
 
 

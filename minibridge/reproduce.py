@@ -31,7 +31,7 @@ from minibridge.config import InputError, option, read_json, run_command, write_
 from minibridge.dag import Problem
 from minibridge.data import Example, load_prompts, load_sft
 from minibridge.jobs import side_by_side
-from minibridge.opening import pick_device
+from minibridge.opening import add_files, model_files, pick_device
 from minibridge.run_folder import Run, same_settings
 from minibridge.tokenizer import Tokenizer
 
@@ -188,10 +188,7 @@ def check_data(config: Experiment):
 def base_mark(config: Experiment, out: Path) -> str:
     """SHA-256 of the base: its weights, shape and tokenizer. InputError if the run folder began with another."""
     digest = hashlib.sha256()
-    base = Path(config.base)
-    for path in (base / "config.json", base / "tokenizer.json", *checkpoint.weight_files(base)):
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # it goes on, and no file is in memory as a whole
+    add_files(digest, model_files(Path(config.base)))
     if (out / "run.json").exists() and read_json(out / "run.json").get("base") != digest.hexdigest():
         raise InputError(f"{out}: began with another base than {config.base}; choose another --out")
     return digest.hexdigest()
