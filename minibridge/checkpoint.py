@@ -99,7 +99,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise InputError(f"{index}: field 'weight_map' must map tensor names to file names")
     for shard in shards.values():
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or "\0" in shard:
             raise InputError(f"{index}: shard {shard!r} is not a file name in this folder")
     return [folder / shard for shard in sorted(set(shards.values()))]
 

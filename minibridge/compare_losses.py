@@ -89,8 +89,10 @@ def main(config: Config):
     positions = model.config.max_position_embeddings
     prompts = load_prompts(config.data or run.data, tokenizer, positions, "positions of the model")
     groups = read_episodes(config.rollouts, prompts)[: run.prompts]
-    if (largest := max(max(episode.completion.ids) for group in groups for episode in group)) >= model.config.vocab_size:
-        raise InputError(f"{config.rollouts}: a token {largest}, but the model's vocab_size is {model.config.vocab_size}")
+    largest = max(max(episode.completion.ids) for group in groups for episode in group)
+    for who, size in (("model", model.config.vocab_size), ("reference", reference.config.vocab_size)):
+        if largest >= size:
+            raise InputError(f"{config.rollouts}: a token {largest}, but the {who}'s vocab_size is {size}")
     found = {name: step_gradient(model, reference, groups, recipe, run, config.micro_tokens)
              for name, recipe in PRESETS.items()}
     gradients = [gradient for _, gradient in found.values()]

@@ -69,12 +69,19 @@ def run_logged(run: Callable[[Any, str], None], config: Any, arm: str, threads: 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(threads)
-    with open(log_of(config, arm), "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            run(config, arm)
-        except (InputError, OSError) as error:
-            print(error)
-            sys.exit(2)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
+    try:
+        with open(log_of(config, arm), "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            run_reported(run, config, arm)
+    except OSError as error:  # of the log
+        sys.exit(f"{error}")
+
+
+def run_reported(run: Callable[[Any, str], None], config: Any, arm: str):
+    try:
+        run(config, arm)
+    except (InputError, OSError) as error:
+        print(error)
+        sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -84,8 +84,7 @@ def rl(config: Any, prompts: Sequence[int] = (), held_out: Sequence[int] = ()) -
     device, dtype, model, s = _opened(config)
     limit = prompt_limit(model, config.max_prompt, config.max_new_tokens)
     longest = max(prompts, default=limit)
-    answers, least = config.prompts * config.samples, longest + config.max_new_tokens
-    _check_micro(config, least, f"a prompt of {longest} and an answer of {config.max_new_tokens} tokens", bool(prompts))
+    answers, least = config.prompts * config.samples, check_answer_fits(config, longest, bool(prompts))
     validated = len(held_out) or (_lines(config.val) if config.val else 0)  # 0: not known
     reference = bool(config.kl_coef) or config.kl_threshold is not None
 
@@ -153,6 +152,14 @@ def _opened(config: Any) -> tuple[torch.device, torch.dtype, Decoder, Sizes]:
     device, model = pick_device(config.device), checkpoint.outline(config.model)
     dtype = pick_dtype(config.dtype, device)
     return device, dtype, model, sizes(model, dtype.itemsize, device.type == "cuda", config.checkpointing)
+
+
+def check_answer_fits(config: Any, prompt: int, seen: bool) -> int:
+    """Tokens of a prompt and the longest answer. InputError if no micro-batch holds them; seen: whether there is such a
+    prompt, and not just a flag that allows it."""
+    tokens = prompt + config.max_new_tokens
+    _check_micro(config, tokens, f"a prompt of {prompt} and an answer of {config.max_new_tokens} tokens", seen)
+    return tokens
 
 
 def _check_micro(config: Any, least: int, what: str, seen: bool):

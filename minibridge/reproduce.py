@@ -29,7 +29,7 @@ import train_sft
 from minibridge import arms, checkpoint, evaluate, igsm, plan, results, splits, tables, traces
 from minibridge.config import InputError, option, read_json, run_command, write_jsonl, write_whole
 from minibridge.dag import Problem
-from minibridge.data import Example, load_prompts, load_sft
+from minibridge.data import Example, load_prompts, load_sft, micro_batches
 from minibridge.jobs import side_by_side
 from minibridge.opening import add_files, model_files, pick_device
 from minibridge.run_folder import Run, same_settings
@@ -37,6 +37,7 @@ from minibridge.tokenizer import Tokenizer
 
 TOY_BASE = Path(__file__).parent / "toy_base"
 MAY_CHANGE = ("out", "base", "workers", "arms", "seeds", "rows", "micro_tokens", "checkpointing", "plan")
+IGSM_SIZES, ARITHMETIC_SIZES = ("sft_ops", "ops", "rl_ops", "ood_ops"), ("sft_depth", "depth", "redundant", "ood_redundant")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ SETTINGS = {
 
 
 def main(config: Experiment):
+    check_task(config)
     config, out = Experiment(**dataclasses.asdict(config)), Path(config.out)
     check(config)
     if config.plan:
@@ -158,8 +160,16 @@ def main(config: Experiment):
     print(f"a lesson: docs/lesson.md; an answer step by step: python -m minibridge.show --data {shlex.quote(str(answers))}")
 
 
+def check_task(config: Experiment):
+    """InputError for a size of the other task's problems, which nothing would read."""
+    idle = ARITHMETIC_SIZES if config.task == "igsm" else IGSM_SIZES
+    for field in dataclasses.fields(config):
+        if field.name in idle and getattr(config, field.name) != field.default:
+            raise InputError(f"{field.name}: does not apply to task {config.task}")
+
+
 def check(config: Experiment):
-    """InputError for what would fail only after hours."""
+    """InputError for what would fail only after hours, or after the run folder's settings are written."""
     same_settings(Path(config.out), config, but=MAY_CHANGE)
     pick_device(config.device)
     if config.base is None:
@@ -174,15 +184,22 @@ def check(config: Experiment):
         if needed > base.config.max_position_embeddings:
             raise InputError(f"{name}: {needed} tokens in all, but the base has positions for "
                              f"{base.config.max_position_embeddings}")
+    for which in ("sft", "rl", *config.tests):
+        try:
+            draw(config, which, 1)
+        except InputError as error:
+            raise InputError(f"{which} problems: {error}") from None
 
 
 def check_data(config: Experiment):
     """InputError for rows longer than the settings allow, which training would find after hours."""
     out, tokenizer = Path(config.out), Tokenizer.load(config.base)
     for arm in config.names:
-        load_sft(out / f"sft_{arm}.jsonl", tokenizer, config.max_length, truncate=config.as_authors)
-    for name in ("rl", *(f"test_{test}" for test in config.tests), *["val"] * bool(config.val_problems)):
-        load_prompts(out / f"{name}.jsonl", tokenizer, config.max_prompt)
+        micro_batches(load_sft(out / f"sft_{arm}.jsonl", tokenizer, config.max_length, truncate=config.as_authors),
+                      config.micro_tokens)
+    for name in (*(f"test_{test}" for test in config.tests), *["val"] * bool(config.val_problems), "rl"):
+        prompts = load_prompts(out / f"{name}.jsonl", tokenizer, config.max_prompt)
+    plan.check_answer_fits(config, max(len(prompt.ids) for prompt in prompts), seen=True)
 
 
 def base_mark(config: Experiment, out: Path) -> str:

@@ -2,6 +2,7 @@
 
 Answers are files FOLDER/STAGE_ARM_TEST_DECODING.jsonl of one seed's folder, as `reproduce` leaves them.
 """
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,22 +51,21 @@ class Outcome:
 def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: dict[str, str]) -> list[Outcome]:
     """tests: the titles of the test sets by their names in the files."""
     found = []
-    for arm in arms:
-        for test, said in tests.items():
-            for decoding in DECODINGS:
-                paths = [folder / f"{stage}_{arm}_{test}_{decoding}.jsonl" for stage in STAGES]
-                (before, tokens), (after, tokens_after) = map(answers, paths)
-                if [problem.answer for problem in before] != [problem.answer for problem in after]:
-                    raise InputError(f"{paths[0]} and {paths[1]} are not of the same problems")
-                found.append(Outcome(seed, arm, said, decoding, before, after, (tokens, tokens_after)))
+    for arm, (test, said), decoding in itertools.product(arms, tests.items(), DECODINGS):
+        paths = [folder / f"{stage}_{arm}_{test}_{decoding}.jsonl" for stage in STAGES]
+        (before, tokens), (after, tokens_after) = (answers(path, folder / f"test_{test}.jsonl") for path in paths)
+        found.append(Outcome(seed, arm, said, decoding, before, after, (tokens, tokens_after)))
     return found
 
 
-def answers(path: Path) -> tuple[list[evaluate.Scored], float]:
-    """Saved answers, scored, and their mean length in tokens. InputError for lines that are not whole."""
+def answers(path: Path, problems: Path) -> tuple[list[evaluate.Scored], float]:
+    """Saved answers, scored, and their mean length in tokens. InputError for lines that are not whole, and unless they are
+    to all these problems."""
     scored, lines = evaluate.rescore(str(path)), numbered(path)
     for where, line in lines:
         check_fields(line, {"ids": (list,), "problem": (dict,)}, where)
+    if [problem.answer for problem in scored] != [line.get("answer") for _, line in numbered(problems)]:
+        raise InputError(f"{path}: not answers to the problems of {problems}, one after another")
     return scored, mean(len(line["ids"]) for _, line in lines)
 
 

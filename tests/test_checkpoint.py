@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -128,10 +129,10 @@ def test_shards_and_index(folder):
     assert same(checkpoint.load(folder), make())
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "a\0b"])
 def test_shard_outside_the_folder(folder, name):
     shard(folder, **{EMBEDDING: name})
-    with pytest.raises(InputError, match=f"{checkpoint.INDEX}: .*{name}"):
+    with pytest.raises(InputError, match=f"{checkpoint.INDEX}: .*{re.escape(repr(name))}"):
         checkpoint.load(folder)
 
 

@@ -1,16 +1,21 @@
 """One step's rollouts under all presets: what train_rl.py would have done, whatever the micro-batches; bad files named."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_rl
 from minibridge import compare_losses
+from minibridge.checkpoint import load, save
 from minibridge.compare_losses import Config
 from minibridge.config import read_jsonl, run_main, write_jsonl
 from minibridge.grpo import PRESETS
+from minibridge.model import Decoder
+from minibridge.tokenizer import train_toy
 
 NAMES = list(PRESETS)
 
@@ -127,6 +132,12 @@ def test_bad_input_is_one_line(toy, guesser, step, tmp_path, capsys):
     refused(f"{path}:1: field 'ids' must be a list")
     write_jsonl(path, [rows[0] | {"ids": [10**6], "logprobs": [-1.0]}, *rows[1:]])
     refused(f"{path}: a token 1000000, but the model's vocab_size is")
+    few = Decoder(dataclasses.replace(load(guesser).config, vocab_size=259))  # a reference whose tokenizer is another
+    few.init_weights(torch.Generator().manual_seed(0))
+    save(few, tmp_path / "few", train_toy(["a"], 259))
+    write_jsonl(path, [rows[0] | {"ids": [259], "logprobs": [-1.0]}, *rows[1:]])
+    assert compare(path, guesser, "--reference", tmp_path / "few") == 2
+    assert f"{path}: a token " in (error := capsys.readouterr().err) and "but the reference's vocab_size is 259" in error
     write_jsonl(path, [])
     refused(f"{path}: no lines in it")
     refused(f"{tmp_path}/run.json: No such file or directory; --rollouts must lie in a run folder",

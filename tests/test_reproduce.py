@@ -190,18 +190,22 @@ def test_a_second_run_repeats_no_stage(finished, monkeypatch):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda lines: lines[:-1], "not of the same problems"), (lambda lines: [], "no lines in it"),
+    (lambda lines: lines[:-1], "not answers to the problems of .*test_id.jsonl"), (lambda lines: [], "no lines in it"),
     (lambda lines: [lines[0] | {"ids": None}, *lines[1:]], "jsonl:1: field 'ids' must be a list"),
     (lambda lines: [lines[0] | {"problem": None}, *lines[1:]], "jsonl:1: field 'problem' must be an object")])
-def test_damaged_answers_are_named(finished, damage, message):
-    path = finished[1] / "seed_0" / "rl_bridge_id_greedy.jsonl"
-    before = path.read_bytes()
-    write_jsonl(path, damage(read_jsonl(path)))
+@pytest.mark.parametrize("files", ["rl_bridge_id_greedy", "*_id_greedy"])
+def test_damaged_answers_are_named(finished, files, damage, message):
+    """Of all arms alike, too."""
+    before = {path: path.read_bytes() for path in (finished[1] / "seed_0").glob(f"{files}.jsonl")}
+    for path in before:
+        write_jsonl(path, damage(read_jsonl(path)))
     try:
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as raised:
             reproduce.write_results(finished[0])
+        assert str(raised.value).startswith(tuple(map(str, before)))
     finally:
-        path.write_bytes(before)
+        for path, content in before.items():
+            path.write_bytes(content)
 
 
 def test_a_log_of_anything_is_reported(finished, tmp_path, capsys):
@@ -225,7 +229,10 @@ def test_other_settings_are_refused_by_name(finished):
     ({"arms": "vanilla,prompts"}, "'prompts' has no answers"), ({"arms": "bridge,bridge"}, "names one twice"),
     ({"sft_batch": 34}, "sft_batch: 34 examples"), ({"device": "cuda:99"}, "device"),
     ({"max_length": 2000}, "max_length: 2000 tokens"),
-    ({"max_new_tokens": 1024}, "max_prompt: 1424 tokens in all"), ({"base": "no/such"}, "no/such: no such folder")])
+    ({"max_new_tokens": 1024}, "max_prompt: 1424 tokens in all"), ({"base": "no/such"}, "no/such: no such folder"),
+    ({"ood_ops": (0, 3)}, "ood problems: ops: 0-3 is not a range"), ({"sft_ops": (90, 90)}, "sft problems: ops: no problem of"),
+    ({"task": "arithmetic-int"}, "sft_ops: does not apply to task arithmetic-int"),
+    ({"redundant": (1, 2)}, "redundant: does not apply to task igsm")])
 def test_what_cannot_work_is_refused_before_any_file(finished, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         reproduce.main(dataclasses.replace(finished[0], out=str(tmp_path / "run"), **change))
@@ -386,7 +393,9 @@ def test_the_shipped_base_is_small_and_opens():
 def test_prompts_that_are_too_long_are_found_before_any_training(finished, toy, tmp_path, monkeypatch):
     for script in (reproduce.train_sft, reproduce.train_rl):
         monkeypatch.setattr(script, "main", lambda config: pytest.fail("trained"))
-    for settings, message in (({"max_prompt": 30}, "a prompt of"), ({"max_length": 90}, "90")):
+    for settings, message in (({"max_prompt": 30}, "a prompt of"), ({"max_length": 90}, "90"),
+                              ({"micro_tokens": 100}, "row of .* does not fit"),
+                              ({"micro_tokens": 700, "max_new_tokens": 600}, "cannot hold a prompt of .* of 600 tokens")):
         with pytest.raises(InputError, match=message):
             reproduce.main(dataclasses.replace(finished[0], out=str(tmp_path / message.split()[0]), **settings))
 
@@ -396,12 +405,15 @@ def test_before_rl_is_before_it_in_every_table(tmp_path):
     problems = [igsm.draw(random.Random(seed), (4, 6)) for seed in range(200)]
     zero = next(problem for problem in problems if problem.answer == 0)
     other = next(problem for problem in problems if problem.answer != 0 and len(problem.order) > 3)
-    for stage, test, decoding in itertools.product(results.STAGES, ("id", "ood"), results.DECODINGS):
+    asked = {"id": [zero, other], "ood": [zero, zero]}
+    for test, chosen in asked.items():
+        write_jsonl(tmp_path / f"test_{test}.jsonl", [{"answer": str(problem.answer)} for problem in chosen])
+    for stage, test, decoding in itertools.product(results.STAGES, asked, results.DECODINGS):
         write_jsonl(tmp_path / f"{stage}_bridge_{test}_{decoding}.jsonl", [
             {"group": n, "id": problem.id, "answer": str(problem.answer), "num_ops": problem.num_ops,
              "problem": problem.to_dict(), "ids": [1] * (3 if stage == "sft" else 5),
              "text": traces.answer(problem, random.Random(n), traces.Behaviors(True, 4, 0.9)) if stage == "sft" else r"\boxed{0}"}
-            for n, problem in enumerate([zero, other if test == "id" else zero])])
+            for n, problem in enumerate(asked[test])])
     found = results.outcomes(0, tmp_path, ["bridge"], {"id": "id, 5 ops", "ood": "ood, 6 ops"})
     before, after = found[0].rows()
     assert [before[name] for name in ("stage", "accuracy", "tokens", "accuracy, answer not 0")] == ["sft", 1, 3, 1]
