@@ -119,8 +119,10 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def add_files(digest: Any, paths: Sequence[str | Path]):
-    """Into a hash of hashlib; no file is in memory as a whole."""
+    """Into a hash of hashlib; no file is in memory as a whole. InputError for a pipe, of which nothing would be left."""
     for path in paths:
+        if Path(path).is_fifo():
+            raise InputError(f"{path}: a pipe, but this is read twice; give a file")
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import resource
 import shutil
 from dataclasses import replace
@@ -448,6 +449,7 @@ def test_what_was_not_finite_is_said_even_if_its_rows_are_gone(toy, tmp_path, mo
     ("--model {folder}/no", "{folder}/no: no such folder"),
     ("--data {folder}/no", "{folder}/no: No such file"),
     ("--data {empty}", "{empty}: no lines"),
+    ("--data {pipe}", "{pipe}: a pipe"),
     ("--data {rl}", "{rl}:1: field 'messages'"),
     ("--val {rl}", "{rl}:1: field 'messages'"),
     ("--max-length 100", "{sft}:1: "),
@@ -466,8 +468,9 @@ def test_what_was_not_finite_is_said_even_if_its_rows_are_gone(toy, tmp_path, mo
     ("--clip 0", "clip: must be at least"),
 ])
 def test_wrong_input_is_one_line(toy, tmp_path, capsys, flags, message):
-    names = {"folder": toy.folder, "sft": toy.sft, "rl": toy.rl, "empty": tmp_path / "empty"}
+    names = {"folder": toy.folder, "sft": toy.sft, "rl": toy.rl, "empty": tmp_path / "empty", "pipe": tmp_path / "pipe"}
     names["empty"].write_text("")
+    os.mkfifo(names["pipe"])
     assert train(toy, tmp_path / "run", flags.format(**names)) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message.format(**names) in captured.err
