@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ from minibridge import checkpoint, coinfluence, parallel, plan, replay
 from minibridge.config import REQUIRED, InputError, option, run_main, write_jsonl
 from minibridge.dag import problem_in
 from minibridge.data import Prompt, load_prompts, prompt_stream, sample_seed
-from minibridge.grpo import PRESETS, Recipe, group_advantages
+from minibridge.grpo import PRESETS, Recipe
 from minibridge.measure import highest_memory, start_peak
 from minibridge.model import Decoder
 from minibridge.monitor import behaviors, describe, show, wasted
@@ -154,8 +154,7 @@ def learn(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Opti
           step: int, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
     """`improve` on a rollout batch, N prompts of G answers; what makes the loss or the gradient not finite is kept in a
     file."""
-    recipe = recipe_of(config)
-    advantages = group_advantages(rewards(groups), recipe.ddof, recipe.eps, recipe.scale)  # (N, G)
+    advantages = recipe_of(config).advantages(rewards(groups))  # (N, G)
     batches = pack(groups, advantages, config.micro_tokens, model.device, ranks)
     rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
     try:
@@ -272,12 +271,12 @@ def keep_failed(path: Path, model: Decoder, batches: list[MicroBatch], config: C
 
 
 def main(config: Config, ranks: Ranks = ALONE):
-    recipe_of(config)  # InputError now for what cannot be
+    recipe = asdict(recipe_of(config))  # InputError now for what cannot be
     if config.plan:
         return print(plan.rl(config))
     device = pick_device(config.device)
     model, reference, tokenizer = open_models(config, device, ranks)
-    mark = fingerprint(config)
+    mark = fingerprint(config, recipe)
     saved = resume_point(config, mark)
     ranks.agree([mark, saved and saved.name, finished(config)], f"{config.out}: settings, data, model or checkpoints")
     if finished(config):
@@ -286,7 +285,7 @@ def main(config: Config, ranks: Ranks = ALONE):
     prompts, held_out = open_data(config, model, tokenizer, ranks)
     state = load_state(saved, model, optimizer, config)
     planned = plan.rl(config, *([len(prompt.ids) for prompt in some] for some in (prompts, held_out)))
-    run = ranks.open_run(config.out, config, device=device, steps=config.steps, fingerprint=mark,
+    run = ranks.open_run(config.out, config, device=device, steps=config.steps, fingerprint=mark, recipe=recipe,
                          resume_step=state["step"] + 1 if saved else None, plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)

@@ -24,7 +24,8 @@ from minibridge.answer import OPENING, chat, check_scoring, correct, well_formed
 from minibridge.config import InputError, check_fields, numbered
 from minibridge.dag import Problem
 
-BEHAVIORS = ("subgoal", "analysis", "reflection")
+IN_BRIDGE = ("subgoal", "analysis", "reflection")
+BEHAVIORS = IN_BRIDGE  # of which an arm may name any
 FORMS = 4  # rows of a problem in an augmented arm
 AUGMENTED = {"pp-aug": [(form, 0) for form in range(FORMS)], "rc-aug": [(0, form) for form in range(FORMS)]}
 
@@ -51,7 +52,8 @@ def behaviors_of(arm: str, analysis: int | None = None, reflection: float | None
         return None
     level = traces.BRIDGE.analysis if analysis is None else analysis
     probability = traces.BRIDGE.reflection if reflection is None else reflection
-    return traces.Behaviors("subgoal" in parts, level * ("analysis" in parts), probability * ("reflection" in parts), strict)
+    return traces.Behaviors(subgoal="subgoal" in parts, analysis=level * ("analysis" in parts),
+                            reflection=probability * ("reflection" in parts), strict=strict)
 
 
 def _probability(arm: str, text: str) -> float:
@@ -63,7 +65,7 @@ def _probability(arm: str, text: str) -> float:
 def parts_of(arm: str) -> Sequence[str]:
     """The behaviors in the name of an arm, whether there are such or not."""
     if arm == "bridge":
-        return BEHAVIORS
+        return IN_BRIDGE
     return () if arm in ("vanilla", *AUGMENTED, "own-answers", "prompts") else arm.split("+")
 
 

@@ -110,7 +110,7 @@ def check_live(val: list[list[Episode]]):
     if live < 2:
         cut = sum(episode.completion.finish_reason == "length" for episode in answers) / len(answers)
         right = sum(episode.correct for episode in answers) / len(answers)
-        raise InputError(f"val: of {len(val)} prompts {live} got both right and wrong answers, and the validation gradient "
+        raise InputError(f"Q: of {len(val)} prompts {live} got both right and wrong answers, and the validation gradient "
                          f"needs two; {right:.0%} of the answers are right, {cut:.0%} were cut off at --max-new-tokens")
 
 

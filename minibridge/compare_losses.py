@@ -19,7 +19,7 @@ import torch
 
 from minibridge.config import REQUIRED, InputError, option, read_json, run_main
 from minibridge.data import load_prompts
-from minibridge.grpo import PRESETS, Recipe, group_advantages
+from minibridge.grpo import PRESETS, Recipe
 from minibridge.jvp import Direction, inner
 from minibridge.model import Decoder
 from minibridge.opening import open_model, pick_device
@@ -66,8 +66,7 @@ class Settings:
 def step_gradient(model: Decoder, reference: Decoder, groups: list[list[Episode]], recipe: Recipe, run: Settings,
              micro_tokens: int) -> tuple[dict[str, float], Direction]:
     """The metrics of the whole step and its gradient, fp32 on the CPU."""
-    advantages = group_advantages(rewards(groups), recipe.ddof, recipe.eps, recipe.scale)
-    batches = pack(groups, advantages, micro_tokens, model.device)
+    batches = pack(groups, recipe.advantages(rewards(groups)), micro_tokens, model.device)
     step = whole_step(batches, recipe, run.temperature, run.max_new_tokens)
     model.zero_grad()
     parts = []

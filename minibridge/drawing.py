@@ -74,7 +74,7 @@ def bars(axes, place: int, count: int, ticks: list[float], heights: list[float],
 
 
 def training(figure, table: Table, arms: list[Arm]):
-    for axes, (curve, title) in zip(figure.subplots(2, 2, sharex=True).flat, CURVES.items()):
+    for axes, (curve, title) in zip(figure.subplots(-(-len(CURVES) // 2), 2, sharex=True).flat, CURVES.items()):
         for arm in arms:
             rows = of(table, arm=arm.name)
             steps, values = column(rows, "step"), column(rows, curve)
@@ -83,7 +83,7 @@ def training(figure, table: Table, arms: list[Arm]):
             axes.plot(steps, means, label=arm.label, marker="o" if len(rows) == 1 else None, **arm.line)
         axes.set_title(title)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in figure.axes[2:]:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel(f"step (thin: each; bold: mean of the last {SMOOTHED})")
 
 

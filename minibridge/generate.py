@@ -97,6 +97,8 @@ def _check(model: Decoder, prompts, samples: int, max_new_tokens: int, rows: int
         raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
     limit = model.config.max_position_embeddings
     for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise InputError(f"prompt {index} is text; the tokenizer makes token ids of it")
         if not len(prompt):
             raise InputError(f"prompt {index} is empty")
         if len(prompt) + max_new_tokens > limit:

@@ -49,7 +49,7 @@ class Recipe:
     >>> logps, old_logps = torch.tensor([[0.6, 0.5], [0.2, 1]]).log(), torch.tensor([[0.4, 0.5], [0.4, 1]]).log()
     >>> mask = torch.tensor([[1, 1], [1, 0]])
     >>> for name, r in PRESETS.items():
-    ...     A = group_advantages(torch.tensor([[1.0, 0.0]]), r.ddof, r.eps, r.scale)[0]
+    ...     A = r.advantages(torch.tensor([[1.0, 0.0]]))[0]
     ...     loss, _ = grpo_loss(logps, old_logps, logps, A, mask, entropy=0 * logps, aggregate=r.aggregate,
     ...                         normalizer=step_normalizer(r.aggregate, mask.sum(1), 4), **r.token_terms)
     ...     print(f"{name:9} {A[0]:.4f} {loss:.6f}")
@@ -73,6 +73,10 @@ class Recipe:
     kl_threshold: float | None = None
     tis_cap: float | None = None
     mask_truncated: bool = False
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Rewards (N, G) -> (N, G)."""
+        return group_advantages(rewards, self.ddof, self.eps, self.scale)
 
     @property
     def token_terms(self) -> dict:
@@ -98,12 +102,14 @@ def group_advantages(rewards: Tensor, ddof: int = 1, eps: float = 1e-6, scale: b
 
     `ddof` 1 divides the variance by G - 1 (the paper), 0 by G; `scale=False` leaves out the division by the
     std (Dr. GRPO, arXiv:2503.20783). A group whose rewards are all equal gets exactly zero: its std is
-    rounding noise, not a scale. A group of one has no baseline and raises InputError.
+    rounding noise, not a scale. A group of one has no baseline and raises InputError; ValueError for other shapes and types.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]]), eps=0.0)
     tensor([[ 1.5000, -0.5000, -0.5000, -0.5000],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
+    if rewards.ndim != 2 or not rewards.is_floating_point():
+        raise ValueError(f"rewards must be floats (N, G), not {rewards.dtype} {tuple(rewards.shape)}")
     if rewards.shape[1] < 2:
         raise InputError("GRPO compares the samples of a prompt: it needs at least 2 samples per prompt")
     advantages = rewards - rewards.mean(1, keepdim=True)  # (N, G)
@@ -122,7 +128,8 @@ def grpo_loss(
     """One micro-batch's share of the loss of an optimizer step, and of its metrics.
 
     logps, old_logps, ref_logps, entropy, importance, mask (B, T), advantages, kept (B,). Only `logps` and `entropy`
-    carry gradients. The mask is true on the tokens to train: the sampled ones, the stop token included.
+    carry gradients (for advantages of single tokens: `token_loss`). The mask is true on the tokens to train: the sampled
+    ones, the stop token included.
     `ref_logps` may be None if neither `kl_coef` nor `kl_threshold` asks for it, `entropy` if `entropy_coef`
     is 0. `clip` is (low, high).
 
@@ -168,6 +175,8 @@ def grpo_loss(
     >>> f"{grpo_loss(*step, aggregate='token', normalizer=3)[0]:.4f}"          # (-1.2 - 1 + 0.8) / 3
     '-0.4667'
     """
+    if advantages.shape != mask.shape[:1]:
+        raise ValueError(f"advantages must be one a rollout, {tuple(mask.shape[:1])}, not {tuple(advantages.shape)}")
     weights = token_weights(mask.to(logps.dtype), aggregate, normalizer)  # (B, T)
     logps, old_logps, ref_logps, entropy, importance = (
         None if x is None else torch.where(mask.bool(), x, 0.0) for x in (logps, old_logps, ref_logps, entropy, importance))

@@ -93,8 +93,9 @@ def same_run(config: Any, mark: str):
     """InputError if the run folder began with other settings, files or weights; `mark`: the fingerprint of those of now."""
     same_settings(config.out, config, but=MAY_CHANGE)
     path = Path(config.out) / "run.json"
-    if path.exists() and read_json(path).get("fingerprint", mark) != mark:
-        changed = " or ".join((*_read(config), config.model))
+    record = read_json(path) if path.exists() else {}
+    if record.get("fingerprint", mark) != mark:
+        changed = " or ".join((*_read(config), config.model, *["the loss in the code"] * ("recipe" in record)))
         raise InputError(f"{config.out}: {changed} has changed since; choose another --out")
 
 
@@ -103,10 +104,11 @@ def finished(config: Any) -> bool:
     return config.resume and (Path(config.out) / "model" / "config.json").exists()
 
 
-def fingerprint(config: Any) -> str:
-    """SHA-256 of all that a run depends on: the settings that no resumed run may change, its data files, and the model and
-    tokenizer it starts from, which in RL stay the reference's. To be taken once, when they are read."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+def fingerprint(config: Any, more: dict[str, Any] | None = None) -> str:
+    """SHA-256 of all that a run depends on: the settings that no resumed run may change (and `more`, what the code makes of
+    them), its data files, and the model and tokenizer it starts from, which in RL stay the reference's. To be taken once,
+    when they are read."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE} | (more or {})
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     model = Path(config.model)
     add_files(digest, [*_read(config), *model_files(model)])

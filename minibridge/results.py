@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from minibridge import evaluate
-from minibridge.arms import AUGMENTED, BEHAVIORS, parts_of
+from minibridge.arms import AUGMENTED, IN_BRIDGE, parts_of
 from minibridge.config import InputError, check_fields, numbered, read_jsonl
 from minibridge.spans import behavior_rates
 from minibridge.tables import Table, markdown, t_quantile
@@ -131,8 +131,8 @@ def effects(found: list[Outcome]) -> Table:
     arms that have it less that of the four that do not, so that each training serves all three comparisons (a 2 x 2 x 2
     design)."""
     parts = {outcome.arm: frozenset(parts_of(outcome.arm)) for outcome in found if outcome.arm not in AUGMENTED}
-    arms = {behaviors: arm for arm, behaviors in parts.items() if behaviors <= set(BEHAVIORS)}
-    if len(arms) < 2 ** len(BEHAVIORS):
+    arms = {behaviors: arm for arm, behaviors in parts.items() if behaviors <= set(IN_BRIDGE)}
+    if len(arms) < 2 ** len(IN_BRIDGE):
         return []
     changes = {(o.test, o.decoding, o.seed, o.arm): o.changes for o in found}
     tests, seeds = dict.fromkeys((o.test, o.decoding) for o in found), dict.fromkeys(o.seed for o in found)
@@ -143,7 +143,7 @@ def effects(found: list[Outcome]) -> Table:
                 for seed in seeds]
 
     rows = []
-    for behavior in BEHAVIORS:
+    for behavior in IN_BRIDGE:
         having, lacking = ([arm for shown, arm in arms.items() if (behavior in shown) == has] for has in (True, False))
         for test, decoding in tests:
             with_it, without = gains_of(having, test, decoding), gains_of(lacking, test, decoding)

@@ -36,7 +36,9 @@ def read(path: Path) -> Table:
 
 def number(row: dict, column: str, where: str) -> float:
     """What a cell of a table that was read holds, NaN where it is empty. Raises InputError("where: field ...")."""
-    value = row.get(column, "missing")
+    if column not in row:
+        raise InputError(f"{where}: no field {column!r}")
+    value = row[column]
     try:
         found = math.nan if value in ("", None) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -69,8 +69,7 @@ class Behaviors:
             raise InputError(f"reflection: {self.reflection} is not a probability")
 
     def __str__(self) -> str:
-        text = f"subgoal={int(self.subgoal)} analysis={self.analysis} reflection={self.reflection:g}"
-        return text + " strict=1" if self.strict else text
+        return " ".join(f"{name}={value:g}" for name, value in vars(self).items() if value or name != "strict")
 
 
 VANILLA = Behaviors()

@@ -191,6 +191,7 @@ def nodes(*changed):
     (nodes(ANN, node("Ben's apples", "999999999 + 1", "So."), TOTAL), ["node \"Ben's apples\"", "1000000000"]),
     (nodes(node("Ann's apples", "1 / 3", "So."), BEN, node("the total", "Ann's apples / 1000")),
      ["node 'the total'", "rounding"]),
+    (nodes(ANN, node("the half-price", "1", "So.")), ["number 2 has no usable name", "'the half-price', because of '-'"]),
     (nodes(), ["target", "'the total'"]),
     (GOOD | {"target": "nobody"}, ["target", "'nobody'"]), (GOOD | {"target": 3}, ["'target'"]),
     (GOOD | {"ask": ""}, ["ask"]), (GOOD | {"ask": "a\nb"}, ["ask"]), (GOOD | {"answer": "15"}, ["'answer'"]),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minibridge.config import run_main
+from minibridge import arms, igsm, splits
+from minibridge.config import run_main, write_jsonl
 from test_layers import MODULES, PACKAGE, imports
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,21 @@ def test_a_command_has_the_options_that_it_is_given(command, capsys):
     module, options = importlib.import_module(words[first].removesuffix(".py")), words[first + 1 :]
     config = module.COMMANDS[options.pop(0)][1] if hasattr(module, "COMMANDS") else module.Config
     assert run_main(lambda config: None, config, options) == 0, capsys.readouterr().err
+
+
+def test_code_in_the_manual_runs(tmp_path, monkeypatch):
+    """From the root, after the first command of the README."""
+    toy = tmp_path / "runs" / "toy" / "seed_0"
+    write_jsonl(toy / "rl.jsonl", [arms.record(problem, 0) for problem in splits.problems("rl", 2, (4, 4), igsm.TOY, 0)])
+    for name in ("docs", "minibridge"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    verified, library = ({} for _ in range(2))
+    for block, names in zip(TEXTS["manual.md"].split("```python\n")[1:], (verified, library), strict=True):
+        exec(block.split("```")[0], names)
+    assert verified["verdict"].first_wrong_step == 1
+    assert library["logits"].shape[2] == library["model"].config.vocab_size
+    assert library["model"].lm_head_weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -12,7 +12,7 @@ from minibridge import checkpoint
 from minibridge.config import parse, read_jsonl, run_main
 from minibridge.data import Prompt
 from minibridge.generate import Completion, generate
-from minibridge.grpo import PRESETS, group_advantages
+from minibridge.grpo import PRESETS
 from minibridge.optim import adamw
 from minibridge.policy import pack
 from minibridge.rollout import Episode
@@ -81,7 +81,7 @@ def test_a_step_stays_finite(case, dtype, preset):
     groups = change(rollouts(model, 6))
     recipe = PRESETS[preset]
     rewards = torch.tensor([[episode.reward for episode in group] for group in groups])
-    batches = pack(groups, group_advantages(rewards, recipe.ddof, recipe.eps, recipe.scale), 40, CPU)
+    batches = pack(groups, recipe.advantages(rewards), 40, CPU)
     found = train_rl.improve(model, reference, adamw(model, (0.9, 0.999), 0.01), batches, 1e-3, config)
     assert all(math.isfinite(value) for value in found.values()), found
     assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -346,6 +346,7 @@ def test_no_prompts_no_completions(model):
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(prompts=[[1], []]), "prompt 1 is empty"),
+    (dict(prompts=[[1], "Hello"]), "prompt 1 is text"),
     (dict(prompts=[[1], [2] * 36]), "prompt 1 of 36 tokens"),
     (dict(max_new_tokens=0), "max_new_tokens"),
     (dict(samples=0), "samples"),

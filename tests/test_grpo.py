@@ -111,6 +111,18 @@ def test_a_group_of_one_is_refused(ddof):
         group_advantages(torch.ones(4, 1), ddof=ddof)
 
 
+@pytest.mark.parametrize("rewards", [torch.tensor([[1, 0]]), torch.ones(4)])
+def test_rewards_of_another_kind_are_refused(rewards):
+    with pytest.raises(ValueError, match=r"floats \(N, G\), not torch"):
+        group_advantages(rewards)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1), (3,)])
+def test_advantages_that_would_be_broadcast_are_refused(shape):
+    with pytest.raises(ValueError, match=r"one a rollout, \(2,\), not"):
+        grpo_loss(*torch.zeros(3, 2, 3), torch.ones(shape), torch.ones(2, 3), normalizer=2)
+
+
 # ---- the surrogate
 
 

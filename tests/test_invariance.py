@@ -14,7 +14,7 @@ from conftest import make_model, metrics, without_times
 from minibridge.config import parse, run_main
 from minibridge.data import Example, Prompt, load_sft
 from minibridge.generate import generate
-from minibridge.grpo import PRESETS, group_advantages
+from minibridge.grpo import PRESETS
 from minibridge.policy import MicroBatch, pack
 from minibridge.rollout import Episode
 
@@ -85,7 +85,7 @@ def test_an_rl_step(toy, groups, monkeypatch, recipe, dtype):
     monkeypatch.setattr(train_rl, "update", lambda *_: caught.append(gradient(model)) or caught[-1].norm().item())
     chosen = PRESETS[config.preset]
     rewards = torch.tensor([[episode.reward for episode in group] for group in groups])
-    advantages = group_advantages(rewards, chosen.ddof, chosen.eps, chosen.scale) + 0.3  # or losses would be near 0
+    advantages = chosen.advantages(rewards) + 0.3  # or losses would be near 0
     results, sizes = [], set()
     for layout in [(10**6, None, 0), *LAYOUTS]:
         batches = arranged(groups, advantages, layout)

@@ -3,14 +3,14 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 import train_rl
 from conftest import make_model, metrics, weights, without_times
-from minibridge import cache, checkpoint, evaluate, logprob, monitor, policy
+from minibridge import cache, checkpoint, evaluate, grpo, logprob, monitor, policy
 from minibridge.config import parse, read_jsonl, run_main, write_jsonl
 from minibridge.data import Prompt, load_prompts
 from minibridge.generate import Completion
@@ -456,7 +456,7 @@ def test_a_preset_reaches_its_places(toy, guesser, tmp_path, monkeypatch, name):
 
     for way in ("grpo_loss", "token_loss"):
         monkeypatch.setattr(policy, way, spy(getattr(policy, way)))
-    monkeypatch.setattr(train_rl, "group_advantages", lambda *words: advantages.append(words) or group_advantages(*words))
+    monkeypatch.setattr(grpo, "group_advantages", lambda *words: advantages.append(words) or group_advantages(*words))
     steps = []
     monkeypatch.setattr(train_rl, "whole_step", lambda *words: steps.append(whole_step(*words)) or steps[-1])
     given = "--kl-coef 0.25" if name == "grpo_zero" else "--kl-coef 0.25 --clip-high 0.7"
@@ -468,7 +468,9 @@ def test_a_preset_reaches_its_places(toy, guesser, tmp_path, monkeypatch, name):
     tokens = sum(len(line["ids"]) for line in read_jsonl(tmp_path / "rollouts" / "step_0001.jsonl"))
     normalizer = {"sequence": 12, "token": tokens, "length": 12 * 8}[recipe.aggregate]
     assert (steps[0].normalizer, steps[0].tokens, steps[0].recipe.aggregate) == (normalizer, tokens, recipe.aggregate)
-    saved = json.loads((tmp_path / "run.json").read_text())["config"]
+    record = json.loads((tmp_path / "run.json").read_text())
+    saved = record["config"]
+    assert record["recipe"] == asdict(replace(recipe, kl_coef=0.25, clip_high=high))
     assert saved["preset"] == name and [saved[field] for field in ("clip_low", "clip_high", "kl_coef", "entropy_coef")] == [
         recipe.clip_low, high, 0.25, recipe.entropy_coef]
 
@@ -676,11 +678,19 @@ def test_wrong_input_is_one_line(toy, guesser, tmp_path, capsys, flags, message)
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_loss_that_the_code_has_changed_is_noticed(toy, guesser, tmp_path, monkeypatch, capsys):
+    assert train(guesser, toy.rl, tmp_path, "--steps 2 --save-every 1 --preset dapo") == 0
+    shutil.rmtree(tmp_path / "model")
+    monkeypatch.setitem(PRESETS, "dapo", replace(PRESETS["dapo"], aggregate="sequence"))
+    assert train(guesser, toy.rl, tmp_path, "--steps 2 --save-every 1 --preset dapo --resume") == 2
+    assert "or the loss in the code has changed since" in capsys.readouterr().err
+
+
 def test_settings_reach_the_optimizer_the_console_and_the_advantages(toy, guesser, tmp_path, monkeypatch, capsys):
-    made, seen, advantages = [], [], train_rl.group_advantages
+    made, seen = [], []
     adamw = train_rl.adamw
     monkeypatch.setattr(train_rl, "adamw", lambda *words: made.append(words[1:]) or adamw(*words))
-    monkeypatch.setattr(train_rl, "group_advantages", lambda rewards, *rest: seen.append(rewards) or advantages(rewards, *rest))
+    monkeypatch.setattr(grpo, "group_advantages", lambda rewards, *rest: seen.append(rewards) or group_advantages(rewards, *rest))
     monkeypatch.setattr("minibridge.answer.well_formed", lambda text: "\\boxed{7" in text)
     assert train(guesser, toy.rl, tmp_path, "--steps 3 --show-every 2 --format-scale 0.25 --weight-decay 0.08 --samples 16") == 0
     assert made == [((0.9, 0.999), 0.08)]
