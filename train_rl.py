@@ -111,6 +111,8 @@ def recipe_of(config: Config) -> Recipe:
         raise InputError(f"clip_low, clip_high: the preset {config.preset} has no ratio to clip")
     if preset.surrogate == "reinforce" and config.old_logps == "sampler":
         raise InputError(f"old_logps: the preset {config.preset} has no ratios")
+    if config.kl_threshold == 0:
+        raise InputError("kl_threshold: 0 would drop every rollout; none drops none")
     if config.tis_cap is not None and config.old_logps == "sampler":
         raise InputError("tis_cap: with old_logps sampler, the ratios themselves are to the sampler")
     return replace(preset, clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,

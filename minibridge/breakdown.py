@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minibridge.spans import KINDS
-from minibridge.tables import BINS, Table, t_quantile
+from minibridge.tables import BINS, Table, half_width
 
 
 def histogram(correct: Tensor) -> Table:
@@ -72,5 +72,5 @@ def rank_correlation(a: Tensor, b: Tensor) -> float | None:
 def _mean(values: Tensor) -> tuple[float | None, float | None]:
     """Mean and "+-" of values (n,); None where there are too few."""
     count = len(values)
-    reach = t_quantile(count - 1) * values.std().item() / math.sqrt(count) if count > 1 else None
+    reach = half_width(values.std().item(), count) if count > 1 else None
     return values.mean().item() if count else None, reach

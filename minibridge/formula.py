@@ -7,7 +7,8 @@ A formula in canonical form is one of
                               product no sign: it stands before the whole
     (op, arg)                 op "neg", "inv" (one over), "sqrt" or "square"
 so that formulas that differ only in the order of operands, in needless parentheses or in the place of a minus have the
-same form. What is copied must be copied exactly; what is computed may be rounded to the fourth decimal.
+same form. What is copied must be copied exactly (but for the sign before a zero, which no form keeps); what is computed may
+be rounded to the fourth decimal.
 
 What cannot be read or computed raises Wrong(kind, reason). Nothing is evaluated as code, and no text is slow to read.
 """
@@ -19,7 +20,7 @@ import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
-from minibridge.dag import Expr
+from minibridge.dag import Expr, Number
 
 ARITHMETIC = "wrong arithmetic"
 UNKNOWN = "unknown operand"
@@ -35,7 +36,6 @@ WORD = r"[^\W\d_]{1,20}\d{0,4}"  # a letter, or what may stand for one
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 TOKEN = rf"\d+(?:\.\d+)?|{WORD}|\S"
 
-Number = int | Decimal
 Form = Number | str | tuple
 
 
@@ -212,7 +212,7 @@ def _matches(op: str, form: tuple, parts: list[Form], keep_numbers: bool) -> boo
         if group is not None:
             left.remove(group)
             rest.remove(part)
-    absorbing = op == "*" and 0 in left and not all(rest)  # 0 * 3 * 4 = 0 * 4
+    absorbing = op == "*" and 0 in form[1:] and 0 in parts  # 0 * 3 * 4 = 0 * 4
     return _regroups(op, left, rest, absorbing)
 
 

@@ -137,8 +137,8 @@ class _OnGPU:
 
 
 class _OnCPU:
-    """The kernel for CPUs, on neighbours of one length at once. Last axes must be contiguous: called without the checks of
-    `scaled_dot_product_attention`, it takes that for granted."""
+    """The kernel for CPUs, on neighbours of one length at once; made by the same words as `_OnGPU`. Last axes must be
+    contiguous: called without the checks of `scaled_dot_product_attention`, it takes that for granted."""
 
     def __init__(self, lengths: list[int], shared: list[tuple[slice, slice]], device: torch.device):
         self.runs = [(length, len([*run])) for length, run in groupby(lengths)]

@@ -163,10 +163,15 @@ def draw(runs: list[Folder], out: Path) -> list[str]:
 
     found = {name: table for name, (read, _, _) in FIGURES.items() if (table := read(runs))}
     names = dict.fromkeys(row["arm"] for table in found.values() for row in table)
+    texts = {name: [{"arm": row["arm"]} | {key: "" if value != value else value for key, value in row.items()}  # NaN
+                    for row in table] for name, table in found.items()}
+    for name, table in texts.items():
+        path = out / f"{name}.csv"
+        if path.exists() and any(row.keys() != table[0].keys() for row in tables.read(path)):
+            raise InputError(f"{path}: not the numbers of a figure, and would be replaced; choose another --out")
     for name, table in found.items():
         _, draw_one, size = FIGURES[name]
-        tables.write(out / f"{name}.csv", [{"arm": row["arm"]} | {key: "" if value != value else value  # NaN
-                                                                  for key, value in row.items()} for row in table])
+        tables.write(out / f"{name}.csv", texts[name])
         with matplotlib.rc_context(drawing.LOOK):
             figure = Figure(size, layout="constrained")
             draw_one(figure, table, [drawing.Arm(arm, place) for place, arm in enumerate(names)

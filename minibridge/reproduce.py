@@ -27,7 +27,7 @@ from typing import Literal
 import train_rl
 import train_sft
 from minibridge import arms, checkpoint, evaluate, igsm, plan, results, splits, tables, traces
-from minibridge.config import InputError, option, read_json, run_command, write_jsonl, write_whole
+from minibridge.config import InputError, option, read_json, read_jsonl, run_command, write_jsonl, write_whole
 from minibridge.dag import Problem
 from minibridge.data import Example, load_prompts, load_sft, micro_batches
 from minibridge.jobs import side_by_side
@@ -75,7 +75,7 @@ class Experiment:
     format_scale: float = option(0.0, "extra reward of a well-formed answer", least=0)
     as_authors: bool = option(False, "as the authors' trainer does in effect: SFT on the whole chat, long examples cut, "
                               "RL's gradient clipped at 8 times --clip")
-    val_problems: int = option(0, "problems of 21 to 25 operations for RL's validation every 5 steps", least=0)
+    val_problems: int = option(0, "problems for RL's validation every 5 steps (iGSM: 21 to 25 operations)", least=0)
     test_problems: int = option(400, "problems of each test set", least=2)
     test_samples: int = option(1, "answers to each at temperature 1, beside the greedy one", least=1)
     max_prompt: int = option(400, "longest prompt, in tokens", least=1)
@@ -174,7 +174,8 @@ def check(config: Experiment):
     pick_device(config.device)
     if config.base is None:
         raise InputError("base: give the folder of a base model")
-    if len({(arm.partition("@")[0], behaviors_of(arm)) for arm in config.names}) < len(config.names):
+    train_rl.recipe_of(rl_config(config, Path(config.out), config.names[0]))
+    if len({arm if arm in arms.AUGMENTED else behaviors_of(arm) for arm in config.names}) < len(config.names):
         raise InputError(f"arms: {config.arms} names one twice")
     if config.sft_batch > config.sft_rows:
         raise InputError(f"sft_batch: {config.sft_batch} examples of a step, but sft_rows is {config.sft_rows}")
@@ -254,8 +255,17 @@ def make_data(config: Experiment):
     for which, count, files in sets:
         if missing := [name for name in files if not (out / f"{name}.jsonl").exists()]:
             drawn = draw(config, which, count)
+            for name in files.keys() - missing:
+                check_same(out / f"{name}.jsonl", drawn)
             for name in missing:
                 write_jsonl(out / f"{name}.jsonl", files[name](drawn))
+
+
+def check_same(path: Path, drawn: list[Problem]):
+    """InputError for a file of an arm trained before whose problems are others than those of an arm added now."""
+    ids = list(dict.fromkeys(row.get("id") for row in read_jsonl(path)))
+    if ids != [problem.id for problem in drawn[:len(ids)]]:
+        raise InputError(f"{path}: other problems than are drawn now, as by another version; choose another --out")
 
 
 def draw(config: Experiment, which: str, count: int) -> list[Problem]:

@@ -3,7 +3,6 @@
 Answers are files FOLDER/STAGE_ARM_TEST_DECODING.jsonl of one seed's folder, as `reproduce` leaves them.
 """
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from minibridge import evaluate
 from minibridge.arms import AUGMENTED, IN_BRIDGE, parts_of
 from minibridge.config import InputError, check_fields, numbered, read_jsonl
 from minibridge.spans import behavior_rates
-from minibridge.tables import Table, markdown, t_quantile
+from minibridge.tables import Table, half_width, markdown
 
 STAGES, DECODINGS = ("sft", "rl"), ("greedy", "sampled")
 CURVES = ("accuracy", "length", "common_answer", "dead_groups", "root_of_alpha_1_minus_alpha", "entropy", "grad_norm")
@@ -82,7 +81,7 @@ def mean_and_reach(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Mean of numbers of the problems of each seed, and the half width of its 95% interval (Student's t): over the problems
     of a single seed, or over the means of several seeds, each of which has problems and training of its own."""
     values = seeds[0] if len(seeds) == 1 else [mean(numbers) for numbers in seeds]
-    return mean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return mean(values), half_width(stdev(values), len(values))
 
 
 def table(found: list[Outcome]) -> str:

@@ -62,6 +62,11 @@ def _cell(value) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def half_width(deviation: float, count: int) -> float:
+    """Of the 95% interval of the mean of `count` numbers, at least two, with this sample standard deviation."""
+    return t_quantile(count - 1) * deviation / math.sqrt(count)
+
+
 def t_quantile(freedom: int) -> float:
     """97.5% quantile of Student's t: a table, then Fisher's expansion around the normal one, good to 3e-3."""
     z = 1.959964

@@ -148,6 +148,8 @@ def test_what_is_drawn(folders, monkeypatch):
     ("--runs {folder}/empty --out {folder}/out", "runs: no numbers for a figure in {folder}/empty"),
     ("--runs {folder}/a --out {folder}/a/../a", "out: {folder}/a/../a is one of --runs; its own tables would be replaced"),
     ("--runs {folder}/a --out {folder}/mine", "out: {folder}/mine is a run folder; its own tables would be replaced"),
+    ("--runs {folder}/a --out {folder}/other", "{folder}/other/fluency.csv: not the numbers of a figure, and would be replaced; "
+     "choose another --out"),
     ("--runs x={folder}/a,x={folder}/b --out {folder}/out",
      "runs: two folders have a table 'rollout_accuracy' for 'x'; give NAME= before them"),
     ("--runs {folder}/whole,{folder}/seeds --out {folder}/out",
@@ -158,8 +160,11 @@ def test_wrong_input_is_one_line(folders, capsys, argv, message):
     (folders / "empty").mkdir()
     (folders / "mine").mkdir()
     (folders / "mine" / "run.json").write_text("{}")
+    (folders / "other").mkdir()
+    (folders / "other" / "fluency.csv").write_text("text,my own\nx,1\n")
     assert run(*argv.format(folder=folders).split()) == 2
     assert capsys.readouterr().err == f"error: {message.format(folder=folders)}\n"
+    assert (folders / "other" / "fluency.csv").read_text() == "text,my own\nx,1\n"
 
 
 @pytest.mark.parametrize("file, text, message", [

@@ -175,6 +175,22 @@ def test_another_tokenizer_under_the_same_run_is_refused(finished, toy, tmp_path
         reproduce.base_mark(dataclasses.replace(finished[0], base=str(base)), finished[1])
 
 
+@pytest.mark.parametrize("arm", ["vanilla", "pp-aug"])
+def test_an_arm_added_to_other_problems_is_refused(finished, arm):
+    """As when another version, which draws others, began the folder."""
+    path = finished[1] / "seed_0" / f"sft_{arm}.jsonl"
+    before, added = path.read_bytes(), dataclasses.replace(finished[0], arms=f"{arm},analysis")
+    path.write_bytes(b"".join(before.splitlines(keepends=True)[::-1]))
+    try:
+        with pytest.raises(InputError, match=f"sft_{arm}.jsonl: other problems than are drawn now"):
+            reproduce.make_data(added.one_seed_each[0])
+    finally:
+        path.write_bytes(before)
+    assert not path.with_name("sft_analysis.jsonl").exists()
+    reproduce.make_data(added.one_seed_each[0])
+    path.with_name("sft_analysis.jsonl").unlink()
+
+
 def test_a_second_run_repeats_no_stage(finished, monkeypatch):
     config, out = finished
 
@@ -227,6 +243,8 @@ def test_other_settings_are_refused_by_name(finished):
     ({"arms": "vanilla,bird"}, "arm: 'bird' is none of"), ({"arms": "bridge@x"}, "'x' is not a probability"),
     ({"arms": "bridge@2"}, "'bridge@2': '2' is not a probability"), ({"arms": "bridge@.3,bridge@0.3"}, "names one twice"),
     ({"arms": "vanilla,prompts"}, "'prompts' has no answers"), ({"arms": "bridge,bridge"}, "names one twice"),
+    ({"arms": "subgoal+analysis,analysis+subgoal"}, "names one twice"), ({"kl_threshold": 0.0}, "kl_threshold: 0 would drop"),
+    ({"arms": "bridge,reflection+subgoal+analysis"}, "names one twice"),
     ({"sft_batch": 34}, "sft_batch: 34 examples"), ({"device": "cuda:99"}, "device"),
     ({"max_length": 2000}, "max_length: 2000 tokens"),
     ({"max_new_tokens": 1024}, "max_prompt: 1424 tokens in all"), ({"base": "no/such"}, "no/such: no such folder"),

@@ -658,6 +658,7 @@ def test_gradient_that_is_not_finite_stops_the_run(toy, guesser, whole, tmp_path
     ("--max-new-tokens 1000", "more than the 24 that max_prompt, or max_new_tokens and"),
     ("--max-new-tokens 1024", "max_new_tokens: 1024 leave no room for a prompt"),
     ("--kl-threshold -1", "kl_threshold: must be at least 0"),
+    ("--kl-threshold 0", "kl_threshold: 0 would drop every rollout"),
     ("--clip-low 1.5", "clip_low: must be at most 1"),
     ("--preset ppo", "--preset"),
     ("--preset grpo_zero --clip-high 0.3", "clip_low, clip_high: the preset grpo_zero has no ratio to clip"),
