@@ -10,7 +10,7 @@ import minibridge.generate as generate_module
 from minibridge import cache
 from minibridge.cache import KVCache
 from minibridge.config import InputError
-from minibridge.generate import generate
+from minibridge.generate import generate, prefill_batch
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
 from minibridge.sampling import inverse_transform, nucleus, sample
@@ -319,6 +319,7 @@ def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(model, monkey
 
     def noted_prompts(cache, first, filled):
         prefills.append(len(filled.layers[0][0]))
+        assert filled.layers[0][0].shape[2] < max(map(len, PROMPTS))  # all but the last token, and no more padding
         put_prompts(cache, first, filled)
 
     def noted_step(cache, decoder, longest, draw, newest, lengths, *more):
@@ -335,6 +336,12 @@ def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(model, monkey
     assert sum(steps) == sum(len(completion.ids) for completion in completions)
     ideal = sum(steps) / min(rows, len(completions))
     assert len(steps) <= ideal + 2 * 9  # rows are refilled as they end
+
+
+@pytest.mark.parametrize("rows, samples, longest, batch", [
+    (64, 8, 100, 8), (4, 8, 100, 1), (256, 1, 1000, 16), (256, 1, 16_385, 1)])
+def test_as_many_prompts_are_prefilled_as_fill_the_rows_or_the_device(rows, samples, longest, batch):
+    assert prefill_batch(rows, samples, longest) == batch
 
 
 # Bad input
