@@ -276,11 +276,11 @@ def jsonl(rows: Iterable[dict]) -> str:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    path = os.path.realpath(path)  # a link stays one
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if Path(path).exists() and not Path(path).is_file():
+    path = Path(os.path.realpath(path))  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a file that can be replaced")
-    aside = Path(f"{path}.part")
+    aside = path.with_name(f".{path.name}.part")
     try:
         with open(aside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
