@@ -12,8 +12,9 @@ from minibridge.tables import Table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # jfly.uni-koeln.de/color
 LINES, MARKERS, HATCHES = ("-", "--", "-.", ":"), "osD^vP*X", ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "**")
+VALIDATION = "val_accuracy"  # not of every step, and of a run without --val of none
 CURVES = {"accuracy": "accuracy of sampled answers", "dead_groups": "share of dead groups",
-          "entropy": "entropy (nats per token)", "length": "tokens per answer"}
+          "entropy": "entropy (nats per token)", "length": "tokens per answer", VALIDATION: "greedy accuracy on --val"}
 ALPHA = "share α of right answers to a prompt (.2–.4: from .2, below .4; 0 and 1 apart)"
 BIN_LABELS = [name.replace("0.", ".").replace("-", "–") for name in tables.BINS]
 LOOK = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -74,16 +75,24 @@ def bars(axes, place: int, count: int, ticks: list[float], heights: list[float],
 
 
 def training(figure, table: Table, arms: list[Arm]):
-    for axes, (curve, title) in zip(figure.subplots(-(-len(CURVES) // 2), 2, sharex=True).flat, CURVES.items()):
+    shown = [curve for curve in CURVES if any(row[curve] == row[curve] for row in table)]  # not NaN alone
+    lines = -(-len(shown) // 2)
+    figure.set_size_inches(6.5, 0.6 + 2 * lines)
+    places = figure.subplots(lines, 2, sharex=True, squeeze=False).flat
+    for axes in places[len(shown):]:
+        axes.remove()
+    for axes, curve in zip(places, shown):
         for arm in arms:
-            rows = of(table, arm=arm.name)
+            rows = [row for row in of(table, arm=arm.name) if row[curve] == row[curve]]
             steps, values = column(rows, "step"), column(rows, curve)
-            means = [mean(values[max(0, i - SMOOTHED + 1):i + 1]) for i in range(len(values))]
+            means = [mean(values[j] for j in range(max(0, i - SMOOTHED + 1), i + 1) if steps[j] > steps[i] - SMOOTHED)
+                     for i in range(len(values))]
             axes.plot(steps, values, color=arm.line["color"], alpha=0.25, linewidth=0.7)
             axes.plot(steps, means, label=arm.label, marker="o" if len(rows) == 1 else None, **arm.line)
-        axes.set_title(title)
+        axes.set_title(CURVES[curve])
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in figure.axes[-2:]:
+        axes.tick_params(labelbottom=True)
         axes.set_xlabel(f"step (thin: each; bold: mean of the last {SMOOTHED})")
 
 

@@ -88,8 +88,10 @@ def collected(kind: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Ca
 def by_arm(run: Folder, file: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> dict[str, Table]:
     """A table that `reproduce` wrote, taken apart."""
     parts, path = defaultdict(list), run[1] / file
-    for row in numeric(tables.read(path), path, ("arm", *texts), numbers) if path.exists() else ():
-        parts[row["arm"] if run[0] is None else f"{run[0]}: {row['arm']}"].append(row)
+    if path.exists():
+        table = [{drawing.VALIDATION: ""} | row for row in tables.read(path)]
+        for row in numeric(table, path, ("arm", *texts), numbers):
+            parts[row["arm"] if run[0] is None else f"{run[0]}: {row['arm']}"].append(row)
     return parts
 
 
@@ -98,7 +100,8 @@ def training(runs: list[Folder]) -> Table:
     parts = []
     for run in runs:
         path = run[1] / "metrics.jsonl"
-        lines = [line for line in whole_lines(path) if "accuracy" in line] if path.exists() else []
+        lines = [{drawing.VALIDATION: None} | line for line in (whole_lines(path) if path.exists() else [])
+                 if "accuracy" in line]
         if lines:
             parts.append((run[0] or run[1].name, numeric(lines, path, (), ("step", *drawing.CURVES))))
         for arm, rows in by_arm(run, "curves.csv", (), ("seed", "step", *drawing.CURVES)).items():

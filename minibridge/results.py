@@ -15,7 +15,8 @@ from minibridge.spans import behavior_rates
 from minibridge.tables import Table, half_width, markdown
 
 STAGES, DECODINGS = ("sft", "rl"), ("greedy", "sampled")
-CURVES = ("accuracy", "length", "common_answer", "dead_groups", "root_of_alpha_1_minus_alpha", "entropy", "grad_norm")
+CURVES = ("accuracy", "length", "common_answer", "dead_groups", "root_of_alpha_1_minus_alpha", "entropy", "grad_norm",
+          "val_accuracy")
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,21 @@ def test_numbers_of_every_figure(folders, capsys):
         assert (folders / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_validation_is_drawn_where_there_is_some(folders):
+    """Joined over the steps without one, no mean with those before; a panel only if any run has it."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    steps = [METRICS[1] | {"step": step} for step in range(1, 12)]
+    write_jsonl(folders / "validated" / "metrics.jsonl", [
+        line | ({"val_accuracy": line["step"] / 40} if line["step"] % 5 == 1 else {}) for line in steps])
+    for names, panels in ((["rl"], 4), (["rl", "validated"], 5)):
+        table, figure = plots.training([(None, folders / name) for name in names]), Figure()
+        drawing.training(figure, table, [drawing.Arm(name, n) for n, name in enumerate(names)])
+        assert len(figure.axes) == panels
+    bold = figure.axes[-1].lines[-1]
+    assert figure.axes[-1].get_title() == "greedy accuracy on --val"
+    assert ([*bold.get_xdata()], [*bold.get_ydata()]) == ([1, 6, 11], [1 / 40, 6 / 40, 11 / 40])
+
+
 def test_an_arm_looks_the_same_in_every_figure_and_no_two_alike(folders, monkeypatch):
     pytest.importorskip("matplotlib")
     seen = {}
