@@ -54,7 +54,7 @@ def table(capsys, step, model, *flags) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_row_is_the_first_step_of_training_with_that_preset(toy, guesser, step, tmp_path, capsys, name):
     """The rollouts of a first step do not depend on the preset."""
-    ratios = () if name == "grpo_zero" else ("--old-logps", "sampler")
+    ratios = () if PRESETS[name].clip_low is None else ("--old-logps", "sampler")
     assert run(toy, guesser, tmp_path, "--steps", 1, "--preset", name, *ratios) == 0
     assert read_jsonl(tmp_path / "rollouts" / "step_0001.jsonl") == read_jsonl(step / "rollouts" / "step_0001.jsonl")
     (logged,) = read_jsonl(tmp_path / "metrics.jsonl")
