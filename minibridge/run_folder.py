@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -68,6 +69,7 @@ class Run:
 
     def log(self, step: int, console: Sequence[str] | None = None, **numbers: Any) -> None:
         """Append to metrics.jsonl; print the numbers named in `console` (default: all; empty: no line)."""
+        self._check_own()
         try:
             with open(self.metrics, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json_line({"step": step} | numbers))
@@ -82,15 +84,23 @@ class Run:
 
     def finish(self, **results: Any) -> None:
         """Add the wall-clock seconds since this start, and the results given, to run.json."""
+        self._check_own()
         self.record |= {"seconds": round(time.monotonic() - self.started, 1)} | results
         write_record(self.path / "run.json", self.record)
 
+    def _check_own(self) -> None:
+        """InputError if another process has begun a run here: the folder is its now."""
+        path, own = self.path / "run.json", self.record["process"]
+        if path.exists() and read_json(path).get("process", own) != own:
+            raise InputError(f"{self.path}: another process has begun a run here, so this one ends")
+
 
 def record(config: Any, device: Any, **facts: Any) -> dict[str, Any]:
-    """What runs now: settings, command line, device, time, versions, commit, and the facts given."""
+    """What runs now: settings, command line, process, device, time, versions, commit, and the facts given."""
     return {
         "config": dataclasses.asdict(config),
         "argv": sys.argv,
+        "process": os.getpid(),
         "device": str(device),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": _versions(),

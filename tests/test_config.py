@@ -266,6 +266,19 @@ def test_missing_file_and_folder_are_input_errors(tmp_path):
 # ---- run folder
 
 
+def test_of_two_processes_in_one_folder_the_earlier_ends(tmp_path, monkeypatch):
+    first = Run(tmp_path, Config(data="x"), "cpu")
+    first.log(1, loss=1.0)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    second = Run(tmp_path, Config(data="x"), "cpu", resume_step=2)
+    second.log(2, loss=0.5)
+    for write in (lambda: first.log(2, loss=0.7), first.finish):
+        with pytest.raises(InputError, match="another process has begun a run here"):
+            write()
+    second.finish()
+    assert [line["loss"] for line in read_jsonl(second.metrics)] == [1.0, 0.5]
+
+
 def test_run_json_is_the_record_of_the_run(tmp_path, monkeypatch):
     config = Config(data="x")
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "x"])
