@@ -278,7 +278,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         return print(plan.rl(config))
     device = pick_device(config.device)
     model, reference, tokenizer = open_models(config, device, ranks)
-    mark = fingerprint(config, recipe)
+    mark = fingerprint(config, recipe=recipe)
     saved = resume_point(config, mark)
     ranks.agree([mark, saved and saved.name, finished(config)], f"{config.out}: settings, data, model or checkpoints")
     if finished(config):

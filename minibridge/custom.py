@@ -92,9 +92,9 @@ def _nodes(records: list) -> dict[str, Node]:
             raise InputError(f"nodes: number {number} is not an object")
         name = record.get("name")
         if not isinstance(name, str) or name != _one_line(name) or not _usable(name):
-            fault = NO_NAME.search(str(name))
+            fault = NO_NAME.search(plain(str(name)))
             raise InputError(f"nodes: number {number} has no usable name: {str(name)[:80]!r}"
-                             + (f", because of {fault[0]!r}" if fault else ""))
+                             + (f", because of {fault[0]!r}" if fault and fault[0] else ""))
         if plain(name) in seen:
             raise InputError(f"node {name!r}: a second node of this name, upper and lower case being one")
         seen.add(plain(name))

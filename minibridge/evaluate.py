@@ -131,12 +131,11 @@ def behaviors(verdicts: list[Verdict]) -> str:
 
     boxed = [verdict for verdict in verdicts if verdict.boxed]
     found = {"with a failed attempt": f"{mean(verdict.attempts > 0 for verdict in verdicts):.1%}"}
-    counted = {**COUNTED, "right failed attempts": "right_attempts", "steps with a value": "solved",
-               "steps without need": "unneeded"}
-    right = counted.pop("right in every step")
-    for name, field in counted.items():
-        found[f"{name} per answer"] = f"{mean(getattr(verdict, field) for verdict in verdicts):.2f}"
-    found["right in every step"] = f"{mean(getattr(verdict, right) for verdict in verdicts):.1%}"
+    for name, field in (COUNTED | {"right failed attempts": "right_attempts", "steps with a value": "solved",
+                                   "steps without need": "unneeded"}).items():
+        if field != "correct":  # a share, below
+            found[f"{name} per answer"] = f"{mean(getattr(verdict, field) for verdict in verdicts):.2f}"
+    found["right in every step"] = f"{mean(verdict.correct for verdict in verdicts):.1%}"
     if boxed:
         wrong = sum(not verdict.correct for verdict in boxed) / len(boxed)
         found["right result with a wrong step"] = f"{wrong:.1%} of right results"

@@ -104,11 +104,11 @@ def finished(config: Any) -> bool:
     return config.resume and (Path(config.out) / "model" / "config.json").exists()
 
 
-def fingerprint(config: Any, more: dict[str, Any] | None = None) -> str:
+def fingerprint(config: Any, **more: Any) -> str:
     """SHA-256 of all that a run depends on: the settings that no resumed run may change (and `more`, what the code makes of
     them), its data files, and the model and tokenizer it starts from, which in RL stay the reference's. To be taken once,
     when they are read."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE} | (more or {})
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE} | more
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     model = Path(config.model)
     add_files(digest, [*_read(config), *model_files(model)])

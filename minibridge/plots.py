@@ -65,6 +65,7 @@ def numeric(table: Table, path: Path, texts: tuple[str, ...], numbers: tuple[str
     for line, row in enumerate(table, start=1):
         if missing := [name for name in texts if not isinstance(row.get(name), str)]:
             raise InputError(f"{path}: row {line}: no field {missing[0]!r}")
+        row = {drawing.VALIDATION: None} | row  # the one column that may be missing
         found = {name: number(row, name, f"{path}: row {line}") for name in numbers}
         for name, value in found.items():
             low, high = RANGES.get(name, (0.0 if name.endswith("+-") else -math.inf, math.inf))
@@ -88,10 +89,8 @@ def collected(kind: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Ca
 def by_arm(run: Folder, file: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> dict[str, Table]:
     """A table that `reproduce` wrote, taken apart."""
     parts, path = defaultdict(list), run[1] / file
-    if path.exists():
-        table = [{drawing.VALIDATION: ""} | row for row in tables.read(path)]
-        for row in numeric(table, path, ("arm", *texts), numbers):
-            parts[row["arm"] if run[0] is None else f"{run[0]}: {row['arm']}"].append(row)
+    for row in numeric(tables.read(path), path, ("arm", *texts), numbers) if path.exists() else ():
+        parts[row["arm"] if run[0] is None else f"{run[0]}: {row['arm']}"].append(row)
     return parts
 
 
@@ -100,8 +99,7 @@ def training(runs: list[Folder]) -> Table:
     parts = []
     for run in runs:
         path = run[1] / "metrics.jsonl"
-        lines = [{drawing.VALIDATION: None} | line for line in (whole_lines(path) if path.exists() else [])
-                 if "accuracy" in line]
+        lines = [line for line in whole_lines(path) if "accuracy" in line] if path.exists() else []
         if lines:
             parts.append((run[0] or run[1].name, numeric(lines, path, (), ("step", *drawing.CURVES))))
         for arm, rows in by_arm(run, "curves.csv", (), ("seed", "step", *drawing.CURVES)).items():
@@ -171,7 +169,7 @@ def draw(runs: list[Folder], out: Path) -> list[str]:
     for name, table in texts.items():
         path = out / f"{name}.csv"
         if path.exists() and any(row.keys() != table[0].keys() for row in tables.read(path)):
-            raise InputError(f"{path}: not the numbers of a figure, and would be replaced; choose another --out")
+            raise InputError(f"{path}: has other columns than this figure's, and would be replaced; choose another --out")
     for name, table in found.items():
         _, draw_one, size = FIGURES[name]
         tables.write(out / f"{name}.csv", texts[name])

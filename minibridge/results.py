@@ -50,22 +50,23 @@ class Outcome:
 
 def outcomes(seed: int, folder: Path, arms: Sequence[str], tests: dict[str, str]) -> list[Outcome]:
     """tests: the titles of the test sets by their names in the files."""
-    found = []
+    found, files = [], {test: folder / f"test_{test}.jsonl" for test in tests}
+    right = {test: [line.get("answer") for _, line in numbered(path)] for test, path in files.items()}
     for arm, (test, said), decoding in itertools.product(arms, tests.items(), DECODINGS):
         paths = [folder / f"{stage}_{arm}_{test}_{decoding}.jsonl" for stage in STAGES]
-        (before, tokens), (after, tokens_after) = (answers(path, folder / f"test_{test}.jsonl") for path in paths)
+        (before, tokens), (after, tokens_after) = map(answers, paths)
+        for path, scored in zip(paths, (before, after)):
+            if [problem.answer for problem in scored] != right[test]:
+                raise InputError(f"{path}: not answers to the problems of {files[test]}, one after another")
         found.append(Outcome(seed, arm, said, decoding, before, after, (tokens, tokens_after)))
     return found
 
 
-def answers(path: Path, problems: Path) -> tuple[list[evaluate.Scored], float]:
-    """Saved answers, scored, and their mean length in tokens. InputError for lines that are not whole, and unless they are
-    to all these problems."""
+def answers(path: Path) -> tuple[list[evaluate.Scored], float]:
+    """Saved answers, scored, and their mean length in tokens. InputError for lines that are not whole."""
     scored, lines = evaluate.rescore(str(path)), numbered(path)
     for where, line in lines:
         check_fields(line, {"ids": (list,), "problem": (dict,)}, where)
-    if [problem.answer for problem in scored] != [line.get("answer") for _, line in numbered(problems)]:
-        raise InputError(f"{path}: not answers to the problems of {problems}, one after another")
     return scored, mean(len(line["ids"]) for _, line in lines)
 
 

@@ -258,7 +258,7 @@ def test_an_error_ends_both_with_one_line(words, tmp_path, flags, sabotage, mess
 
 def second_reads_other_rows(script, rank):
     if rank == 1:
-        script.fingerprint = lambda config, more=None: "of other rows"
+        script.fingerprint = lambda config, **more: "of other rows"
 
 
 def second_has_no_checkpoint(script, rank):

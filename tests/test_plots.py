@@ -163,7 +163,7 @@ def test_what_is_drawn(folders, monkeypatch):
     ("--runs {folder}/empty --out {folder}/out", "runs: no numbers for a figure in {folder}/empty"),
     ("--runs {folder}/a --out {folder}/a/../a", "out: {folder}/a/../a is one of --runs; its own tables would be replaced"),
     ("--runs {folder}/a --out {folder}/mine", "out: {folder}/mine is a run folder; its own tables would be replaced"),
-    ("--runs {folder}/a --out {folder}/other", "{folder}/other/fluency.csv: not the numbers of a figure, and would be replaced; "
+    ("--runs {folder}/a --out {folder}/other", "{folder}/other/fluency.csv: has other columns than this figure's, and would be replaced; "
      "choose another --out"),
     ("--runs x={folder}/a,x={folder}/b --out {folder}/out",
      "runs: two folders have a table 'rollout_accuracy' for 'x'; give NAME= before them"),

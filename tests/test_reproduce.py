@@ -138,6 +138,15 @@ def test_a_process_that_fails_by_an_error_of_ours_says_which(finished, tmp_path)
     assert "Traceback" in jobs.log_of(job, "bridge").read_text()
 
 
+def test_a_log_that_cannot_be_written_is_named(finished, tmp_path, capfd):
+    job = dataclasses.replace(finished[0], out=str(tmp_path))
+    jobs.log_of(job, "bridge").mkdir()
+    with pytest.raises(InputError, match="^seed 0, bridge: failed$"):
+        jobs.side_by_side(fails, [(job, "bridge")], 1)
+    error = capfd.readouterr().err
+    assert "Traceback" not in error and f"Is a directory: '{jobs.log_of(job, 'bridge')}'" in error
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks Linux which processes there are")
 def test_a_run_that_is_terminated_takes_its_processes_along(toy, tmp_path):
     words = (f"toy --base {toy.model} --out {tmp_path} --sft-ops 4-5 --rl-ops 4-5 --ops 4-5 --ood-ops 6 --sft-rows 32"
