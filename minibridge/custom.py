@@ -31,7 +31,7 @@ from minibridge.formula import plain
 LARGEST = 10**9
 MOST_TOKENS = 100  # of a formula; it also bounds how deep its parentheses go
 SYMBOLS = "+-*/()"
-NO_NAME = re.compile(r"[-+*/()=]|\.(\s|$)|^(it|and)$|^[\W\d_]*$", re.IGNORECASE)
+NO_NAME = re.compile(r"[-+*/()=]|\.(\s|$)|^(it|and)$", re.IGNORECASE)
 MARKS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed")  # of an answer: no text may hold them
 MOST_NODES, LONGEST_NAME = 1000, 100
 STOPS, CLOSERS = tuple(".!?。！？"), "\"'”’»)"  # how a statement ends
@@ -71,8 +71,9 @@ def problem(record: dict) -> Problem:
 
 
 def _checked(problem: Problem) -> Problem:
-    if not problem.ask or problem.ask != _one_line(problem.ask) or any(mark in problem.ask for mark in MARKS):
+    if not problem.ask or problem.ask != _one_line(problem.ask):
         raise InputError("ask: must be one line of text")
+    _check_marks("ask", problem.ask)
     letters = [letter for letter in string.ascii_letters if letter not in problem.nodes]
     if len(problem.nodes) > len(letters) and not problem.symbolic:
         raise InputError(f"nodes: {len(problem.nodes)}, more than the {len(letters)} letters; names of one word need none")
@@ -92,9 +93,7 @@ def _nodes(records: list) -> dict[str, Node]:
             raise InputError(f"nodes: number {number} is not an object")
         name = record.get("name")
         if not isinstance(name, str) or name != _one_line(name) or not _usable(name):
-            fault = NO_NAME.search(plain(str(name)))
-            raise InputError(f"nodes: number {number} has no usable name: {str(name)[:80]!r}"
-                             + (f", because of {fault[0]!r}" if fault and fault[0] else ""))
+            raise InputError(f"nodes: number {number} has no usable name: {str(name)[:80]!r}{_fault(name)}")
         if plain(name) in seen:
             raise InputError(f"node {name!r}: a second node of this name, upper and lower case being one")
         seen.add(plain(name))
@@ -106,8 +105,16 @@ def _nodes(records: list) -> dict[str, Node]:
 
 
 def _usable(name: str) -> bool:
-    return (len(name) <= LONGEST_NAME and len(name.lower()) == len(name) and not NO_NAME.search(plain(name))
-            and not any(mark in name for mark in MARKS))
+    return (len(name) <= LONGEST_NAME and len(name.lower()) == len(name) and any(map(str.isalpha, name))
+            and not NO_NAME.search(plain(name)) and not any(mark in name for mark in MARKS))
+
+
+def _fault(name: object) -> str:
+    """Why `_usable` turns a name down, where its first 80 characters may not show it."""
+    if len(str(name)) > LONGEST_NAME:
+        return f"..., longer than {LONGEST_NAME} characters"
+    fault = NO_NAME.search(plain(str(name)))
+    return f", because of {fault[0]!r}" if fault else ""
 
 
 def _node(name: str, record: dict) -> Node:
@@ -115,8 +122,7 @@ def _node(name: str, record: dict) -> Node:
     text = record.get("statement", "")
     if "statement" in record and (text != _one_line(text) or not _is_statement(text)):
         raise InputError("statement: must be one line that ends with . ! or ?")
-    if any(mark in text for mark in MARKS):
-        raise InputError(f"statement: holds one of {', '.join(MARKS)}")
+    _check_marks("statement", text)
     node = Node(name, "", parse(record["formula"]), stated=bool(text), text=text)
     if not text and not node.parents:
         raise InputError("statement: missing, and nobody can infer a number")
@@ -129,6 +135,11 @@ def _check_fields(record: dict, kinds: dict[str, type], optional: str = "") -> N
             raise InputError(f"unknown field {field!r}")
         if not (isinstance(record.get(field), kinds[field]) or field == optional and field not in record):
             raise InputError(f"field {field!r} must be {KINDS[kinds[field]]}")
+
+
+def _check_marks(field: str, text: str) -> None:
+    if any(mark in text for mark in MARKS):
+        raise InputError(f"{field}: holds one of {', '.join(MARKS)}")
 
 
 def _one_line(text: str) -> str:

@@ -200,20 +200,25 @@ def _matches(op: str, form: tuple, parts: list[Form], keep_numbers: bool) -> boo
     groups that are reduced. 2 * 3 * 6 = 6 * 6 needs a second look, where no number counts as still there."""
     left, rest = list(form[1:]), []
     for part in parts:  # still there
-        if part in left and (keep_numbers or not is_number(part)):
+        if part in left and (keep_numbers or not _is_plain(part)):
             left.remove(part)
         else:
             rest.append(part)
     for part in list(rest):  # reduced inside
         signs = (part, negative(part)) if op == "*" else (part,)
         groups = [operand for operand in left
-                  if isinstance(operand, tuple) and not (operand[0] == "inv" and is_number(part))]
+                  if not _is_plain(operand) and not (operand[0] == "inv" and is_number(part))]
         group = next((operand for operand in groups if any(reduces(operand, signed) for signed in signs)), None)
         if group is not None:
             left.remove(group)
             rest.remove(part)
-    absorbing = op == "*" and 0 in form[1:] and 0 in parts  # 0 * 3 * 4 = 0 * 4
+    absorbing = op == "*" and 0 in parts and 0 in map(value, form[1:])  # 0 * 3 * 4 = 0 * 4
     return _regroups(op, left, rest, absorbing)
+
+
+def _is_plain(operand: Form) -> bool:
+    """Whether there is nothing to compute in it: a number, or one that is divided by."""
+    return is_number(operand[1] if isinstance(operand, tuple) and operand[0] == "inv" else operand)
 
 
 def _regroups(op: str, left: list[Form], parts: list[Form], absorbing: bool) -> bool:
@@ -222,7 +227,8 @@ def _regroups(op: str, left: list[Form], parts: list[Form], absorbing: bool) -> 
     if not parts:
         return not left or absorbing or value((op, *left)) == (op == "*")
     first, *rest = parts
-    turn = inverse if isinstance(first, tuple) and first[0] == "inv" else lambda form: form  # 8 / (2 * 2) = 8 / 4
+    divided = op == "*" and isinstance(first, tuple) and first[0] == "inv"
+    turn = inverse if divided else lambda form: form  # 8 / 2 / 2 = 8 / 4
     if not is_number(turn(first)) or rest and len(left) > MAX_REGROUPED:
         return False
     counts = range(1, len(left) - len(rest) + 1) if rest or len(left) <= MAX_REGROUPED else [len(left)]

@@ -51,6 +51,7 @@ FIELDS = {"node": r"(?P<node>.{1,200}?)", "letter": f"(?P<letter>{WORD})", "valu
           "expression": "(?P<expression>.+)", "text": "(?P<text>.+)", "nodes": "(?P<nodes>.+)", "verb": "(?:is|are)"}
 BULLET = re.compile(r"[^\S\n]*[-*•][^\S\n]+(?=\S)")
 SENTENCE = r"[^\s.](?:[^.]++|\.(?!\s|$))*+"  # up to a full stop that is not a decimal point
+NAME = "="  # where a sentence names a node: it stands in no sentence of the grammar
 CHAIN_HEAD = r"(?:(?:so|then|thus|hence|therefore),?\s+)?"
 
 
@@ -277,16 +278,17 @@ class _Ledger:
         if missing and plain(nodes) == plain(traces.listing([traces.phrase(self.problem.nodes[key]) for key in missing])):
             return
         said, names = self._named(nodes)
-        if said or self.node is None:
+        said = [word for word in said if word != NAME]
+        if said or not names or self.node is None:
             raise Wrong(UNDEFINED, " ".join(said)[:80] or "the node that must wait")
         if sorted(names) != sorted(missing):
             raise Wrong(LOCK, f"unknown: {', '.join(missing) or 'none'}")
 
     def _named(self, text: str) -> tuple[list[str], list[str]]:
-        """The nodes named in a text, and the words around them, without commas and "and"."""
+        """The nodes named in a text, and its words, without commas and "and", NAME standing for each node."""
         text = plain(text)
         names = [self.keys[match[0]] for match in self.phrases.finditer(text)]
-        words = self.phrases.sub(" ", text).replace(",", " ").split()
+        words = self.phrases.sub(f" {NAME} ", text).replace(",", " ").split()
         return [word for word in words if word != "and"], names
 
     def _chain(self, words: str, at: int):

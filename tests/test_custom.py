@@ -177,11 +177,12 @@ def nodes(*changed):
     (nodes(ANN, BEN, TOTAL, node("a=b", "1", "So.")), ["number 4", "'a=b'"]),
     (nodes(ANN, BEN, TOTAL, node("Mr. Li", "1", "So.")), ["number 4", "'Mr. Li'"]),
     *((nodes(ANN, BEN, TOTAL, node(name, "1", "So.")), ["number 4", "name"]) for name in (
-        "etc.", "It", "and", "_", "a × b", "− q", "x" * 101, "<answer>", "\\boxed{7}", "İ_x")),
+        "etc.", "It", "and", "_", "a × b", "− q", "x" * 101, "½", "<answer>", "\\boxed{7}", "İ_x")),
     (nodes(ANN, BEN, TOTAL, node("Ben’s apples", "1", "So.")), ["node 'Ben’s apples'", "second"]),
     *((nodes(ANN, BEN, TOTAL | {"statement": text}), ["node 'the total'", "statement"]) for text in (
         ".", "See </think>.", "It is \\boxed{7}.")),
-    (GOOD | {"ask": "<think> what?"}, ["ask"]), (nodes(*[ANN] * 1001), ["nodes: 1001"]),
+    (nodes(ANN, BEN, TOTAL, node("x" * 101, "1", "So.")), ["longer than 100 characters"]),
+    (GOOD | {"ask": "<think> what?"}, ["ask: holds one of <think>"]), (nodes(*[ANN] * 1001), ["nodes: 1001"]),
     (nodes(ANN, BEN, TOTAL, node("The Total", "1", "So.")), ["node 'The Total'", "second", "case"]),
     (nodes(ANN, BEN, TOTAL, node(" x", "1", "So.")), ["number 4", "' x'"]),
     (nodes(ANN, BEN, TOTAL, node("", "1", "So.")), ["number 4", "name"]),

@@ -177,9 +177,12 @@ def test_harmless_variation(old, new):
     ("- Let d be", "- Next is each Yew's Food. But each Oak's Jar is not known yet, so it must wait.\n- Let d be", 3, LOCK),
     ("equals 2 times", "equals 3 times", 2, WRONG_RESTATEMENT),
     ("equals 2 times the sum of each Ash's", "equals 2 times the sum of each Oak's", 2, WRONG_RESTATEMENT),
+    ("2 times the sum of each Ash's Jar, each Elm's Jar and each Oak's Jar",
+     "2 times each Ash's Jar, the sum of each Elm's Jar and each Oak's Jar", 2, WRONG_RESTATEMENT),
     ("2 times the sum", "2 more than the sum", 2, WRONG_RESTATEMENT), ("2 times the sum of", "the sum of", 2, WRONG_RESTATEMENT),
     ("difference of each Ash's Jar and each Elm's", "difference of each Elm's Jar and each Ash's", 3, WRONG_RESTATEMENT),
     ("Yew's Food. Z", "Yew's Food. It equals the sum of each Yew's Jar and each Ash's Jar. Z", 6, WRONG_RESTATEMENT),
+    ("r = 3 + q = 3 + 9 = 12.", "But and is not known yet, so it must wait.", 4, UNDEFINED),
     # form
     ("- Let r", "- Hello there.\n- Let r", 4, UNREADABLE), ("- Let r", "hello\n- Let r", 4, UNREADABLE),
     ("r = 3 + q", "r = 3 + + * q", 4, UNREADABLE), ("r = 3 + q", "r = (3 + q", 4, UNREADABLE),
@@ -673,6 +676,8 @@ def test_canonical_forms(text, other, equal):
     ("8 / (50 * 100)", "8 / 6000", False), ("0.0123 * 0.5 * 800", "0.0062 * 800", True),
     ("0.5 * 0.3 * 8", "0.2 * 8", False),
     ("0.0026 + 285 + 0.0026", "285.0026 + 0.0026", True), ("1.4142 * -0.0001 * -4", "-0.0001 * -4", True),
+    ("4 * (1 + 1)", "4 / 2", False), ("3 / (0.3 / 1.0001)", "3 / 0.3", True), ("8 / 2 / 2", "8 / 2", False),
+    ("(3 - 3) * 24 * 62", "0 * 62", True), ("(3 - 3) * 24 * 62", "0 * 63", False),
     ("1.4142 * -0.0001 * -4", "-0.0002 * -4", False), ("0.5 * 0.3 * 8", "0.15 * 8.0", True),
 ])
 def test_reductions(text, other, right):
