@@ -5,11 +5,16 @@
 
 A step: sample a group of answers for each prompt, score them, turn rewards into advantages within each group, take one
 or more optimizer steps on the clipped surrogate with a KL penalty towards the model it started from, or on another loss
-(--preset). The defaults are those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B. Where it departs from the authors'
-code: gradients are those of the mean loss (theirs are an eighth of it, so their clip of 1.0 is 8.0 here), the first step
-does train (theirs has rate 0), exactly the sampled tokens are trained, the stop token included, answers stop at the
-end-of-turn token and not at "</answer>", blanks around a boxed answer are forgiven, a well-formed answer (--format-scale)
-has each tag once and nothing behind the last, and a prompt may have 1,024 tokens (theirs 512), of which more are an error.
+(--preset). The defaults are those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B, except where the authors' code does
+something else than it seems to mean:
+
+1. The gradient that --clip limits is that of the mean loss. Theirs is divided by eight before: --clip 8 is their 1.0.
+2. The first step trains; theirs has rate 0.
+3. Exactly the sampled tokens are trained, the stop token included.
+4. Answers stop at the end-of-turn token, not at "</answer>".
+5. Blanks around a boxed answer are forgiven.
+6. A well-formed answer (--format-scale) has each tag once and nothing behind the last.
+7. A prompt may have 1,024 tokens, theirs 512; a longer one is an error, theirs a warning.
 
 The run folder holds run.json, metrics.jsonl, rollouts/step_*.jsonl, checkpoints/ and, at the end, model/.
 """
@@ -36,7 +41,7 @@ from minibridge.monitor import behaviors, describe, show, wasted
 from minibridge.opening import fingerprint, finished, open_model, pick_device, prompt_limit, resume_point, save_checkpoint
 from minibridge.optim import NonFinite, adamw, learning_rate, training_flops, update
 from minibridge.parallel import ALONE, Ranks
-from minibridge.policy import MicroBatch, pack, padding, score, share_of_loss, total, whole_step
+from minibridge.policy import MicroBatch, answer_logps, pack, padding, share_of_loss, total, whole_step
 from minibridge.rollout import Episode, lines, refilled, rewards, rollout
 from minibridge.tokenizer import Tokenizer
 
@@ -56,7 +61,7 @@ class Config:
     samples: int = option(32, "sampled answers for each prompt", least=2)
     updates: int = option(1, "optimizer steps on each rollout batch; from the second on the clip range matters", least=1)
     learning_rate: float = option(1e-6, "peak learning rate", least=0)
-    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine falls to a tenth")
     warmup: int = option(0, "rollout batches of linear warm-up", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "largest gradient norm", least=1e-6)
@@ -98,7 +103,7 @@ class Config:
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
     plan: bool = option(False, "load no weights: print the memory and time that these settings would take, and stop")
 
-    def __post_init__(self):
+    def __post_init__(self):  # so that run.json and the fingerprint hold the values that are used
         for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
@@ -120,29 +125,29 @@ def recipe_of(config: Config) -> Recipe:
                    mask_truncated=config.mask_truncated)
 
 
-def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
+def optimizer_steps(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
             rate: float, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
     """The optimizer steps on one rollout batch. Returns the first one's metrics, where ratios to the trainer are 1; but the
     last one's clip_fraction and log_ratio, which tell how far the steps have led."""
     totals = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)
-    turns = ranks.even(batches)
+    turns = ranks.even(batches)  # with weights: 1.0, or 0.0 for a pass that only keeps step with the other processes
     with torch.no_grad():
         for batch, _ in turns:
             if reference is not None:
-                batch.ref_logps = score(reference, batch, config.temperature)[0]
+                batch.ref_logps = answer_logps(reference, batch, config.temperature)[0]
             if config.old_logps == "sampler":
                 batch.old_logps = batch.sampled_logps
             elif config.updates > 1:
-                batch.old_logps = score(model, batch, config.temperature)[0]
+                batch.old_logps = answer_logps(model, batch, config.temperature)[0]
     if reference is not None:
         ranks.reshard(reference)
     first: dict[str, float] = {}
     for number in range(config.updates):
         parts = []
-        for batch, counted in turns:
+        for batch, weight in turns:
             loss, metrics = share_of_loss(model, batch, totals)
-            (counted * loss).backward()
-            parts += [metrics] if counted else []
+            (weight * loss).backward()
+            parts += [metrics] if weight else []
         ranks.sum_gradients(model)
         found = total(parts, totals, ranks)
         if not math.isfinite(found["loss"]):
@@ -152,15 +157,15 @@ def improve(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Op
     return first | {name: found[name] for name in ("clip_fraction", "log_ratio")}
 
 
-def learn(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, groups: list[list[Episode]],
+def train_on(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, groups: list[list[Episode]],
           step: int, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
-    """`improve` on a rollout batch, N prompts of G answers; what makes the loss or the gradient not finite is kept in a
-    file."""
+    """`optimizer_steps` on a rollout batch, N prompts of G answers; a batch whose loss or gradient is not finite is kept in
+    a file."""
     advantages = recipe_of(config).advantages(rewards(groups))  # (N, G)
     batches = pack(groups, advantages, config.micro_tokens, model.device, ranks)
     rate = learning_rate(step - 1, config.steps, config.learning_rate, config.warmup, config.schedule)
     try:
-        found = improve(model, reference, optimizer, batches, rate, config, ranks)
+        found = optimizer_steps(model, reference, optimizer, batches, rate, config, ranks)
     except NonFinite as error:
         said = keep_failed(Path(config.out) / f"failed_step_{step:04d}.safetensors", model, batches, config, ranks)
         raise InputError(f"step {step}: {error}; {said}") from None
@@ -278,16 +283,16 @@ def main(config: Config, ranks: Ranks = ALONE):
         return print(plan.rl(config))
     device = pick_device(config.device)
     model, reference, tokenizer = open_models(config, device, ranks)
-    mark = fingerprint(config, recipe=recipe)
-    saved = resume_point(config, mark)
-    ranks.agree([mark, saved and saved.name, finished(config)], f"{config.out}: settings, data, model or checkpoints")
+    run_hash = fingerprint(config, recipe=recipe)
+    saved = resume_point(config, run_hash)
+    ranks.agree([run_hash, saved and saved.name, finished(config)], f"{config.out}: settings, data, model or checkpoints")
     if finished(config):
         return print(f"{config.out}: this run is finished")
     optimizer = adamw(model, (0.9, 0.999), config.weight_decay)
     prompts, held_out = open_data(config, model, tokenizer, ranks)
     state = load_state(saved, model, optimizer, config)
     planned = plan.rl(config, *([len(prompt.ids) for prompt in some] for some in (prompts, held_out)))
-    run = ranks.open_run(config.out, config, device=device, steps=config.steps, fingerprint=mark, recipe=recipe,
+    run = ranks.open_run(config.out, config, device=device, steps=config.steps, fingerprint=run_hash, recipe=recipe,
                          resume_step=state["step"] + 1 if saved else None, plan=planned.record())
     print(planned.verdict(), flush=True)
     start_peak(device)
@@ -309,11 +314,11 @@ def main(config: Config, ranks: Ranks = ALONE):
         numbers = describe(groups) | behaviors(groups, config.data) | {
             "groups": len(groups), "wasted": wasted(groups, config.mask_truncated)}
         sampled = sum(len(episode.completion.ids) for group in groups for episode in group)
-        groups = groups[: config.prompts]
+        groups = groups[: config.prompts]  # after refilling there are more, the live ones first
         if config.influence_every and step % config.influence_every == 0:
             numbers |= influence(model, sampler, held_out, groups, step, config)
         ready = time.monotonic()
-        numbers |= learn(model, reference, optimizer, groups, step, config, ranks)
+        numbers |= train_on(model, reference, optimizer, groups, step, config, ranks)
         trained = time.monotonic()
 
         flops = step_flops(model, groups, reference is not None, config)
@@ -326,7 +331,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         if config.show_every and (step - 1) % config.show_every == 0:
             show(groups)
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(config, mark, step, model, optimizer, tokenizer, ranks, drawn=drawn)
+            save_checkpoint(config, run_hash, step, model, optimizer, tokenizer, ranks, drawn=drawn)
     checkpoint.save(model, run.path / "model", tokenizer, ranks=ranks)
     run.finish()
     print(f"{run.path / 'model'}: written")

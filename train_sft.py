@@ -42,7 +42,7 @@ class Config:
     batch_size: int = option(128, "examples of one optimizer step", least=1)
     micro_tokens: int = option(16384, "most tokens trained at a time, as if padded: sets memory, no result", least=1)
     learning_rate: float = option(5e-6, "peak learning rate", least=0)
-    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine ends at a tenth")
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after warm-up; cosine falls to a tenth")
     warmup: int = option(0, "steps of linear warm-up", least=0)
     beta2: float = option(0.95, "AdamW's second beta; the first is 0.9", least=0, most=0.999999)
     weight_decay: float = option(0.01, "AdamW's weight decay", least=0)
@@ -82,8 +82,8 @@ def accumulate(model: Decoder, batch: list[Example], config: Config, ranks: Rank
     """Leaves in .grad the gradient of the mean loss over the batch's trained tokens; returns that loss."""
     normalizer = sum(sum(example.mask[1:]) for example in batch)  # of the whole step, before any micro-batch
     total = 0.0
-    for rows, counted in shared_out(batch, config, ranks):
-        loss = counted * answer_loss(model, rows)[0] / normalizer
+    for rows, weight in shared_out(batch, config, ranks):
+        loss = weight * answer_loss(model, rows)[0] / normalizer
         loss.backward()
         total += loss.item()
     ranks.sum_gradients(model)
@@ -97,9 +97,9 @@ def accumulate(model: Decoder, batch: list[Example], config: Config, ranks: Rank
 def validation_loss(model: Decoder, examples: list[Example], config: Config, ranks: Ranks = ALONE) -> float:
     """Mean negative log-likelihood of the trained tokens, in nats."""
     total = tokens = 0.0
-    for rows, counted in shared_out(examples, config, ranks):
+    for rows, weight in shared_out(examples, config, ranks):
         loss, number = answer_loss(model, rows)
-        total, tokens = total + counted * loss.item(), tokens + counted * number
+        total, tokens = total + weight * loss.item(), tokens + weight * number
     return ranks.total(total) / ranks.total(tokens)
 
 
@@ -144,9 +144,9 @@ def main(config: Config, ranks: Ranks = ALONE):
         return print(plan.sft(config))
     device = pick_device(config.device)
     model, tokenizer = open_model(config.model, device, config.dtype)
-    mark = fingerprint(config)
-    saved = resume_point(config, mark)
-    ranks.agree([mark, saved and saved.name, finished(config)], f"{config.out}: settings, data, model or checkpoints")
+    run_hash = fingerprint(config)
+    saved = resume_point(config, run_hash)
+    ranks.agree([run_hash, saved and saved.name, finished(config)], f"{config.out}: settings, data, model or checkpoints")
     if finished(config):
         return print(f"{config.out}: this run is finished")
     model.checkpointing = config.checkpointing
@@ -160,7 +160,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         raise InputError(f"epochs: {config.epochs:g} passes over {len(examples)} examples make no step")
     start = checkpoint.load_training(saved, model, optimizer)["step"] if saved else 0
     run = ranks.open_run(config.out, config, device=device, steps=steps, resume_step=start + 1 if saved else None,
-                         plan=planned.record(), fingerprint=mark)
+                         plan=planned.record(), fingerprint=run_hash)
     print(f"{planned.verdict()}\n{preview(examples[0], tokenizer)}", flush=True)
     start_peak(device)
 
@@ -187,7 +187,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         shown = step == steps or config.log_every and step % config.log_every == 0 or "val_loss" in numbers
         run.log(step, console=None if shown else (), **numbers)
         if config.save_every and step % config.save_every == 0 and step < steps:
-            save_checkpoint(config, mark, step, model, optimizer, tokenizer, ranks)
+            save_checkpoint(config, run_hash, step, model, optimizer, tokenizer, ranks)
     checkpoint.save(model, run.path / "model", tokenizer, ranks=ranks)
     run.finish()
     print(f"{run.path / 'model'}: written")

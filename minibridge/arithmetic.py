@@ -92,8 +92,8 @@ def _allowed(op: str, place: int, value: Number) -> bool:
 
 
 def _link(rng: random.Random, tree: Tree, links: int) -> Tree:
-    """Each operation but roots and squares takes one more child, `links` times: the first of a random order of all nodes
-    that closes no cycle and, by its value before any link, is a possible divisor where it has to be one."""
+    """Each operation but roots and squares gets one more operand, `links` times over: a random node that closes no cycle
+    and, where it is divided by, whose value before any link is not 0."""
     values, tree = _values(tree, tree), dict(tree)
     for key, vertex in tree.items():
         if isinstance(vertex, tuple) and vertex[0] not in UNARY:

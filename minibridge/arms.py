@@ -27,6 +27,7 @@ from minibridge.dag import Problem
 IN_BRIDGE = ("subgoal", "analysis", "reflection")
 BEHAVIORS = IN_BRIDGE  # of which an arm may name any
 FORMS = 4  # rows of a problem in an augmented arm
+# The forms of question and answer of the rows of a problem; 0 is the plain one.
 AUGMENTED = {"pp-aug": [(form, 0) for form in range(FORMS)], "rc-aug": [(0, form) for form in range(FORMS)]}
 
 
@@ -45,9 +46,10 @@ def behaviors_of(arm: str, analysis: int | None = None, reflection: float | None
     if len(set(parts)) != len(parts) or not set(parts) <= set(BEHAVIORS):
         raise InputError(f"arm: {arm!r} is none of vanilla, bridge, {', '.join(AUGMENTED)}, own-answers, prompts, "
                          f"nor behaviors ({', '.join(BEHAVIORS)}) joined by +")
-    for name, value in (("analysis", analysis), ("reflection", reflection), ("strict", strict or None)):
-        if value is not None and (name if name != "strict" else "reflection") not in parts:
-            raise InputError(f"{name}: does not apply to arm {arm!r}")  # strict takes its p from reflection
+    for name, given, behavior in (("analysis", analysis is not None, "analysis"), ("strict", strict, "reflection"),
+                                  ("reflection", reflection is not None, "reflection")):
+        if given and behavior not in parts:
+            raise InputError(f"{name}: does not apply to arm {arm!r}")
     if arm in ("own-answers", "prompts"):
         return None
     level = traces.BRIDGE.analysis if analysis is None else analysis
@@ -70,20 +72,21 @@ def parts_of(arm: str) -> Sequence[str]:
 
 
 def record(problem: Problem, seed: int, behaviors: traces.Behaviors | None = None, letters: str = string.ascii_letters,
-           lines: traces.Lines = "random", asked: int = 0, solved: int = 0) -> dict:
+           lines: traces.Lines = "random", question_form: int = 0, answer_form: int = 0) -> dict:
     """One line: an SFT example rendered with `behaviors`, or an RL prompt when there are none.
 
-    asked, solved: which form of question and answer, from 0, the plain one. Other questions have their conditions
+    question_form, answer_form: 0 is the plain one. Other questions have their conditions
     reshuffled; other answers follow a topological order drawn at random, differently worded and with other letters.
     """
-    question = traces.question(problem, _stream(seed, problem, "question", asked), "random" if asked else lines)
+    question = traces.question(problem, _stream(seed, problem, "question", question_form),
+                               "random" if question_form else lines)
     common = {"answer": str(problem.answer), "task": problem.task, "num_ops": problem.num_ops, "id": problem.id}
     if problem.tolerance:
         common["tolerance"] = problem.tolerance
     if behaviors is None:
         return {"prompt": chat(question), **common, "problem": problem.to_dict()}
-    stream, told = _stream(seed, problem, "answer", solved), problem
-    if solved:
+    stream, told = _stream(seed, problem, "answer", answer_form), problem
+    if answer_form:
         told = replace(problem, order=problem.topological_order(stream))
     answer = traces.answer(told, stream, behaviors, letters)
     return {"messages": chat(question, answer), **common, "behaviors": str(behaviors), "problem": problem.to_dict()}

@@ -41,7 +41,7 @@ from minibridge.model_config import ModelConfig
 from minibridge.opening import pick_device, pick_dtype
 from minibridge.optim import adamw, training_flops
 from minibridge.parallel import ALONE
-from minibridge.policy import pack, score
+from minibridge.policy import answer_logps, pack
 from minibridge.reproduce import TOY_BASE
 from minibridge.rollout import Episode, rewards
 from minibridge.tokenizer import Tokenizer
@@ -239,7 +239,7 @@ def main_step(config: Work):
         groups = [[Episode(Prompt(ids, "", {}), answer, "", False, False, reward=float(sum(answer.ids) % 2))
                    for answer in group] for ids, group in zip(prompts, answers)]
         batches = pack(groups, group_advantages(rewards(groups)), config.micro_tokens, device)
-        train_rl.improve(model, reference, optimizer, batches, 1e-6, settings)
+        train_rl.optimizer_steps(model, reference, optimizer, batches, 1e-6, settings)
         return clock() - began
 
     ours()  # not counted, like each peer's first
@@ -277,7 +277,7 @@ def main_influence(config: Rollouts):
 
     def forward() -> int:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return sum(len(score(model, batch, 1.0)[0]) for batch in batches)
+            return sum(len(answer_logps(model, batch, 1.0)[0]) for batch in batches)
 
     ways = {"forward pass, same attention": forward,
             "gradient of all together": lambda: count * bool(gradient(model, batches, 1.0)),

@@ -23,7 +23,7 @@ from torch import Tensor
 from minibridge import checkpoint
 from minibridge.config import InputError
 from minibridge.grpo import group_advantages
-from minibridge.jvp import Direction, directional, gradient, inner, scores_at
+from minibridge.jvp import Direction, directional, gradient, inner, logps_at
 from minibridge.model import Decoder
 from minibridge.optim import adamw
 from minibridge.policy import MicroBatch, pack
@@ -185,7 +185,7 @@ def taken(model: Decoder, val: list[MicroBatch], batches: list[MicroBatch], pred
     before = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for batch in val:
         if batch.old_logps is None:
-            batch.old_logps = scores_at(before, model, batch, temperature)
+            batch.old_logps = logps_at(before, model, batch, temperature)
     step, rows = _scaled(gradient(model, batches, temperature), scale), []
     norm = math.sqrt(inner(step, step))
     for length in LENGTHS:
@@ -197,7 +197,7 @@ def taken(model: Decoder, val: list[MicroBatch], batches: list[MicroBatch], pred
 
 
 def _objective(parameters: Direction, model: Decoder, batch: MicroBatch, temperature: float) -> float:
-    change = scores_at(parameters, model, batch, temperature) - batch.old_logps  # (B, T), 0 where nothing was sampled
+    change = logps_at(parameters, model, batch, temperature) - batch.old_logps  # (B, T), 0 where nothing was sampled
     return (batch.advantages * change.double().expm1().sum(1) / batch.trained.sum(1)).sum().item()
 
 

@@ -23,7 +23,7 @@ from minibridge.grpo import PRESETS, Recipe
 from minibridge.jvp import Direction, inner
 from minibridge.model import Decoder
 from minibridge.opening import open_model, pick_device
-from minibridge.policy import pack, score, share_of_loss, total, whole_step
+from minibridge.policy import answer_logps, pack, share_of_loss, total, whole_step
 from minibridge.rollout import Episode, read_episodes, rewards
 from minibridge.tables import markdown
 
@@ -74,7 +74,7 @@ def step_gradient(model: Decoder, reference: Decoder, groups: list[list[Episode]
         batch.old_logps = batch.sampled_logps
         if recipe.kl_coef:
             with torch.no_grad():
-                batch.ref_logps = score(reference, batch, run.temperature)[0]
+                batch.ref_logps = answer_logps(reference, batch, run.temperature)[0]
         loss, metrics = share_of_loss(model, batch, step)
         loss.backward()
         parts.append(metrics)

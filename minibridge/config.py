@@ -36,7 +36,7 @@ from minibridge import strictjson
 
 REQUIRED = dataclasses.MISSING  # default of an option that the command line must give
 MOST = 2**53  # largest number of any option: JSON readers keep whole numbers exactly up to here
-WRITTEN = ("out", "json")  # options that name what is written
+OUTPUT_OPTIONS = ("out", "json")  # options that name what is written
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 
@@ -85,7 +85,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise InputError(f"{field.name}: must be {bound}, not {value}")
     if isinstance(value, str) and (not value or strictjson.SURROGATE.search(value)):
         raise InputError(f"{field.name}: {value!r} is " + ("not UTF-8" if value else "empty"))
-    if field.name in WRITTEN and value is not None and ".." in (parts := Path(value).parts):
+    if field.name in OUTPUT_OPTIONS and value is not None and ".." in (parts := Path(value).parts):
         before = Path(*parts[: max(n for n, part in enumerate(parts) if part == "..")])
         if not before.is_dir():  # once it were there, the path might be that of something else
             raise InputError(f"{field.name}: {value}: there is no folder {before}")

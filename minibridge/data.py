@@ -52,8 +52,8 @@ def load_sft(
 ) -> list[Example]:
     """Read SFT lines; a bad line, or one longer than `max_length` tokens (`limit`: whose): InputError "path:line: what".
 
-    whole_chat: learn the system and user turns too, as the paper does; the default learns the completion.
-    truncate: cut long examples on the right, as the paper does. The model then never sees their answer.
+    whole_chat: learn the system and user turns too, as the authors' trainer does; the default learns the completion.
+    truncate: cut long examples on the right, as the authors' trainer does. The model then never sees their answer.
     first: so many lines only.
     """
     examples = []

@@ -200,12 +200,12 @@ def sample(config: Config) -> list[dict]:
     device = pick_device(config.device)
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts = load_prompts(config.data, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
-    graphs = [prompt.record["problem"] if problem_in(prompt.record, f"{config.data}:{number}") else None
-              for number, prompt in enumerate(prompts, 1)]  # what is wrong is said before the answers are sampled
+    for number, prompt in enumerate(prompts, 1):
+        problem_in(prompt.record, f"{config.data}:{number}")  # what is wrong is said before the answers are sampled
     generator = torch.Generator().manual_seed(config.seed)
     episodes = rollout(model, tokenizer, prompts, config.samples, max_new_tokens=config.max_new_tokens,
                        temperature=config.temperature, rows=config.rows, generator=generator)
-    return [{**line, "problem": graphs[line["group"]]} for line in lines(episodes)]
+    return lines(episodes)
 
 
 def main(config: Config):

@@ -166,8 +166,8 @@ def doubts(summary: dict[str, float | None], live: int) -> list[str]:
 def main(config: Config):
     out, device = Path(config.out), pick_device(config.device)
     outline(config.model)  # a wrong folder is named as everywhere
-    mark = fingerprint(config)
-    same_run(config, mark)
+    run_hash = fingerprint(config)
+    same_run(config, run_hash)
     model, tokenizer = open_model(config.model, device, config.dtype)
     prompts, held_out = read_prompts(config, tokenizer, prompt_limit(model, config.max_prompt, config.max_new_tokens))
     problems = [problem_in(prompt.record, f"{config.data}:{number}") for number, prompt in enumerate(prompts, 1)]
@@ -175,7 +175,7 @@ def main(config: Config):
     examples = load_sft(config.reference, tokenizer, longest, first=config.prompts,
                         limit="that --micro-tokens or the model's positions allow") if config.reference else []
     scale = adam_scale(config.adam, model) if config.adam else None
-    run = Run(out, config, device=device, fingerprint=mark)
+    run = Run(out, config, device=device, fingerprint=run_hash)
     print(f"sampling {config.samples} answers to each of {len(held_out)} prompts of Q and {len(prompts)} others", flush=True)
     generator = torch.Generator().manual_seed(config.seed)
 

@@ -31,7 +31,7 @@ def side_by_side(run: Callable[[Any, str], None], jobs: list[Job], workers: int)
                 job = waiting.pop(0)
                 process = get_context("spawn").Process(target=run_logged, args=(run, *job, threads))
                 process.start()
-                print(f"begun: seed {job[0].seed}, {job[1]}; what it says: {log_of(*job)}", flush=True)
+                print(f"started: seed {job[0].seed}, {job[1]}; log: {log_of(*job)}", flush=True)
                 running[process.sentinel] = process, job
             ended = connection.wait(running, timeout=REPORTS)
             if not ended:

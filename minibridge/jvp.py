@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minibridge.packed import PLACES
 from minibridge.grpo import token_weights
 from minibridge.logprob import fused_loss
 from minibridge.model import Decoder
-from minibridge.policy import MicroBatch, answer_hidden, pack, score
+from minibridge.packed import PLACES
+from minibridge.policy import MicroBatch, answer_hidden, answer_logps, pack
 from minibridge.rollout import Episode
 
 Direction = dict[str, Tensor]
@@ -90,10 +90,10 @@ def at(parameters: Direction, model: Decoder, function: Callable, *args):
     return functional_call(_Call(model, function), {f"model.{name}": value for name, value in parameters.items()}, args)
 
 
-def scores_at(parameters: Direction, model: Decoder, batch: MicroBatch, temperature: float) -> Tensor:
+def logps_at(parameters: Direction, model: Decoder, batch: MicroBatch, temperature: float) -> Tensor:
     """Log-probabilities (B, T) of a micro-batch under other parameters."""
     with torch.no_grad():
-        return at(parameters, model, score, batch, temperature)[0]
+        return at(parameters, model, answer_logps, batch, temperature)[0]
 
 
 def inner(a: Direction, b: Direction) -> float:

@@ -32,7 +32,7 @@ def describe(groups: list[list[Episode]]) -> dict[str, float]:
 
 def wasted(groups: list[list[Episode]], mask_truncated: bool = False) -> float:
     """Share of the sampled tokens that no gradient of a reward comes from: answers of dead groups, and with
-    mask_truncated those cut off."""
+    mask_truncated those cut off; what --kl-threshold drops later is not counted."""
     def tokens(groups) -> int:
         return sum(len(episode.completion.ids) for group in groups for episode in group
                    if not (mask_truncated and episode.completion.finish_reason == "length"))

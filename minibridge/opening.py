@@ -67,9 +67,9 @@ def prompt_limit(model: Decoder, max_prompt: int, max_new_tokens: int) -> int:
     return min(max_prompt, room)
 
 
-def resume_point(config: Any, mark: str) -> Path | None:
+def resume_point(config: Any, run_hash: str) -> Path | None:
     """The checkpoint a script goes on from, None to begin. InputError if --resume meets other settings, data or weights
-    (`mark`, the run's fingerprint), or if without it the run folder holds an earlier run, whose results would be lost or
+    (`run_hash`, the run's fingerprint), or if without it the run folder holds an earlier run, whose results would be lost or
     be taken for this one's."""
     out = Path(config.out)
     saved, metrics = checkpoint.latest(out / "checkpoints"), out / "metrics.jsonl"
@@ -77,8 +77,8 @@ def resume_point(config: Any, mark: str) -> Path | None:
     if saved and not begun:
         raise InputError(f"{out}: holds checkpoints, but no run.json to say of which run")
     if config.resume:
-        same_run(config, mark)
-        if saved and checkpoint.read_state(saved).get("fingerprint") != mark:
+        same_run(config, run_hash)
+        if saved and checkpoint.read_state(saved).get("fingerprint") != run_hash:
             raise InputError(f"{saved}: not of this run, or {config.data} or {config.model} has changed since")
         if not finished(config):
             what = (f"goes on from {saved.name}" if saved else "no checkpoint yet, so the run begins anew" if begun
@@ -89,12 +89,12 @@ def resume_point(config: Any, mark: str) -> Path | None:
     return saved
 
 
-def same_run(config: Any, mark: str):
-    """InputError if the run folder began with other settings, files or weights; `mark`: the fingerprint of those of now."""
+def same_run(config: Any, run_hash: str):
+    """InputError if the run folder began with other settings, files or weights; `run_hash`: their fingerprint now."""
     same_settings(config.out, config, but=MAY_CHANGE)
     path = Path(config.out) / "run.json"
     record = read_json(path) if path.exists() else {}
-    if record.get("fingerprint", mark) != mark:
+    if record.get("fingerprint", run_hash) != run_hash:
         changed = " or ".join((*_read(config), config.model, *["the loss in the code"] * ("recipe" in record)))
         raise InputError(f"{config.out}: {changed} has changed since; choose another --out")
 
@@ -134,15 +134,15 @@ def _read(config: Any) -> list[str]:
     return [path for path in (getattr(config, name, None) for name in ("data", "val", "reference")) if path is not None]
 
 
-def save_checkpoint(config: Any, mark: str, step: int, model: Decoder, optimizer: torch.optim.Optimizer,
+def save_checkpoint(config: Any, run_hash: str, step: int, model: Decoder, optimizer: torch.optim.Optimizer,
                     tokenizer: Tokenizer, ranks: Ranks = ALONE, **state: int):
     """All that the steps after `step` depend on, in out/checkpoints/step_K; the oldest make room for it.
 
-    The schedule and the order of the rows are functions of the settings and the step; `state` is what is not. `mark` is the
-    run's fingerprint.
+    The schedule and the order of the rows are functions of the settings and the step; `state` is what is not. `run_hash` is
+    the run's fingerprint.
     """
     folder = Path(config.out) / "checkpoints"
-    state = {"step": step, "fingerprint": mark, **state}
+    state = {"step": step, "fingerprint": run_hash, **state}
     checkpoint.save_training(folder / f"step_{step}", model, optimizer, state, tokenizer, ranks)
     if ranks.main:
         checkpoint.prune(folder, config.keep)

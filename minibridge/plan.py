@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from minibridge import checkpoint
-from minibridge.packed import PLACES
 from minibridge.config import InputError
 from minibridge.data import Example, load_sft
 from minibridge.logprob import chunk_tokens
@@ -26,6 +25,7 @@ from minibridge.memory import ITEMS, Sizes, decoding, held, highest, sizes
 from minibridge.model import Decoder
 from minibridge.opening import pick_device, pick_dtype, prompt_limit
 from minibridge.optim import training_flops
+from minibridge.packed import PLACES
 from minibridge.tokenizer import Tokenizer
 
 SPARE = 0.9  # suggestions fill so much of the free memory: an allocator loses some between its blocks
@@ -56,7 +56,7 @@ class Plan:
     def verdict(self) -> str:
         highest = max(self.phases, key=lambda phase: self.phases[phase].total())
         verb = "fits" if _peak(self.phases) <= self.free else "DOES NOT FIT"
-        return f"Memory as planned {verb}: {_of(_peak(self.phases), self.free)}, while {highest}."
+        return f"Planned memory {verb}: at most {_of(_peak(self.phases), self.free)} free, while {highest}."
 
     def time(self) -> str:
         step = sum(self.seconds.values())

@@ -2,11 +2,11 @@
 
     batches = pack(groups, advantages, max_tokens, device)
     for batch in batches:
-        logps, entropy = score(model, batch, temperature, with_entropy=True)      # (B, T) each
+        logps, entropy = answer_logps(model, batch, temperature, with_entropy=True)  # (B, T) each
 
     step = whole_step(batches, recipe, temperature, longest)
     for batch in batches:
-        loss, metrics = share_of_loss(model, batch, step)                         # shares, which add up to the step's
+        loss, metrics = share_of_loss(model, batch, step)                            # shares, which add up to the step's
 
 With G answers to a prompt of P tokens, running prompt and answer together would run the same P tokens G times, which is
 half of the work when answers are as long as prompts. Here all prompts and answers lie end to end, each prompt once and no
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minibridge.packed import PLACES, Packed, in_pieces
 from minibridge.data import Example
 from minibridge.grpo import Recipe, grpo_loss, importance_weights, step_normalizer, token_loss, token_weights
 from minibridge.logprob import fused_loss, token_logprobs
 from minibridge.model import Decoder
+from minibridge.packed import PLACES, Packed, in_pieces
 from minibridge.parallel import ALONE, Ranks
 from minibridge.rollout import Episode
+
 
 @dataclass
 class MicroBatch:
@@ -100,7 +101,7 @@ def _micro_batch(groups, advantages: Tensor, places: list[tuple[int, int]], devi
     return MicroBatch(*(tensor.to(device) for tensor in tensors))
 
 
-def score(model: Decoder, batch: MicroBatch, temperature: float, with_entropy: bool = False) -> list[Tensor]:
+def answer_logps(model: Decoder, batch: MicroBatch, temperature: float, with_entropy: bool = False) -> list[Tensor]:
     """Log-probabilities of the sampled tokens, and entropies if asked for: (B, T) each, 0 where nothing was sampled."""
     values = token_logprobs(answer_hidden(model, batch), model.lm_head_weight, batch.answers[batch.trained], temperature,
                             with_entropy=with_entropy)
@@ -171,7 +172,7 @@ def share_of_loss(model: Decoder, batch: MicroBatch, step: StepTotals) -> tuple[
 def unchunked_loss(model: Decoder, batch: MicroBatch, step: StepTotals) -> tuple[Tensor, dict[str, Tensor]]:
     """By way of all the micro-batch's log-probabilities at once; the logits are computed again in the backward pass."""
     recipe = step.recipe
-    logps, entropy = score(model, batch, step.temperature, with_entropy=True)
+    logps, entropy = answer_logps(model, batch, step.temperature, with_entropy=True)
     old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
     weights = None if recipe.tis_cap is None else importance_weights(old_logps, batch.sampled_logps, recipe.tis_cap)
     loss, metrics = grpo_loss(

@@ -89,24 +89,26 @@ def mean_and_reach(seeds: Sequence[Sequence[float]]) -> tuple[float, float]:
 def table(found: list[Outcome]) -> str:
     """Of each arm and test: accuracy before and after RL, its gain, and by how much that is more than the gain of the first
     arm, on the same problems. The paper's accuracy is greedy; RL raises that of sampled answers."""
-    rows = [{"arm": outcomes[0].arm, "test": outcomes[0].test, "answers": outcomes[0].decoding, **row(outcomes, first)}
-            for outcomes, first in compared(found)]
+    rows = [{"arm": ours[0].arm, "test": ours[0].test, "answers": ours[0].decoding, **row(ours, first)}
+            for ours, first in compared(found)]
     tests = list(dict.fromkeys(outcome.test for outcome in found))
     lucky = [f"{test}: {mean(evaluate.best_constant(o.before)[1] for o in found if o.test == test):.1%}" for test in tests]
-    behaviors = [{"arm": outcomes[0].arm, "after": stage.upper(), "answers": f"{tests[0]}, {outcomes[0].decoding}",
-                  **averages(outcomes, stage)}
-                 for outcomes, _ in compared(found) if outcomes[0].test == tests[0] for stage in STAGES]
-    crossed = effects(found)
-    return "\n".join([markdown(rows), "", f"Best constant answer, {'; '.join(lucky)}", "",
+    behaviors = [{"arm": ours[0].arm, "after": stage.upper(), "answers": f"{tests[0]}, {ours[0].decoding}",
+                  **averages(ours, stage)}
+                 for ours, _ in compared(found) if ours[0].test == tests[0] for stage in STAGES]
+    crossed, seeds = effects(found), len({outcome.seed for outcome in found})
+    over = f"{seeds} seeds (Student's t)" if seeds > 1 else "the problems of one seed: those of other seeds are not in them"
+    return "\n".join([markdown(rows), "", f"95% intervals: of the gain, and of how much more it is; over {over}.",
+                      f"Best constant answer, {'; '.join(lucky)}", "",
                       "Behaviors per answer, and the share of answers that are right in every step:", "",
                       markdown(behaviors), *(["", markdown(crossed)] if crossed else [])])
 
 
 def gains(found: list[Outcome]) -> Table:
     """What `table` says of RL gains, in numbers, for a CSV file; "+-" is half the width of a 95% interval."""
-    return [{"arm": outcomes[0].arm, "test": outcomes[0].test, "decoding": outcomes[0].decoding, "gain": gain,
+    return [{"arm": ours[0].arm, "test": ours[0].test, "decoding": ours[0].decoding, "gain": gain,
              "gain +-": reach, "more": more, "more +-": more_reach}
-            for outcomes, first in compared(found) for (gain, reach), (more, more_reach) in [gain_of(outcomes, first)]]
+            for ours, first in compared(found) for (gain, reach), (more, more_reach) in [gain_of(ours, first)]]
 
 
 def compared(found: list[Outcome]) -> list[tuple[list[Outcome], list[Outcome]]]:
@@ -114,17 +116,17 @@ def compared(found: list[Outcome]) -> list[tuple[list[Outcome], list[Outcome]]]:
     by: dict[tuple[str, str], dict[str, list[Outcome]]] = {}
     for outcome in found:
         by.setdefault((outcome.test, outcome.decoding), {}).setdefault(outcome.arm, []).append(outcome)
-    return [(outcomes, next(iter(arms.values()))) for arms in by.values() for outcomes in arms.values()]
+    return [(ours, next(iter(arms.values()))) for arms in by.values() for ours in arms.values()]
 
 
-def gain_of(outcomes: list[Outcome], first: list[Outcome]) -> tuple[tuple[float, float], tuple[float | None, float | None]]:
+def gain_of(ours: list[Outcome], first: list[Outcome]) -> tuple[tuple[float, float], tuple[float | None, float | None]]:
     """Gain and half width, and the same of how much more that is than the gain of the first arm; None for that arm
     itself."""
     more = None, None
-    if outcomes[0].arm != first[0].arm:
+    if ours[0].arm != first[0].arm:
         more = mean_and_reach([[a - b for a, b in zip(one.changes, other.changes, strict=True)]
-                         for one, other in zip(outcomes, first, strict=True)])
-    return mean_and_reach([outcome.changes for outcome in outcomes]), more
+                         for one, other in zip(ours, first, strict=True)])
+    return mean_and_reach([outcome.changes for outcome in ours]), more
 
 
 def effects(found: list[Outcome]) -> Table:
@@ -159,10 +161,10 @@ def title(test: str, sizes: tuple[int, int], unit: str) -> str:
     return f"{test}, {sizes[0]} {unit}" if sizes[0] == sizes[1] else f"{test}, {sizes[0]}-{sizes[1]} {unit}"
 
 
-def row(outcomes: list[Outcome], first: list[Outcome]) -> dict[str, str]:
-    (gain, reach), (more, more_reach) = gain_of(outcomes, first)
-    before, after = (mean(outcome.accuracy[stage] for outcome in outcomes) for stage in (0, 1))
-    tokens = (mean(outcome.tokens[stage] for outcome in outcomes) for stage in (0, 1))
+def row(ours: list[Outcome], first: list[Outcome]) -> dict[str, str]:
+    (gain, reach), (more, more_reach) = gain_of(ours, first)
+    before, after = (mean(outcome.accuracy[stage] for outcome in ours) for stage in (0, 1))
+    tokens = (mean(outcome.tokens[stage] for outcome in ours) for stage in (0, 1))
     return {"after SFT": f"{before:.1%}", "after RL": f"{after:.1%}", "RL gain": f"{gain:+.1%}",
             "95% interval": around(gain, reach),
             f"more than {first[0].arm}": "" if more is None else f"{more:+.1%}",
@@ -175,9 +177,9 @@ def around(value: float, reach: float) -> str:
     return f"{value - reach:+.1%} to {value + reach:+.1%}" if reach else ""
 
 
-def averages(outcomes: list[Outcome], stage: str) -> dict[str, float]:
+def averages(ours: list[Outcome], stage: str) -> dict[str, float]:
     """Behaviors per answer, over all seeds."""
-    rates = [shown(outcome.before if stage == STAGES[0] else outcome.after) for outcome in outcomes]
+    rates = [shown(outcome.before if stage == STAGES[0] else outcome.after) for outcome in ours]
     return {name: mean(each[name] for each in rates) for name in rates[0]}
 
 

@@ -25,8 +25,9 @@ class Episode:
     reward: float
 
     def to_dict(self) -> dict:
-        """Enough to score it again, and to train on it again."""
-        keep = {key: self.prompt.record[key] for key in (*COPIED, "tolerance") if key in self.prompt.record}
+        """Enough to score it again, to verify its steps, and to train on it again."""
+        record = self.prompt.record
+        keep = {key: record[key] for key in (*COPIED, "tolerance", "problem") if key in record}
         return {**keep, "answer": self.prompt.answer, "text": self.text, "reward": self.reward, "correct": self.correct,
                 "well_formed": self.well_formed, "finish_reason": self.completion.finish_reason,
                 "ids": self.completion.ids, "logprobs": [round(logprob, 6) for logprob in self.completion.logprobs]}

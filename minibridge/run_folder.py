@@ -14,7 +14,7 @@ from typing import Any
 
 from minibridge.config import InputError, json_line, plain, read_json, whole_lines, write_whole
 
-WRITTEN = ("metrics.jsonl", "rollouts", "model", "seed_*", "table.md", "*.csv", "rollouts.jsonl", "validation.jsonl",
+RUN_FILES = ("metrics.jsonl", "rollouts", "model", "seed_*", "table.md", "*.csv", "rollouts.jsonl", "validation.jsonl",
            "ranked.jsonl", "init", "toy_base", "small_base")  # by the commands that have a run folder
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
 
@@ -45,7 +45,7 @@ def settings_before(folder: str | Path, config: Any) -> dict | None:
 
 def strangers(folder: Path) -> list[str]:
     """What a folder holds that a run might replace or take for its own; nothing that is empty."""
-    found = [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
+    found = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
     return [path.name for path in found if (any(path.iterdir()) if path.is_dir() else path.stat().st_size)]
 
 

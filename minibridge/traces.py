@@ -140,7 +140,8 @@ def plan(problem: Problem, rng: random.Random, reflection: float = 0.0, strict: 
     Before each step but the first and the last, and never right after a failed attempt, with probability
     `reflection` a node is picked out of turn: a later necessary one, or (3 in 10) a redundant one. A pick whose
     parents are all known is simply solved, one that is already solved is passed over in silence, and after either the
-    same step draws again. `strict` picks among locked nodes alone; until the last step the target is one.
+    same step draws again. `strict` picks among locked nodes only; there is always one, since the target stays locked
+    until the last step.
     """
     order, attempts, solved = problem.order, [], set()
 

@@ -19,7 +19,7 @@ from minibridge.grpo import PRESETS, group_advantages, grpo_loss
 from minibridge.influence import columns_of, doubts, summarise
 from minibridge.jvp import directional, gradient, inner
 from minibridge.optim import adamw
-from minibridge.policy import pack, score, share_of_loss, whole_step
+from minibridge.policy import answer_logps, pack, share_of_loss, whole_step
 from minibridge.rollout import Episode, correctness, mix
 
 CPU = torch.device("cpu")
@@ -240,11 +240,11 @@ def test_the_growth_that_is_measured_is_that_of_grpos_objective(model, val, grou
     q, step = (pack(x, group_advantages(correctness(x)) / 20, 60, CPU) for x in (val, groups))
     (row,) = taken(model, q, step, 1.0, 0.7)
     move = gradient(model, step, 0.7)
-    before = [score(model, batch, 0.7)[0].detach() for batch in pack(val, advantages, 60, CPU)]
+    before = [answer_logps(model, batch, 0.7)[0].detach() for batch in pack(val, advantages, 60, CPU)]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter += 0.5 / math.sqrt(inner(move, move)) * move[name]
-    loss = sum(grpo_loss(score(model, batch, 0.7)[0], old, None, batch.advantages, batch.trained, clip=(1.0, 1e9),
+    loss = sum(grpo_loss(answer_logps(model, batch, 0.7)[0], old, None, batch.advantages, batch.trained, clip=(1.0, 1e9),
                          normalizer=20)[0].item() for batch, old in zip(pack(val, advantages, 60, CPU), before))
     assert row["measured"] == pytest.approx(-loss, rel=1e-9) and abs(loss) > 1e-3
 

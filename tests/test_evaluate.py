@@ -268,7 +268,7 @@ def test_a_problem_that_is_a_text_is_passed_over_and_a_broken_one_named_first(to
     first, *others = read_jsonl(toy.rl)
     argv = ("--model", guesser, "--max-new-tokens", 8, "--device", "cpu", "--out", tmp_path / "out", "--data")
     write_jsonl(tmp_path / "a", [first | {"problem": "How many?"}, *others])
-    assert run(*argv, tmp_path / "a") == 0 and read_jsonl(tmp_path / "out")[0]["problem"] is None
+    assert run(*argv, tmp_path / "a") == 0 and read_jsonl(tmp_path / "out")[0]["problem"] == "How many?"
     (tmp_path / "out").unlink()
     (tmp_path / "out.run.json").unlink()
     for change, message in (({"problem": {"nodes": []}}, "problem: "), ({"answer": "77777"}, "'answer' is 77777")):

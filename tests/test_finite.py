@@ -82,7 +82,7 @@ def test_a_step_stays_finite(case, dtype, preset):
     recipe = PRESETS[preset]
     rewards = torch.tensor([[episode.reward for episode in group] for group in groups])
     batches = pack(groups, recipe.advantages(rewards), 40, CPU)
-    found = train_rl.improve(model, reference, adamw(model, (0.9, 0.999), 0.01), batches, 1e-3, config)
+    found = train_rl.optimizer_steps(model, reference, adamw(model, (0.9, 0.999), 0.01), batches, 1e-3, config)
     assert all(math.isfinite(value) for value in found.values()), found
     assert found["kept"] == 0 or "threshold" not in flags
     assert all(parameter.isfinite().all() for parameter in model.parameters())

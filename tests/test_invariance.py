@@ -78,7 +78,7 @@ RECIPES = [f"--preset {name} --old-logps {'recomputed' if recipe.clip_low is Non
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_rl_step(toy, groups, monkeypatch, recipe, dtype):
-    """Every number that `improve` returns, and the gradient it takes. In fp64 nothing but rounding is left to differ."""
+    """Every number that `optimizer_steps` returns, and the gradient it takes. In fp64 nothing but rounding is left to differ."""
     config = parse(train_rl.Config, f"--model x --data x --out x --temperature 0.7 --max-new-tokens 40 {recipe} "
                                     "--kl-coef 0.1 --entropy-coef 0.05".split())
     model, reference = toy.load().to(dtype), make_model(toy.tokenizer.vocab_size, seed=1).to(dtype)
@@ -90,7 +90,7 @@ def test_an_rl_step(toy, groups, monkeypatch, recipe, dtype):
     results, sizes = [], set()
     for layout in [(10**6, None, 0), *LAYOUTS]:
         batches = arranged(groups, advantages, layout)
-        results.append(train_rl.improve(model, reference, None, batches, 0.1, config))
+        results.append(train_rl.optimizer_steps(model, reference, None, batches, 0.1, config))
         sizes.add(len(batches))
     assert min(sizes) == 1 and max(sizes) == 20 and len(sizes) == 3
     assert 0.01 < results[0]["clip_fraction"] < 0.99 or "tis" in recipe or chosen.surrogate in ("reinforce", "cispo")

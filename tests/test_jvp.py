@@ -7,10 +7,10 @@ from conftest import make_model
 from minibridge import jvp
 from minibridge.data import Prompt
 from minibridge.generate import Completion
-from minibridge.jvp import at, directional, directional_naive, gradient, inner, numbered_batches, scores_at
+from minibridge.jvp import at, directional, directional_naive, gradient, inner, logps_at, numbered_batches
 from minibridge.model import Decoder
 from minibridge.model_config import ModelConfig
-from minibridge.policy import pack, score
+from minibridge.policy import answer_logps, pack
 from minibridge.rollout import Episode
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_every_token_equals_its_central_difference(kind, groups):
     direction = direction_for(model)
     found = directional(model, groups, direction, 0.7, 60)
     for batch, places in numbered_batches(groups, 60, CPU):
-        ahead, behind = (scores_at(moved(model, direction, by), model, batch, 0.7) for by in (step, -step))
+        ahead, behind = (logps_at(moved(model, direction, by), model, batch, 0.7) for by in (step, -step))
         for row, (n, g) in enumerate(places):
             expected = ((ahead - behind) / (2 * step))[row, :len(groups[n][g].completion.ids)]
             torch.testing.assert_close(found[n][g][1], expected, rtol=1e-5, atol=1e-5)
@@ -91,7 +91,7 @@ def test_every_token_equals_its_central_difference(kind, groups):
 def test_log_probabilities_and_entropies_come_with_it(model, groups):
     found = directional(model, groups, direction_for(model), 0.7, 60)
     for batch, places in numbered_batches(groups, 10**6, CPU):
-        logps, entropy = score(model, batch, 0.7, with_entropy=True)
+        logps, entropy = answer_logps(model, batch, 0.7, with_entropy=True)
         for row, (n, g) in enumerate(places):
             count = len(groups[n][g].completion.ids)
             torch.testing.assert_close(found[n][g][[0, 2]], torch.stack((logps[row, :count], entropy[row, :count])).detach())
@@ -130,9 +130,9 @@ def test_no_graph_is_kept_and_the_model_stays_as_it_is(model, groups):
     direction = direction_for(model)
     found = directional(model, groups, direction, 1.0, 60)
     (batch,) = pack(groups, torch.zeros(4, 3), 10**6, CPU)
-    shifted = scores_at(moved(model, direction, 0.1), model, batch, 1.0)
+    shifted = logps_at(moved(model, direction, 0.1), model, batch, 1.0)
     assert not any(answer.requires_grad for group in found for answer in group) and not shifted.requires_grad
-    assert (shifted - score(model, batch, 1.0)[0]).abs().max() > 0.01
+    assert (shifted - answer_logps(model, batch, 1.0)[0]).abs().max() > 0.01
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.requires_grad and parameter.grad is None
     assert {name for name, _ in model.named_parameters()} == set(before)

@@ -119,7 +119,7 @@ def test_a_grpo_step(monkeypatch, flags, prompts, samples, prompt, answer, micro
 
     def train(answers):
         batches = pack(answered(answers, ids), torch.ones(len(answers), len(answers[0])), micro, CPU)
-        train_rl.improve(*made, batches, 0.0, settings)
+        train_rl.optimizer_steps(*made, batches, 0.0, settings)
 
     sampled, full = [], random_answers([[answer] * samples] * prompts)
 

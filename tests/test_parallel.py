@@ -150,12 +150,12 @@ def all_is_split(script, rank):
 
     update, script.update = script.update, look
     if script.__name__ == "train_rl":
-        script.improve = partial(improve_and_look, script.improve)
+        script.optimizer_steps = partial(steps_and_look, script.optimizer_steps)
 
 
-def improve_and_look(improve, model, reference, *rest):
+def steps_and_look(steps, model, reference, *rest):
     assert split(reference)
-    found = improve(model, reference, *rest)
+    found = steps(model, reference, *rest)
     assert split(reference)
     return found
 

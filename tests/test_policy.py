@@ -7,7 +7,7 @@ from conftest import make_model
 from minibridge.data import Example, Prompt
 from minibridge.generate import Completion
 from minibridge.grpo import PRESETS
-from minibridge.policy import answer_hidden, example_hidden, pack, score, share_of_loss, whole_step
+from minibridge.policy import answer_hidden, answer_logps, example_hidden, pack, share_of_loss, whole_step
 from minibridge.rollout import Episode
 
 pytestmark = pytest.mark.usefixtures("path")  # each test by pieces and by rows, as on a GPU
@@ -63,7 +63,7 @@ def test_shared_prompts_equal_rows_run_alone(model, groups, max_tokens):
     model.zero_grad()
     seen = 0
     for batch in pack(groups, ADVANTAGES, max_tokens, CPU):
-        kinds = score(model, batch, 0.7, with_entropy=True)
+        kinds = answer_logps(model, batch, 0.7, with_entropy=True)
         for row, advantage in enumerate(batch.advantages.long().tolist()):
             episode, count = groups[advantage // 3][advantage % 3], int(batch.trained[row].sum())
             for values, expected in zip(kinds, alone(model, episode, 0.7)):
@@ -139,7 +139,7 @@ def test_equal_prompts_of_two_groups_stay_two(groups):
 def test_no_gradient_is_asked_for_where_none_flows(model, groups):
     (batch,) = pack(groups, ADVANTAGES, 10**6, CPU)
     with torch.no_grad():
-        (logps,) = score(model, batch, 1.0)
+        (logps,) = answer_logps(model, batch, 1.0)
     assert not logps.requires_grad and logps.shape == batch.trained.shape
 
 
@@ -155,7 +155,7 @@ def test_checkpointing_changes_no_gradient(model, groups):
     for model.checkpointing in (False, True):
         model.zero_grad()
         for batch in pack(groups, ADVANTAGES, 60, CPU):
-            logps, entropy = score(model, batch, 0.7, with_entropy=True)
+            logps, entropy = answer_logps(model, batch, 0.7, with_entropy=True)
             (logps.sum() + entropy.square().sum()).backward()
         found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, gradient in found[0].items():
@@ -170,7 +170,7 @@ def test_checkpointing_runs_layers_again(model, groups, monkeypatch):
     (batch,) = pack(groups, ADVANTAGES, 10**6, CPU)
     for model.checkpointing, expected in ((False, 1), (True, 2)):
         runs.clear()
-        score(model, batch, 1.0)[0].sum().backward()
+        answer_logps(model, batch, 1.0)[0].sum().backward()
         assert len(runs) == expected
 
 

@@ -153,7 +153,7 @@ def test_a_run_that_is_terminated_takes_its_processes_along(toy, tmp_path):
              " --rl-steps 50 --rl-prompts 4 --test-problems 2")
     parent = subprocess.Popen([sys.executable, "-m", "minibridge.reproduce", *words.split()],
                               stdout=subprocess.PIPE, text=True, cwd=Path(reproduce.__file__).parents[1])
-    assert "begun" in parent.stdout.readline() and "begun" in parent.stdout.readline()
+    assert all(parent.stdout.readline().startswith("started: ") for _ in range(2))
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert len(children) >= 2
     parent.terminate()

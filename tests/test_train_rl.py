@@ -17,11 +17,11 @@ from minibridge.generate import Completion
 from minibridge.grpo import PRESETS, group_advantages
 from minibridge.optim import learning_rate
 from minibridge.parallel import ALONE
-from minibridge.policy import chunked_loss, pack, padding, score, unchunked_loss, whole_step
+from minibridge.policy import answer_logps, chunked_loss, pack, padding, unchunked_loss, whole_step
 from minibridge.rollout import Episode, rollout
 from minibridge.tokenizer import Tokenizer
 from minibridge.verify import verify
-from train_rl import Config, describe, improve, recipe_of, step_flops
+from train_rl import Config, describe, optimizer_steps, recipe_of, step_flops
 
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def test_gradient_where_the_ratio_is_1_is_reinforce(toy, groups, monkeypatch, kl
     caught = catch_gradients(monkeypatch)
     config = settings(f"--kl-coef {kl_coef} --entropy-coef {entropy_coef} --micro-tokens 400")
     model = toy.load()
-    found = improve(model, reference, None, pack(groups, ADVANTAGES, config.micro_tokens, CPU), 0.1, config)
+    found = optimizer_steps(model, reference, None, pack(groups, ADVANTAGES, config.micro_tokens, CPU), 0.1, config)
     assert largest_difference(caught[0], naive) < 2e-6
     assert found["policy_loss"] == pytest.approx(-ADVANTAGES.mean().item(), abs=1e-5)
     assert found["entropy"] == pytest.approx(sum(entropies) / 9, abs=1e-5)
@@ -121,7 +121,7 @@ def test_micro_batches_and_order_change_nothing(toy, groups):
         # Plain SGD: Adam would turn a rounding error in a gradient near 0 into a whole step.
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         batches = pack([groups[row] for row in order], ADVANTAGES[list(order)], micro_tokens, CPU)
-        found = improve(model, reference, optimizer, batches, 0.01, config)
+        found = optimizer_steps(model, reference, optimizer, batches, 0.01, config)
         results.append((len(batches), found, model.state_dict()))
     assert 1 == results[0][0] < results[1][0] < results[2][0]
     start = toy.load().state_dict()
@@ -138,7 +138,7 @@ def test_mismatch_is_the_largest_of_all_micro_batches(toy, groups, monkeypatch, 
     config = settings("--micro-tokens 200")
     groups[row][column].completion.logprobs[-1] -= 0.5
     batches = pack(groups, ADVANTAGES, config.micro_tokens, CPU)
-    found = improve(toy.load(), toy.load(), None, batches, 0.1, config)
+    found = optimizer_steps(toy.load(), toy.load(), None, batches, 0.1, config)
     assert len(batches) > 1 and found["mismatch"] == pytest.approx(0.5, abs=1e-4)
     tokens = sum(len(episode.completion.ids) for group in groups for episode in group)
     assert found["mismatch_mean"] == pytest.approx(0.5 / tokens, abs=1e-6)
@@ -160,7 +160,7 @@ def test_later_updates_are_off_policy(toy, groups, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     batches = pack(groups, ADVANTAGES, config.micro_tokens, CPU)
     assert len(batches) == 2
-    found = improve(model, reference, optimizer, batches, 0.02, config)
+    found = optimizer_steps(model, reference, optimizer, batches, 0.02, config)
     assert len(calls) == 6
     for number, (logps, old_logps, _) in enumerate(calls):
         assert not old_logps.requires_grad and torch.equal(old_logps, calls[number % 2][1])
@@ -186,7 +186,7 @@ def test_the_chunked_loss_is_the_unchunked_one(toy, groups, monkeypatch, preset,
     noise = 0.05 * torch.randn(batch.trained.shape, generator=torch.Generator().manual_seed(0))
     other = make_model(toy.tokenizer.vocab_size, seed=1)
     with torch.no_grad():
-        batch.old_logps, batch.ref_logps = batch.sampled_logps + noise, score(other, batch, 0.7)[0]
+        batch.old_logps, batch.ref_logps = batch.sampled_logps + noise, answer_logps(other, batch, 0.7)[0]
     results = []
     for loss_of in (unchunked_loss, chunked_loss):
         model = toy.load()
@@ -205,14 +205,14 @@ def test_the_chunked_loss_is_the_unchunked_one(toy, groups, monkeypatch, preset,
 
 def improved(toy, batches, flags: str = "") -> dict[str, float]:
     """The metrics of one update of the toy model, which moves nothing; without KL unless asked for."""
-    return improve(toy.load(), None, torch.optim.SGD([torch.zeros(1)], lr=0.0), batches, 0.0,
+    return optimizer_steps(toy.load(), None, torch.optim.SGD([torch.zeros(1)], lr=0.0), batches, 0.0,
                    settings(f"--kl-coef 0 {flags}"))
 
 
 def test_a_threshold_drops_whole_rollouts(toy, groups):
     (batch,) = pack(groups, ADVANTAGES, 16384, CPU)
     with torch.no_grad():
-        batch.ref_logps = score(make_model(toy.tokenizer.vocab_size, seed=1), batch, 0.7)[0]
+        batch.ref_logps = answer_logps(make_model(toy.tokenizer.vocab_size, seed=1), batch, 0.7)[0]
     k3 = improved(toy, [batch], "--kl-coef 0.1")["kl"]
     kept = [improved(toy, [batch], f"--kl-coef 0.1 --kl-threshold {limit}")["kept"] for limit in (k3 / 1e3, k3, 1e3)]
     assert kept[0] == 0.0 < kept[1] < kept[2] == pytest.approx(1.0)
@@ -307,12 +307,14 @@ def test_two_steps_and_their_files(toy, guesser, tmp_path, capsys):
     start, end = checkpoint.load(guesser).state_dict(), checkpoint.load(out / "model").state_dict()
     assert not any(torch.equal(start[name], end[name]) for name in start)
     assert Tokenizer.load(out / "model").vocab_size == toy.tokenizer.vocab_size
+    problems = {row["id"]: row["problem"] for row in read_jsonl(toy.rl)}
     for row in rows:
         path = out / "rollouts" / f"step_{row['step']:04d}.jsonl"
         lines = read_jsonl(path)
         assert [line["group"] for line in lines] == [group for group in range(3) for _ in range(16)]
         assert {"id", "answer", "text", "reward", "correct", "finish_reason", "logprobs"} <= set(lines[0])
         assert len({line["id"] for line in lines}) == 3
+        assert all(line["problem"] == problems[line["id"]] for line in lines)
         assert row["accuracy"] == pytest.approx(evaluate.accuracy(evaluate.rescore(path)))  # the same format
         assert row["length"] == pytest.approx(sum(len(line["ids"]) for line in lines) / 48)
     printed = capsys.readouterr().out
@@ -392,9 +394,9 @@ def test_reference_stays_frozen_and_sampler_and_trainer_agree(toy, tmp_path, mon
     def spy(model, reference, *rest):
         references.append(reference.state_dict())
         assert not any(parameter.grad is not None for parameter in reference.parameters())
-        return improve(model, reference, *rest)
+        return optimizer_steps(model, reference, *rest)
 
-    monkeypatch.setattr(train_rl, "improve", spy)
+    monkeypatch.setattr(train_rl, "optimizer_steps", spy)
     assert train(toy.model, toy.rl, tmp_path, "--steps 3 --temperature 0.7 --rows 5 --micro-tokens 400",
                  "--entropy-coef 0.1") == 0
     rows, start = metrics(tmp_path), toy.load().state_dict()
@@ -481,7 +483,7 @@ def test_means_are_means_under_a_constant_length(toy, groups):
     batches = pack(groups, ADVANTAGES, 300, CPU)
     with torch.no_grad():
         for batch in batches:
-            batch.old_logps, batch.ref_logps = batch.sampled_logps + 0.3, score(toy.load(), batch, 1.0)[0]
+            batch.old_logps, batch.ref_logps = batch.sampled_logps + 0.3, answer_logps(toy.load(), batch, 1.0)[0]
     one, other = (improved(toy, batches, f"--preset {name} --clip-high 0.1 --mask-truncated --tis-cap 2")
                   for name in ("dr_grpo", "dapo"))
     for name in ("clip_fraction", "log_ratio", "kept", "kl", "entropy", "importance"):
@@ -497,8 +499,8 @@ def test_the_frozen_reference_has_no_wider_copy_of_its_weights(toy, guesser, tmp
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         return original(model, reference, *rest)
 
-    original = train_rl.improve
-    monkeypatch.setattr(train_rl, "improve", look)
+    original = train_rl.optimizer_steps
+    monkeypatch.setattr(train_rl, "optimizer_steps", look)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     assert train(guesser, toy.rl, tmp_path, f"--steps 1 --dtype {name}") == 0
     assert metrics(tmp_path)[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # rounded once or at each use, it is the same model
@@ -595,9 +597,9 @@ def test_interrupted_run_leaves_a_good_checkpoint(toy, guesser, whole, tmp_path,
     def interrupted(*words):
         if metrics(tmp_path)[-1]["step"] == 3:
             raise KeyboardInterrupt
-        return improve(*words)
+        return optimizer_steps(*words)
 
-    monkeypatch.setattr(train_rl, "improve", interrupted)
+    monkeypatch.setattr(train_rl, "optimizer_steps", interrupted)
     assert long(toy, guesser, tmp_path) == 130
     assert capsys.readouterr().err.startswith("interrupted") and not (tmp_path / "model").exists()
     latest = checkpoint.latest(tmp_path / "checkpoints")
