@@ -173,15 +173,14 @@ def train_on(model: Decoder, reference: Decoder | None, optimizer: torch.optim.O
 
 
 def step_flops(model: Decoder, groups: list[list[Episode]], with_reference: bool, config: Config) -> float:
-    """Of the training on these rollouts, each prompt run once: three passes an update, one each for other log-probs."""
+    """Of the training on these rollouts, each prompt run once."""
     tokens, scored, pairs = 0, 0, 0.0
     for group in groups:
         prompt, answers = len(group[0].prompt.ids), [len(episode.completion.ids) for episode in group]
         tokens += prompt + sum(answers)
         scored += sum(answers)
         pairs += prompt**2 / 2 + sum(answer * (prompt + answer / 2) for answer in answers)
-    passes = 3 * config.updates + with_reference + (config.updates > 1 and config.old_logps == "recomputed")
-    return training_flops(model, tokens, scored, pairs, passes)
+    return training_flops(model, tokens, scored, pairs, plan.passes(config, with_reference))
 
 
 def sampler_of(model: Decoder, tokenizer: Tokenizer, config: Config, ranks: Ranks) -> Sampler:

@@ -151,24 +151,28 @@ def accuracy(figure, table: Table, arms: list[Arm]):
 
 
 def gains(figure, table: Table, arms: list[Arm]):
-    """In points, arms beside one another at each test; the first arm is not compared with itself."""
+    """In points, arms beside one another at each test, of a single test one below the other; the first arm is not
+    compared with itself."""
     first = [arm.label for arm in arms if all(row["more"] != row["more"] for row in of(table, arm=arm.name))]  # NaN
     tests = names_in(table, "test")
     other = first[0] if len(first) == 1 else "the first arm"
     titles = {"gain": "RL gain (points)", "more": f"more than {other} (points)"}
+    one = len(tests) == 1
     shown = ["gain", *(["more"] if any(row["more"] == row["more"] for row in table) else [])]
     for name, axes in zip(shown, figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]):
         for arm in arms:
             if not (rows := [row for row in of(table, arm=arm.name) if row[name] == row[name]]):  # not NaN
                 continue
             apart = min(0.12, 0.8 / len(arms)) * (arms.index(arm) - (len(arms) - 1) / 2)
-            axes.errorbar([100 * row[name] for row in rows], [tests.index(row["test"]) + apart for row in rows],
-                          xerr=[100 * row[f"{name} +-"] for row in rows], label=arm.label, **arm.point | {"linestyle": ""})
+            places = [arms.index(arm) if one else tests.index(row["test"]) + apart for row in rows]
+            axes.errorbar([100 * row[name] for row in rows], places, xerr=[100 * row[f"{name} +-"] for row in rows],
+                          label=None if one else arm.label, **arm.point | {"linestyle": ""})
         axes.axvline(0, color="0.4", linewidth=0.8)
-        axes.set_yticks(range(len(tests)), [literal(test) for test in tests])
-        axes.set_ylim(len(tests) - 0.5, -0.5)
+        labels = [arm.label for arm in arms] if one else [literal(test) for test in tests]
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_title(titles[name])
-    figure.supxlabel("lines: 95% intervals", fontsize="medium")
+    figure.supxlabel(f"{literal(tests[0])}; lines: 95% intervals" if one else "lines: 95% intervals", fontsize="medium")
 
 
 def fluency(figure, table: Table, arms: list[Arm]):

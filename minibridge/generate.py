@@ -66,9 +66,10 @@ def generate(
     Tokens are drawn from softmax(logits / temperature), cut to its top_p nucleus (arXiv 1904.09751);
     temperature 0 takes the most likely token and gives its log-probability under softmax(logits). A
     completion ends with one of stop_ids, with the token that completes one of stop_strings in the decoded
-    text, or after max_new_tokens. `compiled`: steps run as graphs of torch.compile, which take from seconds to minutes
-    to make and are worth it for long runs. Raises InputError for a prompt that is empty or, with
-    max_new_tokens, longer than the model's max_position_embeddings, and for numbers that nothing can be drawn by.
+    text, or after max_new_tokens. (top_p and stop_strings are for callers of your own: no script sets them.)
+    `compiled`: steps run as graphs of torch.compile, which take from seconds to minutes to make and are
+    worth it for long runs. Raises InputError for a prompt that is empty or, with max_new_tokens, longer than
+    the model's max_position_embeddings, and for numbers that nothing can be drawn by.
 
     Each prompt has a seed of its own for all its samples: what is drawn for it depends neither on the other prompts nor on
     `rows`, but for the rounding of logits. By default the seeds come from `generator` (a CPU one; None: torch's own).

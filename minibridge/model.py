@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         self.config, self.checkpointing = config, False
         self.compute_dtype: torch.dtype | None = None
         self.model = nn.Module()
-        self.model.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)  # (V, C)
+        self.model.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)  # (V, C): a head too, if tied
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:

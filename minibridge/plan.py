@@ -175,6 +175,11 @@ def _with_held(phases: Phases, always: Counter, s: Sizes, loaded: bool) -> Phase
     return {phase: always + items for phase, items in phases.items()}
 
 
+def passes(config: Any, reference: bool) -> int:
+    """Forward passes that an RL step's training is worth: three an update, one each for other log-probabilities."""
+    return 3 * config.updates + reference + (config.updates > 1 and config.old_logps == "recomputed")
+
+
 def _rl_seconds(config: Any, model: Decoder, s: Sizes, prompt: float, reference: bool, rate: float, speed: float):
     """Of one step whose answers are all as long as they can be."""
     answer, answers = config.max_new_tokens, config.prompts * config.samples
@@ -183,11 +188,9 @@ def _rl_seconds(config: Any, model: Decoder, s: Sizes, prompt: float, reference:
     read += s.slot * live * (prompt / config.samples + answer / 2)
     flops = training_flops(model, live, live, live * (prompt + answer / 2), passes=1)
     prefill = training_flops(model, config.prompts * prompt, 0, config.prompts * prompt**2 / 2, passes=1)
-    recomputed = config.updates > 1 and config.old_logps == "recomputed"
-    passes = 3 * config.updates + reference + recomputed
     pairs = config.prompts * prompt**2 / 2 + answers * answer * (prompt + answer / 2)
     tokens = config.prompts * prompt + answers * answer
-    training = training_flops(model, tokens, answers * answer, pairs, passes)
+    training = training_flops(model, tokens, answers * answer, pairs, passes(config, reference))
     training += training_flops(model, tokens, 0, pairs, passes=config.checkpointing * config.updates)
     return {"decoding": -(-answers // live) * answer * max(flops / rate, read / speed) + prefill / rate,
             "training": training / rate}

@@ -178,8 +178,9 @@ def draw(runs: list[Folder], out: Path) -> list[str]:
             draw_one(figure, table, [drawing.Arm(arm, place) for place, arm in enumerate(names)
                                      if drawing.of(table, arm=arm)])
             handles, labels = figure.axes[0].get_legend_handles_labels()
-            columns = max(1, min(4, 90 // (6 + max(map(len, labels), default=1))))  # letters of a line
-            figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+            if labels:
+                columns = max(1, min(4, 90 // (6 + max(map(len, labels)))))  # letters of a line
+                figure.legend(handles, labels, loc="outside upper center", ncols=columns)
             image = io.BytesIO()
             figure.savefig(image, dpi=200)
         write_whole(out / f"{name}.png", image.getvalue())

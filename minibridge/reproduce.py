@@ -138,7 +138,7 @@ SETTINGS = {
 
 def main(config: Experiment):
     check_task(config)
-    config, out = Experiment(**dataclasses.asdict(config)), Path(config.out)
+    config, out = Experiment(**dataclasses.asdict(config)), Path(config.out)  # a preset's own class cannot be pickled
     check(config)
     if config.plan:
         return print_plans(config)

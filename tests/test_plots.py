@@ -154,6 +154,13 @@ def test_what_is_drawn(folders, monkeypatch):
     plots.FIGURES["gains"][1](figure, [row for row in plots.gains([(None, folders / "whole")]) if row["arm"] == "vanilla"],
                               [drawing.Arm("vanilla", 0)])
     assert len(figure.axes) == 1  # with nothing to compare
+    figure, table = Figure(), plots.gains([(None, folders / "whole")])
+    drawing.gains(figure, [row for row in table if row["test"] == table[0]["test"]],
+                  [drawing.Arm("vanilla", 0), drawing.Arm("bridge", 1)])
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["vanilla", "bridge"]
+    assert [[*map(float, bars.lines[0].get_ydata())] for bars in axes.containers] == [[0], [1]]
+    assert not axes.get_legend_handles_labels()[1] and table[0]["test"] in figure.get_supxlabel()
 
 
 @pytest.mark.parametrize("argv, message", [
