@@ -305,7 +305,7 @@ def main(config: Config, ranks: Ranks = ALONE):
         try:
             groups = refilled(next_groups, config.prompts, config.refill)
         except InputError as error:  # logits that are not finite: an update too large for a norm to show it
-            raise InputError(f"step {step}: {error}; --resume goes back to the last checkpoint") from None
+            raise InputError(f"step {step}: {error}; --resume goes back to the last checkpoint, or begins anew") from None
         drawn += len(groups)
         decoded = time.monotonic()
         if ranks.main:

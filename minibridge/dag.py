@@ -291,7 +291,7 @@ def read_problem(line: dict, where: str) -> Problem:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if line.get("answer", str(problem.answer)) != str(problem.answer):
-        raise InputError(f"{where}: field 'answer' is {line['answer']}, its problem's {problem.answer}")
+        raise InputError(f"{where}: field 'answer' is {line['answer']!r}, its problem's {str(problem.answer)!r}")
     return problem
 
 

@@ -40,7 +40,7 @@ class ModelConfig:
             kinds, most = ((int,), SIZES[name]) if name in SIZES else ((int, float), 1e18)
             if type(value) not in kinds or not 0 < value <= most:  # no NaN, no infinity
                 kind = f"integer up to {most}" if name in SIZES else "number"
-                raise InputError(f"{name} must be a positive {kind}, not {str(value)[:40]}")
+                raise InputError(f"{name} must be a positive {kind}, not {repr(value)[:40]}")
         if self.attention_bias and self.model_type == "qwen2" or self.mlp_bias and self.model_type != "llama":
             raise InputError(f"attention_bias, mlp_bias: not in a model of type {self.model_type}")
         if self.rope_scaling and self.rope_scaling["high_freq_factor"] < self.rope_scaling["low_freq_factor"]:

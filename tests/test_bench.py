@@ -72,7 +72,8 @@ def test_the_limit_of_decoding_by_hand(monkeypatch):
     ("logprob", "--shape toy --tokens 32 --repeats 2", ["fused_loss", "token_logprobs", "fused_loss, with entropy: memory"]),
     ("data", "--count 10 --repeats 1 --ops 3-5 --workers 1", ["both: a problem with its texts"]),
 ])
-def test_each_command_measures_and_writes_its_rows(work, flags, names, tmp_path, capsys):
+def test_each_command_measures_and_writes_its_rows(work, flags, names, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "MEASURABLE", 0)
     main, config = bench.COMMANDS[work]
     main(parse(config, [*flags.split(), "--json", str(tmp_path / "rows.json")]))
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -82,6 +83,11 @@ def test_each_command_measures_and_writes_its_rows(work, flags, names, tmp_path,
     assert torch.cuda.is_available() or {row["device"] for row in rows} == {f"cpu, {torch.get_num_threads()} threads"}
     table = capsys.readouterr().out
     assert all(f"| {row['work']} |" in table for row in rows)
+
+
+def test_memory_too_small_to_tell_is_not_shown(tmp_path):
+    bench.main_logprob(parse(bench.LogProb, [*"--shape toy --tokens 32 --repeats 1 --device cpu --json".split(), str(tmp_path / "rows")]))
+    assert "memory" not in (tmp_path / "rows").read_text()
 
 
 def test_peak_memory_sees_what_a_function_held_for_a_while():

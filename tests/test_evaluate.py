@@ -271,7 +271,7 @@ def test_a_problem_that_is_a_text_is_passed_over_and_a_broken_one_named_first(to
     assert run(*argv, tmp_path / "a") == 0 and read_jsonl(tmp_path / "out")[0]["problem"] == "How many?"
     (tmp_path / "out").unlink()
     (tmp_path / "out.run.json").unlink()
-    for change, message in (({"problem": {"nodes": []}}, "problem: "), ({"answer": "77777"}, "'answer' is 77777")):
+    for change, message in (({"problem": {"nodes": []}}, "problem: "), ({"answer": "77777"}, "'answer' is '77777'")):
         write_jsonl(tmp_path / "a", [*others, first | change])
         assert run(*argv, tmp_path / "a") == 2 and not (tmp_path / "out").exists()
         error = capsys.readouterr().err
@@ -297,7 +297,7 @@ LINE = {"group": 0, "answer": "6", "text": ""}
     ('{"group": true, "answer": "6", "text": ""}', "field 'group' must be a whole number"),
     ('{"group": 0, "answer": "6", "text": "", "tolerance": "x"}', "'tolerance' must be a number"),
     ('{"group": 0, "answer": "6"}', "'text'"),
-    (json.dumps(LINE | {"problem": SIX | {"nodes": [NODE | {"expr": 7}]}}), "'answer' is 6, its problem's 7"),
+    (json.dumps(LINE | {"problem": SIX | {"nodes": [NODE | {"expr": 7}]}}), "'answer' is '6', its problem's '7'"),
     (json.dumps({"group": 0, "answer": "6", "text": "", "tolerance": 10**400}), "'tolerance'"),
     ('{"group": 0, "answer": "6", "text": "", "num_ops": "x"}', "field 'num_ops' must be a whole number"),
     ('{"group": 0, "answer": "6", "text": "", "problem": {}}', "problem: ")])

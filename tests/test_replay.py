@@ -54,12 +54,12 @@ def test_the_replayed_losses_are_those_of_the_step(toy, tmp_path, monkeypatch, f
 def broken_input(monkeypatch):
     """The reference's log-probability of one token of the second answer."""
     def broken(model, batch, temperature, **options):
-        found = score(model, batch, temperature, **options)
+        found = answer_logps(model, batch, temperature, **options)
         found[0][1, 3] = math.nan
         return found
 
-    score = train_rl.score
-    monkeypatch.setattr(train_rl, "score", broken)
+    answer_logps = train_rl.answer_logps
+    monkeypatch.setattr(train_rl, "answer_logps", broken)
 
 
 def test_a_broken_input_is_traced_to_its_answer(toy, tmp_path, monkeypatch, capsys):

@@ -91,7 +91,7 @@ def test_marks_stand_at_what_they_mark(shown, tmp_path):
     assert "unreadable" in second.splitlines()[6]
     third = shown(tmp_path / "rows", 3)
     assert "q2" in third and "q1" not in third and "a1" not in third and "format" not in third
-    assert shown(tmp_path / "rows", 4).endswith(":4: field 'answer' is 7, its problem's 6\n")
+    assert shown(tmp_path / "rows", 4).endswith(":4: field 'answer' is '7', its problem's '6'\n")
 
 
 def test_marks_take_linear_time(files, tmp_path, capsys):

@@ -149,7 +149,7 @@ def test_learning_rate_validations_and_console(toy, tmp_path, capsys):
     assert [row["learning_rate"] for row in rows] == expected
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 5]
     shown = [line.split("|")[0].split() for line in capsys.readouterr().out.splitlines()]
-    assert shown[0][:4] == ["Memory", "as", "planned", "fits:"]
+    assert shown[0][:4] == ["Planned", "memory", "fits:", "at"]
     assert shown[1][:2] == ["first", "example:"]
     assert shown[2:] == [["step", f"{step}/5"] for step in (2, 3, 4, 5)] + [[f"{tmp_path}/model:", "written"]]
 
@@ -376,7 +376,7 @@ def test_the_folder_of_another_command_is_not_taken(toy, tmp_path, capsys):
     assert (tmp_path / "run" / "run.json").read_text() == record and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "gains.csv", "seed_3/x", "rollouts/step_0001.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "gains.csv", "seed_3/x", "rollouts/step_0001.jsonl", "config.json"])
 def test_a_folder_with_results_of_unknown_runs_is_not_taken(toy, tmp_path, capsys, name):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True, exist_ok=True)
