@@ -5,8 +5,7 @@
 
 A step: sample a group of answers for each prompt, score them, turn rewards into advantages within each group, take one
 or more optimizer steps on the clipped surrogate with a KL penalty towards the model it started from, or on another loss
-(--preset). The defaults are those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B, except where the authors' code does
-something else than it seems to mean:
+(--preset). The defaults are those of the paper (arXiv 2505.18917) for Qwen2.5-1.5B. Where it departs from the authors' code:
 
 1. The gradient that --clip limits is that of the mean loss. Theirs is divided by eight before: --clip 8 is their 1.0.
 2. The first step trains; theirs has rate 0.
@@ -126,7 +125,7 @@ def recipe_of(config: Config) -> Recipe:
 
 
 def optimizer_steps(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, batches: list[MicroBatch],
-            rate: float, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
+                    rate: float, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
     """The optimizer steps on one rollout batch. Returns the first one's metrics, where ratios to the trainer are 1; but the
     last one's clip_fraction and log_ratio, which tell how far the steps have led."""
     totals = whole_step(batches, recipe_of(config), config.temperature, config.max_new_tokens, ranks)

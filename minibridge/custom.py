@@ -110,10 +110,12 @@ def _usable(name: str) -> bool:
 
 
 def _fault(name: object) -> str:
-    """Why `_usable` turns a name down, where its first 80 characters may not show it."""
-    if len(str(name)) > LONGEST_NAME:
+    """Why a name is turned down, where its first 80 characters may not show it."""
+    if not isinstance(name, str):
+        return ""
+    if len(name) > LONGEST_NAME:
         return f"..., longer than {LONGEST_NAME} characters"
-    fault = NO_NAME.search(plain(str(name)))
+    fault = NO_NAME.search(plain(name)) or re.search("|".join(map(re.escape, MARKS)) + r"|^\s+|\s+$|\s\s+", name)
     return f", because of {fault[0]!r}" if fault else ""
 
 

@@ -7,8 +7,8 @@ A formula in canonical form is one of
                               product no sign: it stands before the whole
     (op, arg)                 op "neg", "inv" (one over), "sqrt" or "square"
 so that formulas that differ only in the order of operands, in needless parentheses or in the place of a minus have the
-same form. What is copied must be copied exactly (but for the sign before a zero, which no form keeps); what is computed may
-be rounded to the fourth decimal.
+same form. What is copied must be copied exactly (but for signs in a product that is zero); what is computed may be
+rounded to the fourth decimal or to a later one.
 
 What cannot be read or computed raises Wrong(kind, reason). Nothing is evaluated as code, and no text is slow to read.
 """
@@ -28,6 +28,7 @@ UNREADABLE = "unreadable"
 
 MAX_DIGITS = 100   # of a number, written or on the way to a value, and
 MAX_TOKENS = 300   # of a formula: what is longer cannot be right, and would be slow or deep
+MAX_PARENTHESES = 50  # of a formula: each is some calls deep
 MAX_REGROUPED = 6  # operands whose regrouping into several others is searched
 ROUNDING = Decimal("5.0001e-5")  # half a unit of the fourth decimal, the last that answers show, and what 1 / x leaves off
 LOOKALIKES = str.maketrans("×·⋅÷−’", "***/-'")  # one for one: places in a text stay
@@ -70,8 +71,9 @@ def is_number(form: Form) -> bool:
 
 
 def computed(exact: Number, written: Number) -> bool:
-    """Whether a written result is right: equal, or rounded to the fourth decimal where it is not whole."""
-    return exact == written or exact != int(exact) and abs(exact - written) <= ROUNDING
+    """Whether a written result is right: equal, or, where it is not whole, rounded to the fourth decimal or a later one."""
+    decimals = -written.as_tuple().exponent if isinstance(written, Decimal) else 0
+    return exact == written or exact != int(exact) and abs(exact - written) <= ROUNDING.scaleb(min(0, 4 - decimals))
 
 
 def value(form: Form) -> Number:
@@ -143,6 +145,12 @@ def commutes(expr: Expr) -> bool:
     return expr[0] in "+*" and (all(isinstance(arg, str) for arg in named) or len(named) == 1 and commutes(named[0]))
 
 
+def unordered(words: list[str], node: str) -> list[str]:
+    """The words of a formula in words, operands that stand side by side (numbers, and `node` for any node) in one order."""
+    runs = itertools.groupby(words, key=lambda word: word == node or bool(re.fullmatch(NUMBER, word)))
+    return [word for are_operands, run in runs for word in (sorted(run) if are_operands else run)]
+
+
 def substitute(form: Form, values: Mapping[str, Number]) -> Form:
     """A canonical form with numbers for its nodes. Raises Wrong for a node without a value."""
     if isinstance(form, str):
@@ -174,13 +182,15 @@ def size(form: Form) -> int:
 @functools.lru_cache(maxsize=4096)  # nested groups are asked about again and again
 def reduces(form: Form, reduced: Form) -> bool:
     """Whether `reduced` is `form` with some operations done, none included, in any order, or with a product taken into
-    a sum. It takes more than the same value: 0 * (3 + 4) is not 0 * 8, and 64 + -45 is not 63 + -44."""
+    a sum, where that is all there is. It takes more than the same value: 0 * (3 + 4) is not 0 * 8, and 64 + -45 is not
+    63 + -44."""
     if form == reduced:
         return True
     if is_number(reduced):
         return computed(value(form), reduced)
     if is_number(form) or isinstance(reduced, str):
         return False
+    turn = negative if form[0] == "neg" else lambda form: form
     if form[0] in ("*", "neg"):  # in products the sign is compared here, and below only what it stands before
         if value(form) * value(reduced) < 0:
             return False
@@ -191,7 +201,7 @@ def reduces(form: Form, reduced: Form) -> bool:
         if size(reduced) < size(form) and (_matches(op, form, parts, keep_numbers=True)
                                            or _matches(op, form, parts, keep_numbers=False)):
             return True
-        return op == "*" and reduced[0] == "+" and (spread := _distributed(form)) is not None and reduces(spread, reduced)
+        return op == "*" and reduced[0] == "+" and (spread := _distributed(form)) is not None and reduces(turn(spread), reduced)
     return reduced[0] == op and reduces(first, reduced[1])
 
 
@@ -204,10 +214,9 @@ def _matches(op: str, form: tuple, parts: list[Form], keep_numbers: bool) -> boo
             left.remove(part)
         else:
             rest.append(part)
-    for part in list(rest):  # reduced inside
+    for part in sorted(rest, key=_is_plain):  # reduced inside; numbers last, which other groups may make up as well
         signs = (part, negative(part)) if op == "*" else (part,)
-        groups = [operand for operand in left
-                  if not _is_plain(operand) and not (operand[0] == "inv" and is_number(part))]
+        groups = [operand for operand in left if not _is_plain(operand)]
         group = next((operand for operand in groups if any(reduces(operand, signed) for signed in signs)), None)
         if group is not None:
             left.remove(group)
@@ -225,7 +234,7 @@ def _regroups(op: str, left: list[Form], parts: list[Form], absorbing: bool) -> 
     """Whether each of `parts` is the value of some of `left`, none used twice. What stays over must not count:
     3 + 0 + 4 = 3 + 4; or, `absorbing`, 0 * 3 * 4 = 0 * 4."""
     if not parts:
-        return not left or absorbing or value((op, *left)) == (op == "*")
+        return not left or absorbing or computed(abs(value((op, *left))), int(op == "*"))
     first, *rest = parts
     divided = op == "*" and isinstance(first, tuple) and first[0] == "inv"
     turn = inverse if divided else lambda form: form  # 8 / 2 / 2 = 8 / 4
@@ -265,7 +274,7 @@ def parse(text: str, key: Callable[[str], str], pattern: re.Pattern = LETTERS_ON
     """Infix text -> canonical form: + - * / with the usual precedence, signs, parentheses, sqrt(x) and square(x); `key`
     turns a letter or name into a node. Raises Wrong when the text is no formula, or too long for one."""
     tokens = [match[1] for match in itertools.islice(pattern.finditer(text.strip()), MAX_TOKENS + 1)]
-    if len(tokens) > MAX_TOKENS:
+    if len(tokens) > MAX_TOKENS or tokens.count("(") > MAX_PARENTHESES:
         raise Wrong(UNREADABLE, "too long for a formula")
     tokens = [*tokens, ""][::-1]  # popped from the end; "" follows the last one
 

@@ -56,7 +56,7 @@ class Plan:
     def verdict(self) -> str:
         highest = max(self.phases, key=lambda phase: self.phases[phase].total())
         verb = "fits" if _peak(self.phases) <= self.free else "DOES NOT FIT"
-        return f"Planned memory {verb}: at most {_of(_peak(self.phases), self.free)} free, while {highest}."
+        return f"Planned memory {verb}: it takes up to {_of(_peak(self.phases), self.free)} that are free, while {highest}."
 
     def time(self) -> str:
         step = sum(self.seconds.values())

@@ -97,7 +97,7 @@ def table(found: list[Outcome]) -> str:
                   **averages(ours, stage)}
                  for ours, _ in compared(found) if ours[0].test == tests[0] for stage in STAGES]
     crossed, seeds = effects(found), len({outcome.seed for outcome in found})
-    over = f"{seeds} seeds (Student's t)" if seeds > 1 else "the problems of one seed: those of other seeds are not in them"
+    over = f"{seeds} seeds (Student's t)" if seeds > 1 else "the problems of one seed (how much seeds differ is not in them)"
     return "\n".join([markdown(rows), "", f"95% intervals: of the gain, and of how much more it is; over {over}.",
                       f"Best constant answer, {'; '.join(lucky)}", "",
                       "Behaviors per answer, and the share of answers that are right in every step:", "",

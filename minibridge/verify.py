@@ -51,7 +51,7 @@ FIELDS = {"node": r"(?P<node>.{1,200}?)", "letter": f"(?P<letter>{WORD})", "valu
           "expression": "(?P<expression>.+)", "text": "(?P<text>.+)", "nodes": "(?P<nodes>.+)", "verb": "(?:is|are)"}
 BULLET = re.compile(r"[^\S\n]*[-*•][^\S\n]+(?=\S)")
 SENTENCE = r"[^\s.](?:[^.]++|\.(?!\s|$))*+"  # up to a full stop that is not a decimal point
-NAME = "="  # where a sentence names a node: it stands in no sentence of the grammar
+NODE = "="  # where a sentence names a node: it stands in no sentence of the grammar
 CHAIN_HEAD = r"(?:(?:so|then|thus|hence|therefore),?\s+)?"
 
 
@@ -263,6 +263,7 @@ class _Ledger:
         (said, names), (words, parents) = map(self._named, (expression, stated))
         if formula.commutes(node.expr):
             names, parents = sorted(names), sorted(parents)
+            said, words = formula.unordered(said, NODE), formula.unordered(words, NODE)
         if (said, names) != (words, parents):
             raise Wrong(WRONG_RESTATEMENT, expression[:80])
 
@@ -278,17 +279,17 @@ class _Ledger:
         if missing and plain(nodes) == plain(traces.listing([traces.phrase(self.problem.nodes[key]) for key in missing])):
             return
         said, names = self._named(nodes)
-        said = [word for word in said if word != NAME]
+        said = [word for word in said if word != NODE]
         if said or not names or self.node is None:
             raise Wrong(UNDEFINED, " ".join(said)[:80] or "the node that must wait")
         if sorted(names) != sorted(missing):
             raise Wrong(LOCK, f"unknown: {', '.join(missing) or 'none'}")
 
     def _named(self, text: str) -> tuple[list[str], list[str]]:
-        """The nodes named in a text, and its words, without commas and "and", NAME standing for each node."""
+        """The nodes named in a text, and its words, without commas and "and", NODE standing for each node."""
         text = plain(text)
         names = [self.keys[match[0]] for match in self.phrases.finditer(text)]
-        words = self.phrases.sub(f" {NAME} ", text).replace(",", " ").split()
+        words = self.phrases.sub(f" {NODE} ", text).replace(",", " ").split()
         return [word for word in words if word != "and"], names
 
     def _chain(self, words: str, at: int):

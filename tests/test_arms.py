@@ -51,7 +51,7 @@ def test_behaviors_of_an_arm(arguments, behaviors):
 @pytest.mark.parametrize("arguments, named", [
     (("gold",), "'gold'"), (("",), "arm"), (("subgoal+subgoal",), "arm"), (("subgoal+",), "arm"),
     (("bridge+subgoal",), "arm"),
-    (("vanilla", 2), "analysis"), (("vanilla", None, .1), "reflection"), (("subgoal", 2), "analysis"),
+    (("vanilla", 2), "analysis"), (("vanilla", 0), "analysis"), (("vanilla", None, .1), "reflection"), (("subgoal", 2), "analysis"),
     (("rc-aug", None, 0.0), "reflection"), (("vanilla", None, None, True), "strict"),
     (("subgoal+analysis", None, None, True), "strict"), (("prompts", 2), "analysis"), (("bridge", 7), "analysis"),
     (("bridge", None, 2.0), "reflection"), (("bridge@2",), "'2' is not a probability"), (("bridge@",), "'' is not a prob"),

@@ -182,6 +182,9 @@ def nodes(*changed):
     *((nodes(ANN, BEN, TOTAL | {"statement": text}), ["node 'the total'", "statement"]) for text in (
         ".", "See </think>.", "It is \\boxed{7}.")),
     (nodes(ANN, BEN, TOTAL, node("x" * 101, "1", "So.")), ["longer than 100 characters"]),
+    (nodes(ANN, BEN, TOTAL, node("x" * 85 + "<answer>", "1", "So.")), ["because of '<answer>'"]),
+    (nodes(ANN, BEN, TOTAL, node("x" * 85 + " ", "1", "So.")), ["because of ' '"]),
+    (nodes(ANN, BEN, TOTAL, node([1] * 50, "1", "So.")), ["no usable name: '[1, 1, "]),
     (GOOD | {"ask": "<think> what?"}, ["ask: holds one of <think>"]), (nodes(*[ANN] * 1001), ["nodes: 1001"]),
     (nodes(ANN, BEN, TOTAL, node("The Total", "1", "So.")), ["node 'The Total'", "second", "case"]),
     (nodes(ANN, BEN, TOTAL, node(" x", "1", "So.")), ["number 4", "' x'"]),

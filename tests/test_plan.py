@@ -56,7 +56,7 @@ def test_the_papers_run_fits_80_gib(folder, monkeypatch):
     assert "28 layers, 1,543.7 million parameters; bfloat16 products on a GPU" in shown
     assert "32 prompts of at most 1,024 tokens, 32 answers to each of at most 2,560" in shown
     highest = max(items.total() for items in planned.phases.values())
-    assert f"Planned memory fits: at most {highest / 2**30:.2f} of 80.00 GiB free, while" in shown
+    assert f"Planned memory fits: it takes up to {highest / 2**30:.2f} of 80.00 GiB that are free, while" in shown
     table = [line.split() for line in shown.split("\n\n")[1].splitlines()]
     assert table[0] == ["GiB", "decoding", "validating", "training"]
     assert table[-1] == ["total", *(f"{items.total() / 2**30:.2f}" for items in planned.phases.values())]
@@ -91,7 +91,7 @@ def test_suggestions_fit_and_twice_as_much_would_not(folder, monkeypatch, gib, f
 def test_a_model_that_is_too_large_is_told_so(folder, monkeypatch):
     gpu(monkeypatch)
     planned = plan.rl(rl(folder(QWEN_7B)))
-    assert planned.verdict().startswith("Planned memory DOES NOT FIT: at most ")
+    assert planned.verdict().startswith("Planned memory DOES NOT FIT: it takes up to ")
     assert [line.split(" would not fit: ")[0] for line in planned.advice()] == [
         "Even --checkpointing --micro-tokens 3584", "Even --rows 1"]
 
@@ -165,8 +165,8 @@ def test_a_run_notes_its_plan_beside_what_it_took(toy, tmp_path, capsys, script,
     assert run_main(script.main, script.Config, words) == 0
     noted = json.loads((tmp_path / "run.json").read_text())["plan"]
     words = capsys.readouterr().out.split()
-    assert words[:5] == ["Planned", "memory", "fits:", "at", "most"]
-    assert float(words[5]) == pytest.approx(noted["planned_gib"], abs=0.01)
+    assert words[:6] == ["Planned", "memory", "fits:", "it", "takes", "up"]
+    assert float(words[7]) == pytest.approx(noted["planned_gib"], abs=0.01)
     phase = noted["gib"]["training"]
     assert noted["planned_gib"] == pytest.approx(max(sum(items.values()) for items in noted["gib"].values()), abs=0.01)
     rows = metrics(tmp_path)

@@ -159,6 +159,7 @@ def test_what_is_drawn(folders, monkeypatch):
                   [drawing.Arm("vanilla", 0), drawing.Arm("bridge", 1)])
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["vanilla", "bridge"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first arm on top
     assert [[*map(float, bars.lines[0].get_ydata())] for bars in axes.containers] == [[0], [1]]
     assert not axes.get_legend_handles_labels()[1] and table[0]["test"] in figure.get_supxlabel()
 

@@ -447,6 +447,8 @@ def test_before_rl_is_before_it_in_every_table(tmp_path):
     assert [after[name] for name in ("stage", "accuracy", "tokens", "accuracy, answer not 0")] == ["rl", 0.5, 5, 0]
     assert before["right in every step"] == 1 and after["right in every step"] == 0 < before["restatements"]
     text = results.table(found)
+    assert "\n95% intervals: of the gain, and of how much more it is; over the problems of one seed (" in text
+    assert "; over 2 seeds (Student's t).\n" in results.table(found + [dataclasses.replace(outcome, seed=1) for outcome in found])
     assert "| 3 -> 5 |" in text and "id, 5 ops: 50.0%; ood, 6 ops: 100.0%" in text
     sft, rl = (line.split(" | ") for line in text.splitlines() if line.startswith("| bridge | ") and ", greedy" in line)
     assert (sft[1], rl[1]) == ("SFT", "RL") and float(sft[4]) > 0 == float(rl[4])

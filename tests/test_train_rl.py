@@ -206,7 +206,7 @@ def test_the_chunked_loss_is_the_unchunked_one(toy, groups, monkeypatch, preset,
 def improved(toy, batches, flags: str = "") -> dict[str, float]:
     """The metrics of one update of the toy model, which moves nothing; without KL unless asked for."""
     return optimizer_steps(toy.load(), None, torch.optim.SGD([torch.zeros(1)], lr=0.0), batches, 0.0,
-                   settings(f"--kl-coef 0 {flags}"))
+                           settings(f"--kl-coef 0 {flags}"))
 
 
 def test_a_threshold_drops_whole_rollouts(toy, groups):

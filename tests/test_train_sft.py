@@ -149,7 +149,7 @@ def test_learning_rate_validations_and_console(toy, tmp_path, capsys):
     assert [row["learning_rate"] for row in rows] == expected
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 5]
     shown = [line.split("|")[0].split() for line in capsys.readouterr().out.splitlines()]
-    assert shown[0][:4] == ["Planned", "memory", "fits:", "at"]
+    assert shown[0][:4] == ["Planned", "memory", "fits:", "it"]
     assert shown[1][:2] == ["first", "example:"]
     assert shown[2:] == [["step", f"{step}/5"] for step in (2, 3, 4, 5)] + [[f"{tmp_path}/model:", "written"]]
 

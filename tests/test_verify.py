@@ -677,6 +677,12 @@ def test_canonical_forms(text, other, equal):
     ("0.5 * 0.3 * 8", "0.2 * 8", False),
     ("0.0026 + 285 + 0.0026", "285.0026 + 0.0026", True), ("1.4142 * -0.0001 * -4", "-0.0001 * -4", True),
     ("4 * (1 + 1)", "4 / 2", False), ("3 / (0.3 / 1.0001)", "3 / 0.3", True), ("8 / 2 / 2", "8 / 2", False),
+    ("4 * 2 * (1 + 2 + 5)", "8 * (3 + 5)", True), ("1 * 2 * 3 + 1 * 6", "6 + 2 * 3", True),  # 8 is no (1 + 2 + 5), nor 6 a 2 * 3
+    ("(1 + 1) * 3 / 3 * (2 + 2)", "2 * 4", True), ("(1 + 1) * 3 / 3 * (2 + 2)", "2 * 5", False),
+    ("(-1 + 1 + 3) / (-3 + 1 + 1) / (-6 + 0 + 1)", "0.2 * (1 + 2)", True), ("0 * (3 - 5)", "0 * 2", True),
+    ("-2 * (4 + 3)", "-8 - 6", True), ("-2 * (4 + 3)", "-2 * 4 + -2 * 3", True), ("-2 * (4 + 3)", "8 - 6", False),
+    ("10 / 3", "3.33338", False), ("10 / 3", "3.33333", True), ("10 / 3", "3.3333", True), ("1 / 30000", "-0.00001", False),
+    ("(6 + 1) * (1 + 2 + 4)", "7 * (3 + 4)", True), ("2 * 6 + 3 * 2 * 2", "12 + 3 * 4", True),
     ("(3 - 3) * 24 * 62", "0 * 62", True), ("(3 - 3) * 24 * 62", "0 * 63", False),
     ("1.4142 * -0.0001 * -4", "-0.0002 * -4", False), ("0.5 * 0.3 * 8", "0.15 * 8.0", True),
 ])
@@ -687,6 +693,20 @@ def test_reductions(text, other, right):
 def test_a_verdict_does_not_depend_on_what_was_judged_before():
     """3.0 and 3 are equal and hash alike: reductions that are remembered must not be of the one and serve for the other."""
     assert [type(formula.read_number(text)) for text in ("3", "3.0", "-12.0000")] == [int] * 3
+
+
+@pytest.mark.parametrize("said, right", [
+    ("the sum of a, 2 and b", True), ("the sum of 2, a and b", True), ("the sum of b, a and 2", True),
+    ("the sum of 3, a and b", False), ("the sum of a, 2 and a", False), ("the sum of a and b", False),
+    ("2 and the sum of a and b", False), ("the sum of a, 2, 2 and b", False)])
+def test_numbers_change_places_in_a_restatement_as_names_do(said, right):
+    nodes = [{"name": name, "formula": number, "statement": f"{name} is {number}."} for name, number in (("a", "5"), ("b", "7"))]
+    nodes += [{"name": "all", "formula": "a + 2 + b", "statement": "This is all."}]
+    text = "\n".join(["<think>", "- The text gives a as 5.", "- The text gives b as 7.",
+                      f"- Now take all. It equals {said}. all = a + 2 + b = 14.", "So the result is 14.", "</think>", "<answer>",
+                      "The answer is \\boxed{14}.", "</answer>"])
+    verdict = verify.verify(custom.problem({"nodes": nodes, "target": "all", "ask": "?"}), text)
+    assert (verdict.first_wrong_step, verdict.error) == ((None, None) if right else (2, WRONG_RESTATEMENT))
 
 
 @pytest.mark.parametrize("text, free", [
@@ -786,6 +806,14 @@ def test_a_blank_behind_a_minus_and_letters_with_numbers():
 
 def test_six_terms_in_two_groups():
     assert formula.reduces(form("1 + 2 + 3 + 4 + 5 + 9"), form("7 + 17"))
+
+
+@pytest.mark.parametrize("formula_", ["(" * 299, "- " * 298 + "1", "sqrt(" * 149, "(" * 50 + "1" + ")" * 50])
+def test_deep_formulas_do_not_raise_however_deep_the_caller(formula_):
+    def called(depth):
+        return called(depth - 1) if depth else found(f"<think>\n- each Ash's Jar = {formula_}")
+
+    assert called(500)[1] is not None
 
 
 def test_only_what_the_question_states_can_be_restated():
