@@ -201,7 +201,8 @@ def reduces(form: Form, reduced: Form) -> bool:
         if size(reduced) < size(form) and (_matches(op, form, parts, keep_numbers=True)
                                            or _matches(op, form, parts, keep_numbers=False)):
             return True
-        return op == "*" and reduced[0] == "+" and (spread := _distributed(form)) is not None and reduces(turn(spread), reduced)
+        spread = _distributed(form) if op == "*" and reduced[0] == "+" else None
+        return spread is not None and reduces(turn(spread), reduced)
     return reduced[0] == op and reduces(first, reduced[1])
 
 
