@@ -157,7 +157,7 @@ def optimizer_steps(model: Decoder, reference: Decoder | None, optimizer: torch.
 
 
 def train_on(model: Decoder, reference: Decoder | None, optimizer: torch.optim.Optimizer, groups: list[list[Episode]],
-          step: int, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
+             step: int, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
     """`optimizer_steps` on a rollout batch, N prompts of G answers; a batch whose loss or gradient is not finite is kept in
     a file."""
     advantages = recipe_of(config).advantages(rewards(groups))  # (N, G)

@@ -15,8 +15,8 @@ from typing import Any
 from minibridge.config import InputError, json_line, plain, read_json, whole_lines, write_whole
 
 RUN_FILES = ("metrics.jsonl", "rollouts", "model", "seed_*", "table.md", "*.csv", "rollouts.jsonl", "validation.jsonl",
-           "ranked.jsonl", "init", "toy_base", "small_base",  # by the commands that have a run folder
-           "config.json")  # of a model's folder
+             "ranked.jsonl", "init", "toy_base", "small_base",  # by the commands that have a run folder
+             "config.json")  # of a model's folder
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")  # versions kept in run.json
 
 
